@@ -1,0 +1,293 @@
+"""Every setting, with its default, unit and bounds; one reader for JSON and YAML.
+
+Two families. A *deployment* is one model: the files of ServerlessLLM are read unchanged. *Settings* are the cluster's; they
+live in Dask's configuration tree under ``sllmdask:`` and are written out with comments in ``configs/reference.yaml``, which
+a test compares with the defaults here. Models are frozen; an unknown key is refused, naming the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sllmdask.errors import ConfigError
+from sllmdask.units import parse_bytes, parse_rate, parse_seconds
+
+Bytes = Annotated[int, BeforeValidator(lambda value: value if value is None else parse_bytes(value))]
+BytesPerSecond = Annotated[float, BeforeValidator(parse_rate)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+
+#: A model's name: what users write in requests, and a part of keys and paths, so no ``..``, no leading slash.
+_MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*$")
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- one model -------------------------------------------------------------------------------------------------------
+
+
+class AutoScaling(Frozen):
+    """How many instances of a model there are."""
+
+    metric: Literal["concurrency"] = "concurrency"
+    #: Requests per instance: an instance is added when ``ceil(load / target)`` exceeds the number of instances.
+    target: int = Field(default=8, ge=1)
+    min_instances: int = Field(default=0, ge=0)
+    max_instances: int = Field(default=10, ge=1)
+    #: Seconds an instance stays without a request; 0 unloads at once, -1 never. ``None``: the cluster's default.
+    keep_alive: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_instances > self.max_instances:
+            raise ValueError(f"min_instances ({self.min_instances}) is above max_instances ({self.max_instances})")
+        return self
+
+
+class PlacementSpec(Frozen):
+    """Which nodes (Dask worker names) may run the model, hold its files, and preload it to host memory."""
+
+    target_nodes: tuple[str, ...] = ()
+    local_disk: tuple[str, ...] = ()
+    memory_pool: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Nodes that may run the model; empty: any. `local_disk` is today's name of `target_nodes`."""
+        return self.target_nodes or self.local_disk
+
+
+class RouterConfig(Frozen):
+    #: Tokens of un-synced tail at which a migration by token handoff stops its rounds.
+    migration_delta: int = Field(default=20, ge=0)
+
+
+class CostPriors(Frozen):
+    """Priors of the KV recompute time, ``alpha * n_tokens + beta`` seconds (ServerlessLLM, section 5.2)."""
+
+    alpha: float = Field(default=0.01, ge=0)
+    beta: float = Field(default=0.1, ge=0)
+
+
+class BackendConfig(Frozen):
+    """Where the weights are and how they are run; the names are ServerlessLLM's and transformers'."""
+
+    pretrained_model_name_or_path: str | None = None
+    device_map: str | dict[str, Any] = "auto"
+    torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    hf_model_class: str = "AutoModelForCausalLM"
+    quantization_config: dict[str, Any] | None = None
+    enable_lora: bool = False
+    lora_adapters: dict[str, str] | None = None
+    #: Longest prompt plus answer in tokens; ``None``: what the checkpoint says.
+    max_model_len: int | None = Field(default=None, ge=1)
+
+
+class Deployment(Frozen):
+    """One model as an operator describes it. Source of the shape: ServerlessLLM's deployment file."""
+
+    model: str
+    backend: Literal["transformers"] = "transformers"
+    #: Slots an instance takes: GPUs on a GPU worker, slots of the worker on a CPU.
+    num_gpus: int = Field(default=1, ge=1)
+    auto_scaling_config: AutoScaling = AutoScaling()
+    placement_config: PlacementSpec = PlacementSpec()
+    router_config: RouterConfig = RouterConfig()
+    scheduler_config: CostPriors = CostPriors()
+    backend_config: BackendConfig = BackendConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_we_do_not_run(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("backend") not in (None, "transformers"):
+            raise ValueError(f'backend {data["backend"]!r} is not available; write "backend": "transformers"')
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not _MODEL_NAME.match(self.model) or len(self.model) > 200:
+            raise ValueError(f"model {self.model!r} is not a name: use letters, digits and . _ : - / without '..'")
+        backend = self.backend_config
+        if backend.hf_model_class != "AutoModelForCausalLM":
+            raise ValueError(f"hf_model_class {backend.hf_model_class!r} is not supported; only AutoModelForCausalLM is")
+        if backend.quantization_config:
+            raise ValueError("quantization_config is not supported: serve an unquantised checkpoint")
+        if backend.enable_lora or backend.lora_adapters:
+            raise ValueError("LoRA adapters (enable_lora, lora_adapters) are not supported: merge them into the checkpoint")
+        return self
+
+    @property
+    def source(self) -> str:
+        """A directory, a hub id, or ``demo:NAME``."""
+        return self.backend_config.pretrained_model_name_or_path or self.model
+
+    def warnings(self) -> list[str]:
+        """Settings that were given and have no effect here, one sentence each."""
+        found = []
+        if "router_config" in self.model_fields_set:
+            found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
+        if "scheduler_config" in self.model_fields_set:
+            found.append("scheduler_config.alpha and .beta have no effect: running requests do not move between workers yet")
+        return found
+
+
+# --- the cluster -----------------------------------------------------------------------------------------------------
+
+
+class EngineSettings(Frozen):
+    """One instance's engine."""
+
+    #: ``cpu`` or ``cuda``; ``auto`` takes a GPU when the worker sees one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: Tokens per KV block.
+    block_size: int = Field(default=16, ge=1, le=256)
+    #: Bytes of KV cache of one instance.
+    kv_memory: Bytes = Field(default=256 * 1024**2, ge=1)
+    #: Sequences that decode together.
+    max_running: int = Field(default=64, ge=1)
+    #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
+    max_batch_tokens: int = Field(default=512, ge=1)
+    #: Threads of one instance; 0: the worker's cores divided by its slots.
+    n_threads: int = Field(default=0, ge=0)
+
+
+class WorkerSettings(Frozen):
+    """One worker process: a node, or one GPU of it."""
+
+    #: Instances' worth of compute: the sum of ``num_gpus`` over loaded instances never exceeds it.
+    slots: int = Field(default=1, ge=1)
+    #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the memory, shared by the host's workers.
+    host_memory: Bytes = Field(default=0, ge=0)
+    #: Where downloaded checkpoints are kept.
+    store_dir: str = "~/.cache/sllmdask"
+    #: Bytes per direct read.
+    chunk_size: Bytes = Field(default=16 * 1024**2, ge=4096)
+    #: Threads that read one checkpoint.
+    n_readers: int = Field(default=4, ge=1, le=64)
+
+
+class SchedulerSettings(Frozen):
+    """What the controller assumes unless a deployment says otherwise."""
+
+    #: Seconds an idle instance stays loaded.
+    keep_alive: Seconds = 300.0
+    #: Seconds a request may wait for an instance, loading included.
+    request_deadline: Seconds = Field(default=300.0, gt=0)
+    #: Seconds a request waits when no worker is connected that may run it.
+    worker_wait: Seconds = Field(default=20.0, ge=0)
+    #: Requests that may wait, over all models.
+    max_queue: int = Field(default=1024, ge=1)
+    #: Seconds an instance stays loaded at least, before another model may take its slot.
+    min_residency: Seconds = Field(default=0.0, ge=0)
+
+
+class ServerSettings(Frozen):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8343, ge=0, le=65535)
+    #: Bytes of one request body.
+    max_body_bytes: Bytes = Field(default=8 * 1024**2, ge=1024)
+    #: Seconds between SSE comments while nothing else is sent.
+    heartbeat: Seconds = Field(default=5.0, gt=0)
+
+
+class Settings(Frozen):
+    """Dask's configuration under ``sllmdask:``."""
+
+    engine: EngineSettings = EngineSettings()
+    worker: WorkerSettings = WorkerSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    server: ServerSettings = ServerSettings()
+
+
+class NodeHardware(Frozen):
+    """Priors of one node, from ``--hardware-config``; measured loads refine them."""
+
+    host_size: Bytes | None = None
+    host_bandwidth: BytesPerSecond | None = None
+    disk_size: Bytes | None = None
+    disk_bandwidth: BytesPerSecond | None = None
+    network_bandwidth: BytesPerSecond | None = None
+    pcie_bandwidth: BytesPerSecond | None = None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+
+
+def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names that would have been right at the place where `path` ends."""
+    for part in path[:-1]:
+        models = _models_in(cls.model_fields[str(part)].annotation) if str(part) in cls.model_fields else []
+        if not models:
+            return []
+        cls = models[0]
+    return list(cls.model_fields)
+
+
+def parse(cls: type[T], data: Any, what: str = "the configuration") -> T:
+    """`data` as a `cls`; raises :class:`ConfigError` with the key, the value, the rule and the nearest known key."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(cls, problem["loc"])
+                near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+                problems.append((where, f"unknown key {where!r}; {hint}"))
+            elif problem["type"] == "missing":
+                problems.append((where, f"{where} is missing"))
+            else:
+                rule = problem["msg"].removeprefix("Value error, ")
+                problems.append((where, f"{where}: {rule}" if where else rule))
+        message = f"{what[0].upper()}{what[1:]} is wrong: " + "; ".join(text for _, text in problems)
+        raise ConfigError(message, problems[0][0] or None) from None
+    except ConfigError as error:
+        raise ConfigError(f"{what[0].upper()}{what[1:]} is wrong: {error.message}", error.param) from None
+
+
+def read_file(path: str | os.PathLike[str]) -> Any:
+    """The contents of a JSON or YAML file; raises :class:`ConfigError`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}") from None
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+
+
+def read_deployment(path: str | os.PathLike[str]) -> Deployment:
+    """The deployment that a file describes."""
+    return parse(Deployment, read_file(path), f"the deployment {path}")
+
+
+def read_hardware(path: str | os.PathLike[str]) -> dict[str, NodeHardware]:
+    """Priors by node name, from a hardware file."""
+    data = read_file(path)
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"The hardware file {path} must map node names to their hardware")
+    return {str(name): parse(NodeHardware, node, f"node {name!r} of {path}") for name, node in data.items()}

@@ -1,0 +1,1 @@
+"""One model instance: continuous batching over unmodified transformers models. Knows no Dask."""

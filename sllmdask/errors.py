@@ -1,0 +1,392 @@
+"""Every exception of the project, sorted by who can act on it.
+
+    SllmError
+    ├── ConfigError                 the operator: a file, a flag or an environment variable is wrong
+    │   └── PortInUse
+    ├── CheckpointError             the operator: the files of a model are wrong
+    │   ├── CheckpointNotFound
+    │   ├── CheckpointCorrupt
+    │   └── UnsupportedArchitecture
+    ├── RequestError                the caller: the same request will fail again
+    │   ├── InvalidRequest
+    │   ├── ContextTooLong
+    │   ├── ModelNotFound
+    │   ├── RouteNotFound
+    │   ├── MethodNotAllowed
+    │   ├── UnsupportedMediaType
+    │   └── BodyTooLarge
+    ├── Unavailable                 nobody yet: the same request may succeed later
+    │   ├── QueueFull
+    │   ├── QueueTimeout
+    │   ├── NoWorker
+    │   ├── InsufficientMemory
+    │   ├── LoadFailed
+    │   └── SchedulerUnreachable
+    ├── WorkerLost                  the cluster: the request may be tried on another worker
+    ├── InstanceGone                the cluster: the instance left before the request reached it
+    ├── Cancelled                   the caller went away
+    └── EngineError                 the engine failed this one request
+
+The class carries the HTTP answer, so the front door has no chain of conditions. Fields are passed to ``super().__init__``
+one by one, because pickle (Dask) replays ``args``; :meth:`SllmError.as_wire` and :func:`from_wire` carry an error over our
+own connections, which know no pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class SllmError(Exception):
+    """Base of all errors that may leave an actor. ``http_status``, ``type`` and ``code`` are its answer over HTTP."""
+
+    http_status: int = 500
+    type: str = "server_error"
+    code: str | None = "internal_error"
+    #: The field of the request that was wrong.
+    param: str | None = None
+
+    @property
+    def message(self) -> str:
+        """What was wrong, why, and what to do, for a person."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    def __str__(self) -> str:
+        return self.message
+
+    def as_wire(self) -> dict[str, Any]:
+        """This error as plain msgpack types."""
+        return {"error": type(self).__name__, "args": list(self.args), "param": self.param}
+
+
+class ConfigError(SllmError):
+    """``ConfigError(message, param=None)``: a setting is unknown, of the wrong type or out of bounds."""
+
+    http_status, type, code = 400, "invalid_request_error", "invalid_config"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.param = param
+
+
+class PortInUse(ConfigError):
+    """``PortInUse(host, port)``."""
+
+    def __init__(self, host: str, port: int) -> None:
+        SllmError.__init__(self, host, port)
+        self.host, self.port = host, port
+
+    @property
+    def message(self) -> str:
+        return f"Port {self.port} on {self.host} is taken by another program. Choose another with --port, or stop that program."
+
+
+class CheckpointError(SllmError):
+    """The files of a model cannot be used."""
+
+    http_status, type, code = 400, "invalid_request_error", "invalid_checkpoint"
+
+
+class CheckpointNotFound(CheckpointError):
+    """``CheckpointNotFound(source, reason)``: no such directory, or one without what a checkpoint needs."""
+
+    code = "checkpoint_not_found"
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    @property
+    def message(self) -> str:
+        return f"No checkpoint at {self.source!r}: {self.reason}"
+
+
+class CheckpointCorrupt(CheckpointError):
+    """``CheckpointCorrupt(file, tensor, reason)``: a file is truncated or contradicts itself; `tensor` may be ``None``."""
+
+    code = "checkpoint_corrupt"
+
+    def __init__(self, file: str, tensor: str | None, reason: str) -> None:
+        super().__init__(file, tensor, reason)
+        self.file, self.tensor, self.reason = file, tensor, reason
+
+    @property
+    def message(self) -> str:
+        where = f"{self.file}, tensor {self.tensor!r}" if self.tensor else self.file
+        return f"The checkpoint is damaged ({where}): {self.reason}. Fetch or convert it again."
+
+
+class UnsupportedArchitecture(CheckpointError):
+    """``UnsupportedArchitecture(architecture, reason)``: the engine cannot run models of this class."""
+
+    code = "unsupported_architecture"
+
+    def __init__(self, architecture: str, reason: str) -> None:
+        super().__init__(architecture, reason)
+        self.architecture, self.reason = architecture, reason
+
+    @property
+    def message(self) -> str:
+        return f"The architecture {self.architecture!r} cannot be served: {self.reason}"
+
+
+class RequestError(SllmError):
+    """The caller's fault; trying again will not help."""
+
+    http_status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class InvalidRequest(RequestError):
+    """``InvalidRequest(message, param=None)``: a field is missing, of the wrong type, out of bounds or not supported."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.param = param
+
+
+class ContextTooLong(RequestError):
+    """``ContextTooLong(n_tokens, limit)``: the prompt leaves no room for an answer in the model's window of `limit` tokens."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, n_tokens: int, limit: int) -> None:
+        super().__init__(n_tokens, limit)
+        self.n_tokens, self.limit = n_tokens, limit
+
+    @property
+    def message(self) -> str:
+        return (
+            f"This model's maximum context length is {self.limit} tokens, but the prompt has {self.n_tokens} tokens. "
+            "Shorten the prompt."
+        )
+
+
+class ModelNotFound(RequestError):
+    """``ModelNotFound(model, near=())``: no deployment of that name; `near` are similar names."""
+
+    http_status, code = 404, "model_not_found"
+    param = "model"
+
+    def __init__(self, model: str, near: Sequence[str] = ()) -> None:
+        super().__init__(model, list(near))
+        self.model, self.near = model, list(near)
+
+    @property
+    def message(self) -> str:
+        hint = f" Did you mean {', '.join(map(repr, self.near))}?" if self.near else " GET /v1/models lists what is deployed."
+        return f"Could not find the model {self.model!r}: it does not exist here.{hint}"
+
+
+class RouteNotFound(RequestError):
+    """``RouteNotFound(method, path)``."""
+
+    http_status, code = 404, "not_found"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(method, path)
+        self.method, self.path = method, path
+
+    @property
+    def message(self) -> str:
+        return f"Nothing is served at {self.method} {self.path}."
+
+
+class MethodNotAllowed(RequestError):
+    """``MethodNotAllowed(method, path, allowed)``."""
+
+    http_status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Sequence[str] = ()) -> None:
+        super().__init__(method, path, list(allowed))
+        self.method, self.path, self.allowed = method, path, list(allowed)
+
+    @property
+    def message(self) -> str:
+        return f"{self.method} is not allowed on {self.path}; use {' or '.join(self.allowed) or 'another method'}."
+
+
+class UnsupportedMediaType(RequestError):
+    """``UnsupportedMediaType(content_type)``."""
+
+    http_status, code = 415, "unsupported_media_type"
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(content_type)
+        self.content_type = content_type
+
+    @property
+    def message(self) -> str:
+        return f"The body must be application/json, not {self.content_type!r}."
+
+
+class BodyTooLarge(RequestError):
+    """``BodyTooLarge(limit)``: the request's body has more than `limit` bytes."""
+
+    http_status, code = 413, "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    @property
+    def message(self) -> str:
+        return f"The request body is larger than {self.limit} bytes (server.max_body_bytes)."
+
+
+class Unavailable(SllmError):
+    """Not now; the same request may succeed later. ``retry_after_s`` tells when to try again."""
+
+    http_status, type, code = 503, "service_unavailable", "unavailable"
+    retry_after_s: int | None = 5
+
+
+class QueueFull(Unavailable):
+    """``QueueFull(model, limit)``: `limit` requests wait already."""
+
+    http_status, type, code = 429, "rate_limit_error", "queue_full"
+
+    def __init__(self, model: str, limit: int) -> None:
+        super().__init__(model, limit)
+        self.model, self.limit = model, limit
+
+    @property
+    def message(self) -> str:
+        return f"The queue is full: {self.limit} requests are waiting already. Try again later."
+
+
+class QueueTimeout(Unavailable):
+    """``QueueTimeout(model, waited_s, reason)``: the request's deadline passed before an instance was free."""
+
+    code = "queue_timeout"
+
+    def __init__(self, model: str, waited_s: float, reason: str) -> None:
+        super().__init__(model, waited_s, reason)
+        self.model, self.waited_s, self.reason = model, waited_s, reason
+
+    @property
+    def message(self) -> str:
+        return f"Model {self.model!r} could not serve the request within {self.waited_s:.0f} s: {self.reason}"
+
+
+class NoWorker(Unavailable):
+    """``NoWorker(model, reason)``: no connected worker may or can run this model."""
+
+    code = "no_worker"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    @property
+    def message(self) -> str:
+        return f"No worker can run model {self.model!r}: {self.reason}"
+
+
+class InsufficientMemory(Unavailable):
+    """``InsufficientMemory(model, needed, available)`` in bytes: the model is larger than the memory it may use."""
+
+    code = "insufficient_memory"
+    retry_after_s = None
+
+    def __init__(self, model: str, needed: int, available: int) -> None:
+        super().__init__(model, needed, available)
+        self.model, self.needed, self.available = model, needed, available
+
+    @property
+    def message(self) -> str:
+        return (
+            f"Model {self.model!r} needs {self.needed} bytes of memory, but a worker has {self.available}. "
+            "Add a larger worker, or raise worker.host_memory."
+        )
+
+
+class LoadFailed(Unavailable):
+    """``LoadFailed(model, reason)``."""
+
+    code = "load_failed"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    @property
+    def message(self) -> str:
+        return f"Model {self.model!r} could not be loaded: {self.reason}"
+
+
+class SchedulerUnreachable(Unavailable):
+    """``SchedulerUnreachable(address, reason)``."""
+
+    code = "scheduler_unreachable"
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    @property
+    def message(self) -> str:
+        return f"The Dask scheduler at {self.address} is not reachable ({self.reason}). Is it running, with the sllmdask preload?"
+
+
+class WorkerLost(SllmError):
+    """``WorkerLost(worker)``: the worker process died or cannot be reached."""
+
+    http_status, code = 502, "worker_lost"
+
+    def __init__(self, worker: str) -> None:
+        super().__init__(worker)
+        self.worker = worker
+
+    @property
+    def message(self) -> str:
+        return f"The worker {self.worker} was lost while it served this request. Send the request again."
+
+
+class InstanceGone(SllmError):
+    """``InstanceGone(instance)``: the instance was unloaded before the request reached it."""
+
+    http_status, code = 503, "instance_gone"
+
+    def __init__(self, instance: str) -> None:
+        super().__init__(instance)
+        self.instance = instance
+
+    @property
+    def message(self) -> str:
+        return f"The instance {self.instance} is not loaded any more."
+
+
+class Cancelled(SllmError):
+    """``Cancelled(reason)``: the client went away, or an operator cancelled the request."""
+
+    http_status, type, code = 499, "cancelled", "cancelled"
+
+    def __init__(self, reason: str = "the client went away") -> None:
+        super().__init__(reason)
+
+
+class EngineError(SllmError):
+    """``EngineError(reason)``: the engine could not go on with this request; others are not affected."""
+
+    code = "engine_error"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+def _subclasses(cls: type[SllmError]) -> dict[str, type[SllmError]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found.update(_subclasses(child))
+    return found
+
+
+def from_wire(data: Mapping[str, Any]) -> SllmError:
+    """The error that :meth:`SllmError.as_wire` wrote; an unknown class becomes a plain :class:`SllmError`."""
+    cls = _subclasses(SllmError).get(data["error"])
+    if cls is None:
+        return SllmError(f"{data['error']}: {data['args']}")
+    error = cls(*data["args"])
+    error.param = data.get("param", error.param)
+    return error

@@ -1,0 +1,1 @@
+"""The same controller under a virtual clock."""
