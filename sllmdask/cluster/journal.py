@@ -1,0 +1,98 @@
+"""One request as its front door knows it: what was asked, what was accepted so far, what is still to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sllmdask.batching.sequence import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What the front door wants done: already tokenised, already checked."""
+
+    id: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    #: Seconds the request may wait for an instance; ``None``: the cluster's default.
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Nothing to show yet, and why. `detail` is for people: ``loading qwen 61% disk 2.9 GiB/s``."""
+
+    state: str
+    detail: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """An instance took the request. `cold_start`: ``hit`` or the tier that the model was loaded from for it."""
+
+    node: str
+    cold_start: str
+    queue_s: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that may be shown, and the accepted tokens behind it; `text` is empty while a stop string may still begin."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `n_tokens` counts every accepted token, the end-of-sequence token included."""
+
+    reason: FinishReason
+    n_prompt_tokens: int
+    n_tokens: int
+
+
+GatewayEvent = Progress | Started | Delta | Finished
+
+
+@dataclass
+class Journal:
+    """The record from which a request could be begun again, anywhere: its tokens so far, by index, and its epoch.
+
+    A token is accepted only if it is the next one of the current epoch, so none is lost, doubled or interleaved.
+    """
+
+    request: GenerateRequest
+    epoch: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    node: str | None = None
+    worker: str | None = None
+    instance: str | None = None
+    state: str = "queued"
+    #: Nodes the request ran on, in order.
+    path: list[str] = field(default_factory=list)
+
+    def accept(self, epoch: int, index: int, token_ids: list[int]) -> list[int]:
+        """Accept what of `token_ids`, which begin at `index`, comes next; returns that part (empty for a stale epoch)."""
+        if epoch != self.epoch or index > len(self.output_ids):
+            return []
+        fresh = token_ids[len(self.output_ids) - index :]
+        self.output_ids.extend(fresh)
+        return fresh
+
+    def as_row(self) -> dict[str, Any]:
+        """One row of ``GET /admin/requests``."""
+        return {
+            "id": self.request.id,
+            "model": self.request.model,
+            "state": self.state,
+            "node": self.node,
+            "n_prompt_tokens": len(self.request.prompt_ids),
+            "n_tokens": len(self.output_ids),
+            "path": list(self.path),
+        }

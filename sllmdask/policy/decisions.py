@@ -1,0 +1,64 @@
+"""What to do about it. A decision says why: the candidates, their predicted seconds, and why the others lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sllmdask.errors import SllmError
+from sllmdask.policy.views import Tier
+
+
+@dataclass(frozen=True)
+class Load:
+    """Make `model` ready on `worker`. `ready_in_s` is predicted; ``why`` names each other worker and its reason."""
+
+    instance: str
+    model: str
+    worker: str
+    ready_in_s: float
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Demote an instance to the host tier; `forget`: free its host copy too, the model is not deployed any more."""
+
+    instance: str
+    model: str
+    worker: str
+    cause: str
+    forget: bool = False
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Send a request to a ready instance. `loaded_from` is the tier it waited for, ``None`` when it was ready already."""
+
+    request: str
+    front_door: str
+    instance: str
+    worker: str
+    node: str
+    queue_s: float
+    loaded_from: Tier | None = None
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Tell the front door that a request will not be served, with the error to answer; ``why`` is by worker address."""
+
+    request: str
+    front_door: str
+    error: SllmError
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WakeAt:
+    """Send a ``TimerFired`` at this time; replaces the wish before it. ``None``: none is needed."""
+
+    at: float | None
+
+
+Decision = Load | Unload | Dispatch | Refuse | WakeAt

@@ -1,0 +1,126 @@
+"""What happened. Every event carries ``at``, seconds of one monotonic clock: the controller has none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
+
+
+@dataclass(frozen=True)
+class WorkerJoined:
+    at: float
+    worker: WorkerView
+
+
+@dataclass(frozen=True)
+class WorkerReported:
+    """The worker's own account of itself; an older `version` than the last one seen is ignored."""
+
+    at: float
+    address: str
+    version: int
+    residency: Mapping[str, Tier]
+    bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
+    overhead_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerLeft:
+    at: float
+    address: str
+
+
+@dataclass(frozen=True)
+class ModelDeployed:
+    """A model was deployed, or deployed again with other settings."""
+
+    at: float
+    model: ModelView
+
+
+@dataclass(frozen=True)
+class ModelDeleted:
+    at: float
+    model: str
+
+
+@dataclass(frozen=True)
+class RequestArrived:
+    at: float
+    request: RequestView
+
+
+@dataclass(frozen=True)
+class RequestEnded:
+    """Finished, failed or cancelled; waiting or running."""
+
+    at: float
+    request: str
+
+
+@dataclass(frozen=True)
+class RequestReturned:
+    """The instance was gone when the request reached it: it takes its old place in the queue again."""
+
+    at: float
+    request: str
+
+
+@dataclass(frozen=True)
+class FrontDoorLeft:
+    at: float
+    front_door: str
+
+
+@dataclass(frozen=True)
+class LoadFinished:
+    at: float
+    instance: str
+    loaded_from: Tier
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    at: float
+    instance: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class UnloadFinished:
+    at: float
+    instance: str
+
+
+@dataclass(frozen=True)
+class InstanceLost:
+    """An instance died by itself on a living worker."""
+
+    at: float
+    instance: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TimerFired:
+    at: float
+
+
+Event = (
+    WorkerJoined
+    | WorkerReported
+    | WorkerLeft
+    | ModelDeployed
+    | ModelDeleted
+    | RequestArrived
+    | RequestEnded
+    | RequestReturned
+    | FrontDoorLeft
+    | LoadFinished
+    | LoadFailed
+    | UnloadFinished
+    | InstanceLost
+    | TimerFired
+)

@@ -1,0 +1,90 @@
+"""What a rule may see. All frozen; what can be computed is a property, never a stored field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Tier(StrEnum):
+    """Where the bytes of a checkpoint are; earlier is nearer to serving."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class InstanceState(StrEnum):
+    """Life of an instance. Its slots are taken in every state but PLANNED, which waits for others to leave."""
+
+    PLANNED = "planned"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A deployed model. `nodes` empty: any worker may run it."""
+
+    name: str
+    nbytes: int
+    n_slots: int = 1
+    target: int = 8
+    min_instances: int = 0
+    max_instances: int = 10
+    #: Seconds an idle instance stays; negative: for ever.
+    keep_alive_s: float = 300.0
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker as it last reported itself. Bytes and bytes per second; a tier without a measured rate is not listed."""
+
+    address: str
+    name: str
+    slots: int
+    host_capacity: int
+    residency: Mapping[str, Tier] = field(default_factory=dict)
+    bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
+    #: Seconds that a load takes whatever its size.
+    overhead_s: float = 0.0
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class InstanceView:
+    """One copy of a model on one worker, with the requests that were dispatched to it and have not ended."""
+
+    id: str
+    model: str
+    worker: str
+    n_slots: int
+    state: InstanceState
+    since: float
+    n_requests: int = 0
+    #: No new requests: the model was deleted.
+    draining: bool = False
+    ready_at: float | None = None
+    idle_since: float | None = None
+    loaded_from: Tier | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.state is InstanceState.READY and self.n_requests == 0
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """A request as the controller knows it: no prompt, only what placement needs. Higher `priority` goes first."""
+
+    id: str
+    model: str
+    front_door: str
+    arrived_at: float
+    deadline_at: float
+    priority: int = 0
+    instance: str | None = None

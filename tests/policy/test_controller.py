@@ -1,0 +1,380 @@
+"""The controller's answers, event by event; the cluster is imagined, the rules are the live ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from sllmdask.errors import InsufficientMemory, LoadFailed, ModelNotFound, NoWorker, QueueFull, QueueTimeout
+from sllmdask.policy import events as ev
+from sllmdask.policy.controller import Controller, ControllerSettings
+from sllmdask.policy.decisions import Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
+from sllmdask.sim.run import Costs, simulate
+
+GiB = 1024**3
+A = ModelView("a", nbytes=1 * GiB)
+B = ModelView("b", nbytes=1 * GiB)
+NODE = WorkerView("tcp://one", "0", slots=1, host_capacity=8 * GiB, bytes_per_s={Tier.DISK: 1.0 * GiB})
+
+
+def controller_with(*models, workers=(NODE,), **settings) -> Controller:
+    controller = Controller(ControllerSettings(**settings))
+    for worker in workers:
+        controller.handle(ev.WorkerJoined(0.0, worker))
+    for model in models:
+        controller.handle(ev.ModelDeployed(0.0, model))
+    return controller
+
+
+def ask(controller, request_id, model, at, deadline_s=100.0, priority=0, front_door="door"):
+    request = RequestView(request_id, model, front_door, at, at + deadline_s, priority)
+    return acts(controller.handle(ev.RequestArrived(at, request)))
+
+
+def acts(decisions):
+    """Decisions without the wake-up calls."""
+    return [decision for decision in decisions if not isinstance(decision, WakeAt)]
+
+
+def wake(decisions):
+    return [decision.at for decision in decisions if isinstance(decision, WakeAt)][-1]
+
+
+def test_the_first_request_loads_the_model_and_is_sent_when_it_is_ready():
+    controller = controller_with(A)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    assert (load.model, load.worker, load.ready_in_s) == ("a", "tcp://one", 1.0)
+    (dispatch,) = acts(controller.handle(ev.LoadFinished(2.5, load.instance, Tier.DISK)))
+    assert dispatch == Dispatch("r1", "door", load.instance, "tcp://one", "0", queue_s=1.5, loaded_from=Tier.DISK)
+
+
+def test_a_request_for_a_ready_model_is_sent_at_once_and_counts_as_a_hit():
+    controller = controller_with(A)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (dispatch,) = ask(controller, "r2", "a", 3.0)
+    assert (dispatch.queue_s, dispatch.loaded_from) == (0.0, None)
+
+
+def test_a_second_request_while_the_model_loads_loads_nothing_more():
+    controller = controller_with(A)
+    ask(controller, "r1", "a", 1.0)
+    assert ask(controller, "r2", "a", 1.1) == []
+
+
+def test_an_idle_model_is_evicted_and_the_other_loads_only_after_it_left():
+    controller = controller_with(A, B)
+    (load_a,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load_a.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(3.0, "r1"))
+    (unload,) = ask(controller, "r2", "b", 4.0)
+    assert unload == Unload(load_a.instance, "a", "tcp://one", "evicted")
+    assert ask(controller, "r3", "b", 4.1) == []
+    (load_b,) = acts(controller.handle(ev.UnloadFinished(4.2, load_a.instance)))
+    assert (load_b.model, load_b.worker) == ("b", "tcp://one")
+
+
+def test_a_busy_model_is_never_evicted_the_other_waits_for_its_end():
+    controller = controller_with(A, B)
+    (load_a,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load_a.instance, Tier.DISK))
+    assert ask(controller, "r2", "b", 3.0) == []
+    assert acts(controller.handle(ev.TimerFired(4.0))) == []
+    (unload,) = acts(controller.handle(ev.RequestEnded(9.0, "r1")))
+    assert unload.model == "a"
+
+
+def test_a_client_that_leaves_the_queue_causes_no_eviction():
+    controller = controller_with(A, B)
+    (load_a,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load_a.instance, Tier.DISK))
+    ask(controller, "r2", "b", 3.0)
+    controller.handle(ev.RequestEnded(3.5, "r2"))
+    assert acts(controller.handle(ev.RequestEnded(9.0, "r1"))) == []
+
+
+def test_an_idle_instance_leaves_when_its_keep_alive_is_over_and_not_before():
+    controller = controller_with(replace(A, keep_alive_s=30.0))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert wake(controller.handle(ev.RequestEnded(5.0, "r1"))) == 35.0
+    assert acts(controller.handle(ev.TimerFired(34.9))) == []
+    assert acts(controller.handle(ev.TimerFired(35.0))) == [Unload(load.instance, "a", "tcp://one", "keep-alive over")]
+
+
+def test_keep_alive_zero_unloads_at_once_and_minus_one_never():
+    for keep_alive_s, leaves in ((0.0, True), (-1.0, False)):
+        controller = controller_with(replace(A, keep_alive_s=keep_alive_s))
+        (load,) = ask(controller, "r1", "a", 1.0)
+        controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+        assert bool(acts(controller.handle(ev.RequestEnded(5.0, "r1")))) is leaves
+        assert bool(acts(controller.handle(ev.TimerFired(1e9)))) is False
+
+
+def test_the_lowest_estimate_wins_and_ties_go_to_the_smaller_name():
+    fast = replace(NODE, address="tcp://fast", name="9", residency={"a": Tier.HOST}, bytes_per_s={Tier.HOST: 20.0 * GiB})
+    twin = replace(NODE, address="tcp://twin", name="1")
+    (load,) = ask(controller_with(A, workers=(NODE, twin, fast)), "r", "a", 1.0)
+    assert (load.worker, load.ready_in_s) == ("tcp://fast", 0.05)
+    assert load.why["tcp://one"] == "ready in 1.0 s"
+    (load,) = ask(controller_with(A, workers=(twin, NODE)), "r", "a", 1.0)
+    assert load.worker == "tcp://one"
+
+
+def test_a_free_slot_beats_an_eviction_even_where_loading_is_faster():
+    other = replace(NODE, address="tcp://two", name="1", bytes_per_s={Tier.DISK: 0.1 * GiB})
+    controller = controller_with(A, B, workers=(NODE, other))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(3.0, "r1"))
+    (load,) = ask(controller, "r2", "b", 4.0)
+    assert load.worker == "tcp://two"
+
+
+def test_target_nodes_are_the_only_ones_used():
+    two = replace(NODE, address="tcp://two", name="1")
+    controller = controller_with(replace(A, nodes=("1",)), workers=(NODE, two))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    assert load.worker == "tcp://two"
+    assert load.why["tcp://one"] == "not among the model's nodes 1"
+
+
+def test_an_instance_of_two_slots_waits_for_both():
+    wide = replace(NODE, slots=2)
+    controller = controller_with(A, B, replace(A, name="big", n_slots=2), workers=(wide,))
+    (load_a,) = ask(controller, "ra", "a", 1.0)
+    (load_b,) = ask(controller, "rb", "b", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load_a.instance, Tier.DISK))
+    controller.handle(ev.LoadFinished(2.0, load_b.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(3.0, "ra"))
+    assert ask(controller, "rbig", "big", 4.0) == []
+    unloads = acts(controller.handle(ev.RequestEnded(5.0, "rb")))
+    assert {unload.model for unload in unloads} == {"a", "b"}
+    assert acts(controller.handle(ev.UnloadFinished(6.0, load_a.instance))) == []
+    (load,) = acts(controller.handle(ev.UnloadFinished(7.0, load_b.instance)))
+    assert load.model == "big"
+
+
+def test_a_burst_is_scaled_in_one_decision_over_free_slots_only():
+    nodes = [replace(NODE, address=f"tcp://{name}", name=name) for name in "0123"]
+    controller = controller_with(replace(A, target=2, max_instances=3), B, workers=nodes)
+    (load_b,) = ask(controller, "rb", "b", 0.5)
+    loads = []
+    for i in range(8):
+        loads += ask(controller, f"r{i}", "a", 1.0)
+    assert len(loads) == 3
+    assert load_b.worker not in {load.worker for load in loads}
+
+
+def test_requests_go_to_the_instance_with_the_fewest():
+    nodes = [replace(NODE, address=f"tcp://{name}", name=name) for name in "01"]
+    controller = controller_with(replace(A, target=1), workers=nodes)
+    (first,) = ask(controller, "r1", "a", 1.0)
+    (second,) = ask(controller, "r2", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, first.instance, Tier.DISK))
+    controller.handle(ev.LoadFinished(2.0, second.instance, Tier.DISK))
+    (third,) = ask(controller, "r3", "a", 3.0)
+    assert third.instance == second.instance
+
+
+def test_a_lost_worker_takes_its_instances_along_and_waiting_requests_go_elsewhere():
+    controller = controller_with(A)
+    ask(controller, "r1", "a", 1.0)
+    assert acts(controller.handle(ev.WorkerLeft(1.5, NODE.address))) == []
+    assert controller.instances == {}
+    again = replace(NODE, address="tcp://again")
+    (load,) = acts(controller.handle(ev.WorkerJoined(2.0, again)))
+    assert load.worker == "tcp://again"
+
+
+def test_without_any_worker_a_request_is_held_for_a_while_and_then_refused_with_what_to_do():
+    controller = controller_with(A, workers=(), worker_wait_s=20.0)
+    decisions = controller.handle(ev.RequestArrived(1.0, RequestView("r1", "a", "door", 1.0, 100.0)))
+    assert acts(decisions) == []
+    assert wake(decisions) == 21.0
+    (refuse,) = acts(controller.handle(ev.TimerFired(21.0)))
+    assert isinstance(refuse.error, NoWorker)
+    assert "dask worker" in refuse.error.message
+
+
+def test_a_model_larger_than_every_worker_is_refused_at_once_with_both_numbers():
+    controller = controller_with(replace(A, nbytes=9 * GiB))
+    (refuse,) = ask(controller, "r1", "a", 1.0)
+    assert refuse.error.as_wire() == InsufficientMemory("a", 9 * GiB, 8 * GiB).as_wire()
+
+
+def test_a_failed_load_tells_the_reason_backs_off_and_tries_the_other_worker_first():
+    two = replace(NODE, address="tcp://two", name="1")
+    controller = controller_with(A, workers=(NODE, two))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    (retry,) = acts(controller.handle(ev.LoadFailed(2.0, load.instance, "disk on fire")))
+    assert retry.worker == "tcp://two"
+    (refuse,) = acts(controller.handle(ev.LoadFailed(2.5, retry.instance, "no such file")))
+    assert isinstance(refuse.error, LoadFailed)
+    assert "no such file" in refuse.error.message
+    (refuse,) = ask(controller, "r2", "a", 2.6)
+    assert isinstance(refuse.error, LoadFailed)
+    (again,) = ask(controller, "r3", "a", 4.0)
+    assert isinstance(again, Load)
+
+
+def test_a_request_past_its_deadline_is_refused_with_the_reason():
+    controller = controller_with(A)
+    ask(controller, "r1", "a", 1.0, deadline_s=10.0)
+    (refuse,) = acts(controller.handle(ev.TimerFired(11.0)))
+    assert isinstance(refuse.error, QueueTimeout)
+    assert "still loading" in refuse.error.message
+
+
+def test_an_unknown_model_and_a_full_queue_are_refused():
+    controller = controller_with(A, max_queue=2)
+    (refuse,) = ask(controller, "r0", "nobody", 1.0)
+    assert isinstance(refuse.error, ModelNotFound)
+    ask(controller, "r1", "a", 1.0)
+    ask(controller, "r2", "a", 1.0)
+    (refuse,) = ask(controller, "r3", "a", 1.0)
+    assert isinstance(refuse.error, QueueFull)
+
+
+def test_deleting_a_busy_model_drains_it_and_refuses_who_waits():
+    controller = controller_with(A, B, max_requests=1)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    ask(controller, "r2", "a", 3.0)
+    (refuse,) = acts(controller.handle(ev.ModelDeleted(4.0, "a")))
+    assert (refuse.request, type(refuse.error)) == ("r2", ModelNotFound)
+    (unload,) = acts(controller.handle(ev.RequestEnded(5.0, "r1")))
+    assert unload == Unload(load.instance, "a", "tcp://one", "deleted", forget=True)
+
+
+def test_a_model_deleted_while_it_loads_is_unloaded_when_it_is_ready():
+    controller = controller_with(A)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.ModelDeleted(1.5, "a"))
+    (unload,) = acts(controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK)))
+    assert unload.cause == "deleted"
+
+
+def test_a_returned_request_takes_its_old_place():
+    controller = controller_with(A, max_requests=1)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    ask(controller, "r2", "a", 3.0)
+    (dispatch,) = acts(controller.handle(ev.RequestReturned(4.0, "r1")))
+    assert dispatch.request == "r1"
+
+
+def test_a_front_door_that_dies_frees_what_it_held():
+    controller = controller_with(A, B)
+    (load,) = ask(controller, "r1", "a", 1.0, front_door="dead")
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    ask(controller, "r2", "b", 3.0, front_door="alive")
+    (unload,) = acts(controller.handle(ev.FrontDoorLeft(4.0, "dead")))
+    assert unload.instance == load.instance
+
+
+def test_a_steady_stream_for_one_model_does_not_keep_another_out_for_ever():
+    controller = controller_with(A, B, patience_s=5.0)
+    stream = [ev.RequestArrived(0.5 * i, RequestView(f"a{i}", "a", "door", 0.5 * i, 0.5 * i + 1000)) for i in range(200)]
+    other = ev.RequestArrived(3.0, RequestView("b", "b", "door", 3.0, 1000.0))
+    outcome = simulate(controller, [*stream, other], Costs(service_s=lambda _: 2.0))
+    assert outcome.dispatched_at["b"] < 3.0 + 5.0 + 2.0 + 2.0
+    assert len(outcome.ended_at) == 201
+
+
+def test_an_instance_kept_as_another_models_minimum_is_not_evicted():
+    controller = controller_with(replace(A, min_instances=1), B)
+    (load,) = [instance for instance in controller.instances.values() if instance.model == "a"]
+    controller.handle(ev.LoadFinished(1.0, load.id, Tier.DISK))
+    assert ask(controller, "r", "b", 2.0) == []
+
+
+def test_a_fresh_instance_is_safe_for_the_minimum_residency():
+    controller = controller_with(A, B, min_residency_s=10.0)
+    (load,) = ask(controller, "r1", "a", 0.0)
+    controller.handle(ev.LoadFinished(1.0, load.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(2.0, "r1"))
+    decisions = controller.handle(ev.RequestArrived(3.0, RequestView("r2", "b", "door", 3.0, 100.0)))
+    assert acts(decisions) == []
+    assert wake(decisions) == 11.0
+    (unload,) = acts(controller.handle(ev.TimerFired(11.0)))
+    assert unload.model == "a"
+
+
+def test_higher_priority_is_served_first():
+    controller = controller_with(A, max_requests=1)
+    (load,) = ask(controller, "first", "a", 0.0)
+    ask(controller, "low", "a", 1.0)
+    ask(controller, "high", "a", 2.0, priority=1)
+    controller.handle(ev.LoadFinished(3.0, load.instance, Tier.DISK))
+    order = [
+        decision.request for i in range(2) for decision in acts(controller.handle(ev.RequestEnded(4.0 + i, ["high", "first"][i])))
+    ]
+    assert order == ["first", "low"]
+
+
+def check_invariants(controller: Controller) -> None:
+    """Slots are never oversold, counts agree with the requests, nobody is in two places."""
+    for worker in controller.workers.values():
+        taken = sum(
+            instance.n_slots
+            for instance in controller.instances.values()
+            if instance.worker == worker.address and instance.state is not InstanceState.PLANNED
+        )
+        assert taken <= worker.slots
+    for instance in controller.instances.values():
+        n_running = sum(request.instance == instance.id for request in controller.running.values())
+        assert n_running == instance.n_requests
+        assert instance.state is InstanceState.READY or n_running == 0
+    assert not set(controller.waiting) & set(controller.running)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_traffic_is_all_answered_and_slots_are_never_oversold(seed):
+    rng = Random(seed)
+    workers = [replace(NODE, address=f"tcp://{i}", name=str(i), slots=rng.randint(1, 3)) for i in range(rng.randint(1, 4))]
+    names = "abcdefgh"
+    models = [
+        ModelView(
+            name,
+            nbytes=rng.randint(1, 4) * GiB,
+            n_slots=1,
+            target=rng.randint(1, 4),
+            keep_alive_s=rng.choice([0.0, 5.0, -1.0]),
+        )
+        for name in names
+    ]
+    controller = controller_with(
+        *models, workers=workers, max_requests=rng.choice([1, 4, 64]), min_residency_s=rng.choice([0.0, 2.0])
+    )
+    arrivals, now = [], 0.0
+    for i in range(300):
+        now += rng.expovariate(2.0)
+        name = names[min(7, int(rng.paretovariate(1.0)) - 1)]
+        arrivals.append(ev.RequestArrived(now, RequestView(f"r{i}", name, "door", now, now + 1e6, rng.choice([0, 0, 1]))))
+    outcome = simulate(controller, arrivals, Costs(service_s=lambda _: rng.expovariate(1.0)), check=check_invariants)
+    assert len(outcome.ended_at) == 300
+    assert not outcome.refused
+    assert not controller.waiting
+    assert not controller.running
+
+
+def test_the_same_events_give_the_same_decisions():
+    def run():
+        controller = controller_with(A, B)
+        return [
+            controller.handle(event)
+            for event in (
+                ev.RequestArrived(1.0, RequestView("r1", "a", "door", 1.0, 100.0)),
+                ev.LoadFinished(2.0, "a/1", Tier.DISK),
+                ev.RequestArrived(2.5, RequestView("r2", "b", "door", 2.5, 100.0)),
+                ev.RequestEnded(3.0, "r1"),
+                ev.UnloadFinished(3.1, "a/1"),
+            )
+        ]
+
+    assert run() == run()
+    assert any(isinstance(decision, Load | Refuse) for decisions in run() for decision in decisions)
