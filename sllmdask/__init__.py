@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Client": "sllmdask.client",
     "AsyncClient": "sllmdask.client",
-    "serve": "sllmdask.cluster.deploy",
+    "serve": "sllmdask.server.service",
 }
 
 __all__ = [*_WHERE, "__version__"]

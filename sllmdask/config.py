@@ -189,6 +189,8 @@ class SchedulerSettings(Frozen):
     max_queue: int = Field(default=1024, ge=1)
     #: Seconds an instance stays loaded at least, before another model may take its slot.
     min_residency: Seconds = Field(default=0.0, ge=0)
+    #: Seconds after which a request that waits for a slot closes the instances that hold it to newcomers.
+    patience: Seconds = Field(default=10.0, ge=0)
 
 
 class ServerSettings(Frozen):

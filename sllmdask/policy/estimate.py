@@ -16,8 +16,8 @@ def load_seconds(model: ModelView, worker: WorkerView) -> float:
 
     Returns seconds from now. Source: ServerlessLLM (OSDI '24), loading-time estimate ``q + n / b``.
     """
-    tier = worker.residency.get(model.name, Tier.DISK)
+    tier = worker.residency.get(model.checkpoint_key, Tier.DISK)
     if tier is Tier.DEVICE:
         return 0.0
     bytes_per_s = worker.bytes_per_s.get(tier) or PRIOR_BYTES_PER_S[tier]
-    return worker.overhead_s + model.nbytes / bytes_per_s
+    return worker.overhead_s.get(tier, 0.0) + model.nbytes / bytes_per_s

@@ -23,7 +23,7 @@ class WorkerReported:
     version: int
     residency: Mapping[str, Tier]
     bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
-    overhead_s: float = 0.0
+    overhead_s: Mapping[Tier, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class ModelView:
 
     name: str
     nbytes: int
+    #: What the weights are called in the workers' residency; two models may share a checkpoint. Empty: the name.
+    checkpoint: str = ""
     n_slots: int = 1
     target: int = 8
     min_instances: int = 0
@@ -39,10 +41,14 @@ class ModelView:
     keep_alive_s: float = 300.0
     nodes: tuple[str, ...] = ()
 
+    @property
+    def checkpoint_key(self) -> str:
+        return self.checkpoint or self.name
+
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as it last reported itself. Bytes and bytes per second; a tier without a measured rate is not listed."""
+    """A worker as it last reported itself: `residency` by checkpoint, bytes, bytes per second of the tiers it measured."""
 
     address: str
     name: str
@@ -50,8 +56,8 @@ class WorkerView:
     host_capacity: int
     residency: Mapping[str, Tier] = field(default_factory=dict)
     bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
-    #: Seconds that a load takes whatever its size.
-    overhead_s: float = 0.0
+    #: Seconds that a load from a tier takes whatever its size.
+    overhead_s: Mapping[Tier, float] = field(default_factory=dict)
     version: int = 0
 
 

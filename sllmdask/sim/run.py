@@ -70,7 +70,8 @@ def simulate(
                 case Load(instance=instance, model=model, worker=worker):
                     view = controller.workers[worker]
                     seconds = load_seconds(controller.models[model], view)
-                    push(ev.LoadFinished(now + seconds, instance, view.residency.get(model, Tier.DISK)))
+                    tier = view.residency.get(controller.models[model].checkpoint_key, Tier.DISK)
+                    push(ev.LoadFinished(now + seconds, instance, tier))
                 case Unload(instance=instance):
                     push(ev.UnloadFinished(now + costs.unload_s, instance))
                 case Dispatch(request=request):

@@ -1,0 +1,46 @@
+"""Our place in Dask's configuration tree, and what we want of Dask itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dask.config
+
+from sllmdask.config import Settings, parse
+
+#: Dask's own settings for a cluster that serves models. Why each: docs/dask.md.
+DISTRIBUTED: Mapping[str, Any] = {
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.scheduler.worker-ttl": "30s",
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.daemon": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.tick.limit": "30s",
+    "distributed.comm.timeouts.connect": "10s",
+    "distributed.client.direct-to-workers": True,
+    "distributed.nanny.pre-spawn-environ.OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def read_settings(overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    """The cluster's settings: `overrides` (flags; ``None`` values do not count) over Dask's configuration over the defaults.
+
+    Dask's configuration already has ``DASK_SLLMDASK__SECTION__KEY`` over files. Raises :class:`ConfigError`.
+    """
+    tree = dask.config.get("sllmdask", {}) or {}
+    # Dask takes both spellings, and its environment variables are lower-cased with underscores.
+    merged: dict[str, Any] = {
+        section: {key.replace("-", "_"): value for key, value in values.items()} if isinstance(values, Mapping) else values
+        for section, values in tree.items()
+    }
+    for section, values in (overrides or {}).items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            merged[section] = {**(merged.get(section) or {}), **given}
+    return parse(Settings, merged, "Dask's configuration under 'sllmdask:'")

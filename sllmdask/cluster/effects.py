@@ -1,0 +1,189 @@
+"""Decisions to Dask calls. :meth:`Effects.enact` returns at once; what came of it comes back as an event."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from distributed import Client, Scheduler, wait
+from distributed.core import ConnectionPool
+from distributed.security import Security
+
+from sllmdask.actors.handle import ModelHandle, actor_key
+from sllmdask.actors.model_actor import ModelActor
+from sllmdask.actors.streams import Outbox
+from sllmdask.errors import SllmError, WorkerLost
+from sllmdask.policy import events as ev
+from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.views import Tier
+
+logger = logging.getLogger(__name__)
+
+
+class Effects:
+    """The hands of the controller on one scheduler.
+
+    The actors belong to a Dask client inside the scheduler's process: they live as long as the scheduler, whatever happens to
+    the front doors.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        on: Callable[[ev.Event], None],
+        doors: Mapping[str, Outbox],
+        source_of: Callable[[str], str],
+    ) -> None:
+        self._scheduler, self._on, self._doors, self._source_of = scheduler, on, doors, source_of
+        self._client: Client | None = None
+        self._client_lock = asyncio.Lock()
+        self._futures: dict[str, Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        #: Calls to workers: replies are ours to decode, unlike on the scheduler's own pool.
+        self.pool = ConnectionPool(
+            limit=512, deserialize=True, connection_args=Security().get_connection_args("scheduler"), timeout=10
+        )
+
+    def enact(self, decision: Decision) -> None:
+        """Begin to do what was decided."""
+        match decision:
+            case Load():
+                logger.info(
+                    "load model=%s worker=%s instance=%s ready_in_s=%.3f",
+                    decision.model,
+                    decision.worker,
+                    decision.instance,
+                    decision.ready_in_s,
+                )
+                self.start(self._load(decision))
+            case Unload():
+                logger.info(
+                    "unload model=%s worker=%s instance=%s cause=%s",
+                    decision.model,
+                    decision.worker,
+                    decision.instance,
+                    decision.cause,
+                )
+                self.start(self._unload(decision))
+            case Dispatch():
+                loaded_from = None if decision.loaded_from is None else str(decision.loaded_from)
+                self._tell(
+                    decision.front_door,
+                    [
+                        "dispatch",
+                        decision.request,
+                        decision.instance,
+                        decision.worker,
+                        decision.node,
+                        loaded_from,
+                        decision.queue_s,
+                    ],
+                )
+            case Refuse():
+                logger.info("refuse request=%s cause=%s", decision.request, decision.error.code)
+                self._tell(decision.front_door, ["refuse", decision.request, decision.error.as_wire()])
+            case WakeAt(at=at):
+                if self._timer:
+                    self._timer.cancel()
+                    self._timer = None
+                if at is not None:
+                    delay = max(0.0, at - time.monotonic())
+                    self._timer = asyncio.get_running_loop().call_later(delay, self._wake)
+
+    async def open(self) -> None:
+        """Before the first decision."""
+        await self.pool.start()
+
+    async def close(self) -> None:
+        """Stop what is under way and let go of the actors."""
+        if self._timer:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+        await self.pool.close()
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._on(ev.TimerFired(time.monotonic()))
+
+    def _tell(self, front_door: str, message: list[Any]) -> None:
+        outbox = self._doors.get(front_door)
+        if outbox is not None:
+            outbox.put(message)
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run something in the background, until :meth:`close`."""
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _own_client(self) -> Client:
+        async with self._client_lock:
+            if self._client is None:
+                self._client = await Client(
+                    self._scheduler.address,
+                    asynchronous=True,
+                    set_as_default=False,
+                    direct_to_workers=True,
+                    name="sllmdask-controller",
+                    heartbeat_interval="10s",
+                )
+            return self._client
+
+    async def _load(self, load: Load) -> None:
+        try:
+            client = await self._own_client()
+            source = self._source_of(load.model)
+            future = client.submit(
+                ModelActor,
+                load.instance,
+                load.model,
+                source,
+                key=actor_key(load.instance),
+                workers=[load.worker],
+                actor=True,
+            )
+            self._futures[load.instance] = future
+            with client.as_current():
+                await wait(future)
+            if future.status != "finished":
+                raise WorkerLost(load.worker)
+            done = await ModelHandle(load.instance, load.worker, self.pool).load()
+        except WorkerLost:
+            # The worker's departure, which Dask reports, ends its instances; a load must not be counted as failed for it.
+            self._release(load.instance)
+            if load.worker in self._scheduler.workers:
+                self._on(ev.LoadFailed(time.monotonic(), load.instance, f"the worker {load.worker} did not answer"))
+        except SllmError as error:
+            logger.warning("load failed model=%s worker=%s cause=%s", load.model, load.worker, error.message)
+            self._release(load.instance)
+            self._on(ev.LoadFailed(time.monotonic(), load.instance, error.message))
+        except Exception as error:
+            # An instance that never left "loading" would hold its slots for ever.
+            logger.exception("load failed model=%s worker=%s", load.model, load.worker)
+            self._release(load.instance)
+            self._on(ev.LoadFailed(time.monotonic(), load.instance, f"internal error: {error!r}"))
+        else:
+            self._on(ev.LoadFinished(time.monotonic(), load.instance, Tier(done["loaded_from"])))
+
+    async def _unload(self, unload: Unload) -> None:
+        try:
+            await ModelHandle(unload.instance, unload.worker, self.pool).unload(unload.forget)
+        except WorkerLost:
+            logger.info("unload instance=%s: its worker is gone", unload.instance)
+        except SllmError as error:
+            logger.warning("unload failed instance=%s cause=%s", unload.instance, error.message)
+        self._release(unload.instance)
+        self._on(ev.UnloadFinished(time.monotonic(), unload.instance))
+
+    def _release(self, instance: str) -> None:
+        future = self._futures.pop(instance, None)
+        if future is not None:
+            future.release()

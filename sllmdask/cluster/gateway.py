@@ -1,0 +1,399 @@
+"""Request to token stream. One per front door.
+
+It asks the scheduler where a request goes, sends it there, and turns accepted tokens into text. Tokens come from the worker
+over one persistent connection; they never pass through the scheduler. It holds nothing that another front door could not rebuild
+or that does not die with its own requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import shutil
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from distributed.core import ConnectionPool
+from distributed.security import Security
+
+from sllmdask.actors.streams import Message, Outbox, messages, open_stream
+from sllmdask.batching.sequence import FinishReason
+from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
+from sllmdask.config import Deployment, Settings
+from sllmdask.engine.text import TextStream, Tokenizer
+from sllmdask.errors import InstanceGone, ModelNotFound, SchedulerUnreachable, SllmError, WorkerLost, from_wire
+from sllmdask.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+#: Ended requests that ``GET /admin/requests`` still shows.
+N_RECENT = 256
+#: Times that a request goes back to the queue because its instance had just left.
+MAX_RETURNS = 5
+#: Seconds between pings of a worker, and without any word from it after which it counts as lost.
+PING_EVERY_S = 2.0
+SILENCE_S = 20.0
+#: Seconds between attempts to reach a scheduler that went away, from the first to the longest.
+RECONNECT_S = (0.2, 5.0)
+
+
+class _Active:
+    """A request under way: its journal, its text so far, and what has arrived for it."""
+
+    def __init__(self, request: GenerateRequest, text: TextStream) -> None:
+        self.journal = Journal(request)
+        self.text = text
+        self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
+        self.n_returns = 0
+
+
+class WorkerLink:
+    """The connection to one worker, for all requests that run there."""
+
+    def __init__(self, gateway: Gateway, worker: str) -> None:
+        self._gateway, self.worker = gateway, worker
+        self._unsent: list[Message] = []
+        self._outbox: Outbox | None = None
+        self._task = asyncio.create_task(self._run())
+
+    def send(self, message: Message) -> None:
+        if self._outbox is None:
+            self._unsent.append(message)
+        else:
+            self._outbox.put(message)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            comm = await open_stream(self.worker, "sllm-stream", timeout_s=10, front_door=self._gateway.id)
+        except OSError as error:
+            logger.warning("worker %s cannot be reached: %s", self.worker, error)
+            self._gateway.worker_lost(self)
+            return
+        self._outbox = Outbox(comm)
+        self._heard_at = asyncio.get_running_loop().time()
+        pinger = asyncio.create_task(self._ping(self._outbox, comm))
+        try:
+            for message in self._unsent:
+                self._outbox.put(message)
+            self._unsent.clear()
+            async for message in messages(comm):
+                self._heard_at = asyncio.get_running_loop().time()
+                self._gateway.from_worker(message)
+        finally:
+            pinger.cancel()
+            await self._outbox.close()
+        self._gateway.worker_lost(self)
+
+    async def _ping(self, outbox: Outbox, comm: Any) -> None:
+        """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute."""
+        number = 0
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            number += 1
+            outbox.put(["ping", number])
+            if asyncio.get_running_loop().time() - self._heard_at > SILENCE_S:
+                comm.abort()
+
+
+class Gateway:
+    """Where the HTTP server hands its requests in. Belongs to one event loop; :meth:`start` before use."""
+
+    def __init__(self, scheduler: str, settings: Settings) -> None:
+        self.id = f"door-{uuid.uuid4().hex[:12]}"
+        self._scheduler, self._settings = scheduler, settings
+        self._pool = ConnectionPool(deserialize=True, connection_args=Security().get_connection_args("client"), timeout=10)
+        self._outbox: Outbox | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._n_workers = 0
+        self._mirrored = asyncio.Event()
+        self._active: dict[str, _Active] = {}
+        self._recent: deque[dict[str, Any]] = deque(maxlen=N_RECENT)
+        self._links: dict[str, WorkerLink] = {}
+        self._tokenizers: dict[tuple[str, int], asyncio.Task[Tokenizer]] = {}
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Connect to the scheduler; raises :class:`SchedulerUnreachable`."""
+        await self._pool.start()
+        comm = await self._connect()
+        self._supervisor = asyncio.create_task(self._supervise(comm))
+        try:
+            await asyncio.wait_for(self._mirrored.wait(), 10)
+        except TimeoutError:
+            raise SchedulerUnreachable(self._scheduler, "it does not answer as sllmdask") from None
+
+    async def close(self) -> None:
+        """End every request, and let go of the cluster."""
+        if self._supervisor:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        for link in list(self._links.values()):
+            await link.close()
+        for task in self._tokenizers.values():
+            task.cancel()
+        await asyncio.gather(*self._tokenizers.values(), return_exceptions=True)
+        await self._pool.close()
+
+    async def _connect(self) -> Any:
+        try:
+            return await open_stream(self._scheduler, "sllm-front-door", timeout_s=10, front_door=self.id)
+        except (OSError, ValueError) as error:
+            raise SchedulerUnreachable(self._scheduler, " ".join(str(error).split())) from None
+
+    async def _supervise(self, comm: Any) -> None:
+        """Follow the scheduler; when it goes away, streams that run go on, and what waits is asked again on its return."""
+        while True:
+            self._outbox = Outbox(comm)
+            for active in self._active.values():
+                if active.journal.worker is None:
+                    self._ask_for_place(active)
+            async for message in messages(comm):
+                self._from_scheduler(message)
+            outbox, self._outbox = self._outbox, None
+            await outbox.close()
+            self._n_workers = 0
+            logger.warning("lost the scheduler at %s; trying again", self._scheduler)
+            pause_s = RECONNECT_S[0]
+            while True:
+                await asyncio.sleep(pause_s)
+                try:
+                    comm = await self._connect()
+                    break
+                except SchedulerUnreachable:
+                    pause_s = min(RECONNECT_S[1], pause_s * 2)
+
+    # --- what is there ---
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be placed."""
+        return self._outbox is not None and self._n_workers > 0
+
+    @property
+    def not_ready_reason(self) -> str:
+        if self._outbox is None:
+            return f"The scheduler at {self._scheduler} is not connected."
+        return "No worker is connected. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
+
+    def models(self) -> list[dict[str, Any]]:
+        """The deployed models as the scheduler last told; never waits."""
+        return list(self._rows.values())
+
+    def max_model_len(self, model: str) -> int:
+        return int(self._row(model)["max_model_len"])
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Requests under way, then those that ended lately, newest first."""
+        return [active.journal.as_row() for active in self._active.values()] + list(self._recent)
+
+    async def cluster(self) -> dict[str, Any]:
+        """The workers, their slots, tiers and models."""
+        return await self._ask("sllm_cluster")
+
+    async def register(self, deployment: Deployment) -> dict[str, Any]:
+        """Deploy a model, or deploy it again with other settings; returns ``model`` and ``warnings``."""
+        return await self._ask("sllm_register", deployment=deployment.model_dump(mode="json", exclude_unset=True))
+
+    async def delete(self, model: str) -> None:
+        """Forget a model; raises :class:`ModelNotFound`."""
+        await self._ask("sllm_delete", model=model)
+
+    async def tokenizer(self, model: str) -> Tokenizer:
+        """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""
+        key = (model, int(self._row(model)["revision"]))
+        task = self._tokenizers.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            for old in [old for old in self._tokenizers if old[0] == model]:
+                self._tokenizers.pop(old).cancel()
+            task = self._tokenizers[key] = asyncio.create_task(self._fetch_tokenizer(model))
+        return await asyncio.shield(task)
+
+    async def _fetch_tokenizer(self, model: str) -> Tokenizer:
+        reply = await self._ask("sllm_files", model=model)
+        directory = Path(tempfile.mkdtemp(prefix="sllmdask-tokenizer-"))
+        try:
+            for name, content in reply["files"].items():
+                (directory / Path(name).name).write_bytes(content)
+            return await asyncio.to_thread(Tokenizer.from_directory, directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _row(self, model: str) -> dict[str, Any]:
+        row = self._rows.get(model)
+        if row is None:
+            raise ModelNotFound(model, difflib.get_close_matches(model, self._rows, n=3))
+        return row
+
+    async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            reply: dict[str, Any] = await getattr(self._pool(self._scheduler), op)(**arguments)
+        except (OSError, ValueError) as error:
+            raise SchedulerUnreachable(self._scheduler, " ".join(str(error).split())) from None
+        if "error" in reply:
+            raise from_wire(reply)
+        return reply
+
+    # --- one request ---
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GatewayEvent]:
+        """What happens to `request`, up to :class:`Finished`; closing the generator cancels it wherever it is.
+
+        Raises what the cluster answered: :class:`QueueTimeout`, :class:`NoWorker`, :class:`LoadFailed`, :class:`WorkerLost`...
+        """
+        tokenizer = await self.tokenizer(request.model)
+        active = _Active(request, tokenizer.stream(request.params.stop))
+        self._active[request.id] = active
+        journal = active.journal
+        try:
+            self._ask_for_place(active)
+            yield Progress("queued", f"waiting for {request.model}")
+            while True:
+                message = await active.inbox.get()
+                if isinstance(message, SllmError):
+                    journal.state = "failed"
+                    raise message
+                for event in self._follow(active, message):
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        finally:
+            self._close(active)
+
+    def _follow(self, active: _Active, message: Message) -> list[GatewayEvent]:
+        """What one message means for its request."""
+        journal = active.journal
+        match message:
+            case ["progress", state, detail, done, total] if journal.worker is None:
+                return [Progress(state, detail, done, total)]
+            case ["dispatch", _, instance, worker, node, loaded_from, queue_s]:
+                journal.instance, journal.worker, journal.node, journal.state = instance, worker, node, "running"
+                journal.path.append(node)
+                request = journal.request
+                params = request.params.as_wire()
+                self._link(worker).send(
+                    ["submit", request.id, journal.epoch, instance, request.prompt_ids, journal.output_ids, params]
+                )
+                return [Started(node, loaded_from or "hit", queue_s)]
+            case ["refuse", _, error]:
+                journal.state = "refused"
+                raise from_wire(error)
+            case ["tokens", _, epoch, index, token_ids, reason] if epoch == journal.epoch:
+                return self._accept(active, index, list(token_ids), reason)
+            case ["error", _, epoch, error] if epoch == journal.epoch:
+                self._fail(active, from_wire(error))
+        return []
+
+    def _accept(self, active: _Active, index: int, token_ids: list[int], reason: str | None) -> list[GatewayEvent]:
+        """The next tokens as text. A stop string ends the answer here; what the engine made beyond it is not counted."""
+        journal = active.journal
+        n_before = len(journal.output_ids)
+        text = active.text.push(journal.accept(journal.epoch, index, token_ids))
+        if active.text.stopped:
+            del journal.output_ids[active.text.n_accepted :]
+            reason = FinishReason.STOP
+        fresh = tuple(journal.output_ids[n_before:])
+        if reason is None:
+            return [Delta(text, fresh)] if fresh else []
+        text += active.text.flush()
+        journal.state = "finished"
+        end = Finished(FinishReason(reason), len(journal.request.prompt_ids), len(journal.output_ids))
+        return [Delta(text, fresh), end] if fresh else [end]
+
+    def _fail(self, active: _Active, error: SllmError) -> None:
+        """An instance that had just left sends the request back to its place in the queue; anything else is raised."""
+        journal = active.journal
+        if not isinstance(error, InstanceGone) or active.n_returns >= MAX_RETURNS:
+            journal.state = "failed"
+            raise error
+        active.n_returns += 1
+        journal.epoch += 1
+        journal.worker = journal.instance = journal.node = None
+        journal.state = "queued"
+        self._tell(["returned", journal.request.id])
+
+    def _close(self, active: _Active) -> None:
+        """Forget a request, and stop it where it still runs."""
+        journal = active.journal
+        del self._active[journal.request.id]
+        if journal.state in ("queued", "running"):
+            journal.state = "cancelled"
+        link = self._links.get(journal.worker) if journal.worker else None
+        if link is not None and (journal.state != "finished" or active.text.stopped):
+            link.send(["cancel", journal.request.id, journal.instance])
+        self._tell(["ended", journal.request.id])
+        self._recent.appendleft(journal.as_row())
+
+    def _ask_for_place(self, active: _Active) -> None:
+        request = active.journal.request
+        self._tell(["request", request.id, request.model, request.priority, request.deadline_s])
+
+    def _tell(self, message: Message) -> None:
+        if self._outbox is not None:
+            self._outbox.put(message)
+
+    # --- messages ---
+
+    def _from_scheduler(self, message: Message) -> None:
+        match message:
+            case ["models", changed, gone, n_workers]:
+                self._n_workers = n_workers
+                for name in gone:
+                    self._rows.pop(name, None)
+                for row in changed:
+                    self._rows[row["model"]] = row
+                self._mirrored.set()
+                self._show_progress([row for row in changed if row["state"] == "loading"])
+            case ["dispatch" | "refuse", request_id, *_]:
+                active = self._active.get(request_id)
+                if active is not None:
+                    active.inbox.put_nowait(message)
+            case _:
+                logger.warning("unknown message from the scheduler: %r", message[:1])
+
+    def _show_progress(self, rows: list[dict[str, Any]]) -> None:
+        """Tell who waits for a loading model how far it is."""
+        loading = {row["model"]: row for row in rows}
+        for active in self._active.values():
+            row = loading.get(active.journal.request.model)
+            if row is not None and active.journal.worker is None:
+                done, total = row["done"] or 0, row["nbytes"]
+                percent = f" {100 * done // total}%" if total else ""
+                detail = f"loading {row['model']}{percent} of {format_bytes(total)}"
+                active.inbox.put_nowait(["progress", "loading", detail, done, total])
+
+    def from_worker(self, message: Message) -> None:
+        """One message of a worker's stream."""
+        match message:
+            case ["tokens" | "error", request_id, *_]:
+                active = self._active.get(request_id)
+                if active is not None:
+                    active.inbox.put_nowait(message)
+            case ["pong", _]:
+                pass
+            case _:
+                logger.warning("unknown message from a worker: %r", message[:1])
+
+    def worker_lost(self, link: WorkerLink) -> None:
+        """A worker's connection ended: so do the requests that ran there."""
+        if self._links.get(link.worker) is link:
+            del self._links[link.worker]
+        for active in self._active.values():
+            if active.journal.worker == link.worker:
+                active.inbox.put_nowait(WorkerLost(link.worker))
+
+    def _link(self, worker: str) -> WorkerLink:
+        link = self._links.get(worker)
+        if link is None:
+            link = self._links[worker] = WorkerLink(self, worker)
+        return link

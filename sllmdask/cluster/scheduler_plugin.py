@@ -1,0 +1,464 @@
+"""What makes a Dask scheduler the head of sllmdask: ``dask scheduler --preload sllmdask.cluster.scheduler_plugin``.
+
+Every hook of Dask ends in one event for the controller, every decision in one effect. The only place that decides anything is
+``policy/``; this is its mechanism.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Scheduler
+from distributed.comm import Comm
+from distributed.core import Status
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from sllmdask.actors.streams import Message, Outbox, messages
+from sllmdask.cluster.dask_settings import read_settings
+from sllmdask.cluster.effects import Effects
+from sllmdask.cluster.worker_plugin import PROTOCOL
+from sllmdask.config import Deployment, Settings, parse
+from sllmdask.errors import ConfigError, EngineError, ModelNotFound, NoWorker, SllmError, WorkerLost, from_wire
+from sllmdask.policy import events as ev
+from sllmdask.policy.controller import Controller, ControllerSettings
+from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
+
+logger = logging.getLogger(__name__)
+
+#: Events kept for replay and for `explain`.
+N_EVENTS = 10_000
+#: Seconds between two comparisons of the heartbeats' account with ours: a report that was lost is found here.
+RECONCILE_S = 2.0
+#: Seconds that changes of models are gathered before the front doors hear of them.
+GATHER_S = 0.02
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A deployment and what its checkpoint turned out to be."""
+
+    deployment: Deployment
+    created: int
+    revision: int
+    nbytes: int
+    max_model_len: int
+    architecture: str
+
+
+def answer(method: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """Around a handler: our errors travel as plain data, since Dask would pickle them."""
+
+    @functools.wraps(method)
+    async def call(self: SllmSchedulerPlugin, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return await method(self, **kwargs)
+        except SllmError as error:
+            return error.as_wire()
+        except Exception as error:
+            logger.exception("handler %s failed", method.__name__)
+            return EngineError(f"{method.__name__} failed: {error!r}").as_wire()
+
+    return call
+
+
+class SllmSchedulerPlugin(SchedulerPlugin):
+    """Hooks to events, decisions to effects, and the front doors' connection."""
+
+    name = "sllmdask"
+
+    def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
+        self.scheduler, self.settings = scheduler, settings
+        self.controller = Controller(
+            ControllerSettings(
+                worker_wait_s=settings.scheduler.worker_wait,
+                max_queue=settings.scheduler.max_queue,
+                min_residency_s=settings.scheduler.min_residency,
+                patience_s=settings.scheduler.patience,
+                max_requests=settings.engine.max_running,
+            )
+        )
+        self.events: deque[ev.Event] = deque(maxlen=N_EVENTS)
+        self.deployed: dict[str, Deployed] = {}
+        self._doors: dict[str, Outbox] = {}
+        #: What the front doors were told last.
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._n_workers_told = 0
+        #: The newest account of each worker, by address.
+        self._accounts: dict[str, dict[str, Any]] = {}
+        #: Bytes done and in all of loads under way, by instance.
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._telling: asyncio.TimerHandle | None = None
+        self._worker_joined = asyncio.Event()
+        self._reconciler: asyncio.Task[None] | None = None
+        self._revisions = itertools.count(1)
+        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment.source)
+        scheduler.handlers["sllm-front-door"] = self.front_door
+        scheduler.handlers["sllm_register"] = self.register
+        scheduler.handlers["sllm_delete"] = self.delete
+        scheduler.handlers["sllm_files"] = self.files
+        scheduler.handlers["sllm_cluster"] = self.cluster
+        scheduler.stream_handlers["sllm-report"] = self.worker_report
+
+    def on(self, event: ev.Event) -> None:
+        """The one way into the controller."""
+        self.events.append(event)
+        for decision in self.controller.handle(event):
+            self.effects.enact(decision)
+        self._tell_soon()
+
+    # --- Dask's hooks ---
+
+    async def start(self, scheduler: Scheduler) -> None:
+        for address in scheduler.workers:
+            self.add_worker(scheduler, address)
+
+    async def before_close(self) -> None:
+        if self._reconciler:
+            self._reconciler.cancel()
+        if self._telling:
+            self._telling.cancel()
+        await self.effects.close()
+        for outbox in list(self._doors.values()):
+            await outbox.close()
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        state = scheduler.workers[worker]
+        facts = state.extra.get("sllm")
+        if not facts:
+            logger.warning("worker %s has no sllmdask preload: no model will be placed on it", worker)
+            return
+        if facts["protocol"] != PROTOCOL:
+            logger.warning("worker %s speaks protocol %s, not %s: upgrade it", worker, facts["protocol"], PROTOCOL)
+            return
+        residency, bytes_per_s, overhead_s = _account(facts)
+        view = WorkerView(
+            address=worker,
+            name=str(state.name),
+            slots=facts["slots"],
+            host_capacity=facts["host_capacity"],
+            residency=residency,
+            bytes_per_s=bytes_per_s,
+            overhead_s=overhead_s,
+            version=facts["version"],
+        )
+        self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
+        self._worker_joined.set()
+        self.on(ev.WorkerJoined(time.monotonic(), view))
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
+        self._accounts.pop(worker, None)
+        if worker in self.controller.workers:
+            self.on(ev.WorkerLeft(time.monotonic(), worker))
+
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:  # noqa: ARG002
+        """Adaptive clusters may only retire workers that hold no instance."""
+        busy = {instance.worker for instance in self.controller.instances.values()}
+        return [worker for worker in workers if worker.address not in busy]
+
+    # --- workers ---
+
+    def worker_report(self, worker: str, message: dict[str, Any]) -> None:
+        """A change on a worker, as it happened."""
+        try:
+            match message:
+                case {"kind": "account", "account": account}:
+                    self._fold_account(worker, account)
+                case {"kind": "progress", "instance": instance, "done": done, "total": total}:
+                    self._progress[instance] = (done, total)
+                    self._tell_soon()
+                case {"kind": "lost", "instance": instance, "reason": reason}:
+                    self.on(ev.InstanceLost(time.monotonic(), instance, reason))
+                case _:
+                    logger.warning("unknown report from %s: %r", worker, message)
+        except (KeyError, TypeError, ValueError):
+            # A raising stream handler would make Dask drop the worker.
+            logger.exception("bad report from %s: %r", worker, message)
+
+    def _fold_account(self, address: str, account: dict[str, Any]) -> None:
+        view = self.controller.workers.get(address)
+        if view is None or account["version"] < view.version:
+            return
+        self._accounts[address] = account
+        if account["version"] > view.version:
+            self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account)))
+
+    async def _reconcile(self) -> None:
+        while True:
+            await asyncio.sleep(RECONCILE_S)
+            for address, state in list(self.scheduler.workers.items()):
+                account = state.metrics.get("sllm")
+                if account:
+                    self.worker_report(address, {"kind": "account", "account": account})
+
+    # --- front doors ---
+
+    async def front_door(self, comm: Comm, front_door: str) -> Status:
+        """A front door's connection; when it ends, so do its requests."""
+        outbox = Outbox(comm)
+        self._doors[front_door] = outbox
+        logger.info("front door joined front_door=%s", front_door)
+        outbox.put(["models", list(self._current_rows().values()), [], len(self.controller.workers)])
+        try:
+            async for message in messages(comm):
+                self._receive(front_door, message)
+        finally:
+            self._doors.pop(front_door, None)
+            logger.info("front door left front_door=%s", front_door)
+            self.on(ev.FrontDoorLeft(time.monotonic(), front_door))
+            await outbox.close()
+        return Status.dont_reply
+
+    def _receive(self, front_door: str, message: Message) -> None:
+        now = time.monotonic()
+        match message:
+            case ["request", request_id, model, priority, deadline_s]:
+                deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
+                request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
+                self.on(ev.RequestArrived(now, request))
+            case ["ended", request_id]:
+                self.on(ev.RequestEnded(now, request_id))
+            case ["returned", request_id]:
+                self.on(ev.RequestReturned(now, request_id))
+            case _:
+                logger.warning("unknown message from front door %s: %r", front_door, message[:1])
+
+    def _tell_soon(self) -> None:
+        """Front doors mirror the models; changes of one moment go out together."""
+        if self._telling is None and self._doors:
+            self._telling = asyncio.get_running_loop().call_later(GATHER_S, self._tell)
+
+    def _tell(self) -> None:
+        """Send the front doors what changed since they were told last."""
+        if self._telling:
+            self._telling.cancel()
+            self._telling = None
+        rows = self._current_rows()
+        changed = [row for name, row in rows.items() if row != self._rows.get(name)]
+        gone = [name for name in self._rows if name not in rows]
+        n_workers = len(self.controller.workers)
+        if changed or gone or n_workers != self._n_workers_told:
+            for outbox in self._doors.values():
+                outbox.put(["models", changed, gone, n_workers])
+        self._rows, self._n_workers_told = rows, n_workers
+
+    def _current_rows(self) -> dict[str, dict[str, Any]]:
+        self._progress = {key: done for key, done in self._progress.items() if key in self.controller.instances}
+        return {name: self._row(name, deployed) for name, deployed in self.deployed.items()}
+
+    def _row(self, name: str, deployed: Deployed) -> dict[str, Any]:
+        """One model as front doors and users see it."""
+        instances = self.controller.instances_of(name)
+        loading = [instance for instance in instances if instance.state in (InstanceState.LOADING, InstanceState.PLANNED)]
+        ready = [instance for instance in instances if instance.state is InstanceState.READY]
+        done, total = next(
+            (self._progress[instance.id] for instance in loading if instance.id in self._progress), (0, deployed.nbytes)
+        )
+        reason = self.controller.last_failure(name)
+        if ready:
+            state = "ready"
+        elif loading:
+            state = "loading"
+        elif reason:
+            state = "failed"
+        else:
+            tiers = {worker.residency.get(deployed.deployment.source) for worker in self.controller.workers.values()}
+            state = next((str(tier) for tier in (Tier.HOST, Tier.DISK) if tier in tiers), "absent")
+        return {
+            "model": name,
+            "state": state,
+            "created": deployed.created,
+            "revision": deployed.revision,
+            "max_model_len": deployed.max_model_len,
+            "nbytes": deployed.nbytes,
+            "instances": len(ready),
+            "reason": reason,
+            "keep_alive": self._keep_alive(deployed.deployment),
+            "progress": done / total if loading and total else None,
+            "done": done if loading else None,
+            "source": deployed.deployment.source,
+        }
+
+    # --- handlers that answer ---
+
+    @answer
+    async def register(self, deployment: dict[str, Any]) -> dict[str, Any]:
+        """Deploy a model, or deploy it anew with other settings."""
+        asked = parse(Deployment, deployment, "the deployment")
+        facts = await self._inspect(asked)
+        old = self.deployed.get(asked.model)
+        same = old is not None and old.deployment.source == asked.source
+        max_model_len = min(asked.backend_config.max_model_len or facts["max_model_len"], facts["max_model_len"])
+        scaling = asked.auto_scaling_config
+        view = ModelView(
+            name=asked.model,
+            nbytes=facts["nbytes"],
+            checkpoint=asked.source,
+            n_slots=asked.num_gpus,
+            target=scaling.target,
+            min_instances=scaling.min_instances,
+            max_instances=scaling.max_instances,
+            keep_alive_s=self._keep_alive(asked),
+            nodes=asked.placement_config.nodes,
+        )
+        misfit = self.controller.feasible(view)
+        if misfit is not None:
+            raise misfit
+        if old is not None and not same:
+            self._forget(asked.model)
+        self.deployed[asked.model] = Deployed(
+            deployment=asked,
+            created=old.created if old and same else int(time.time()),
+            revision=old.revision if old and same else next(self._revisions),
+            nbytes=facts["nbytes"],
+            max_model_len=max_model_len,
+            architecture=facts["architecture"],
+        )
+        logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
+        self.on(ev.ModelDeployed(time.monotonic(), view))
+        self._tell()
+        return {"model": asked.model, "warnings": asked.warnings()}
+
+    @answer
+    async def delete(self, model: str) -> dict[str, Any]:
+        """Forget a model: who waits is refused, who runs may finish, then its memory is freed everywhere."""
+        self._deployed(model)
+        self._forget(model)
+        self._tell()
+        return {"model": model}
+
+    @answer
+    async def files(self, model: str) -> dict[str, Any]:
+        """The small files of a model's checkpoint, from a worker that has them."""
+        deployment = self._deployed(model).deployment
+        error: SllmError = NoWorker(model, "no worker is connected that could supply its tokenizer")
+        for worker in self._allowed(deployment):
+            reply = await self._ask(worker.address, "sllm_files", source=deployment.source)
+            if "error" not in reply:
+                return {"files": reply["files"], "revision": self.deployed[model].revision}
+            error = from_wire(reply)
+        raise error
+
+    @answer
+    async def cluster(self) -> dict[str, Any]:
+        """Workers with their slots, tiers and models."""
+        return {"workers": [self._worker_row(view) for view in self.controller.workers.values()]}
+
+    def _worker_row(self, view: WorkerView) -> dict[str, Any]:
+        state = self.scheduler.workers[view.address]
+        facts = state.extra["sllm"]
+        account = self._accounts.get(view.address, facts)
+        here = [instance for instance in self.controller.instances.values() if instance.worker == view.address]
+        taken = [instance for instance in here if instance.state is not InstanceState.PLANNED]
+        models = []
+        for name, deployed in self.deployed.items():
+            states = [instance.state for instance in here if instance.model == name]
+            tier = view.residency.get(deployed.deployment.source)
+            if states:
+                shown = "device" if InstanceState.READY in states else str(tier or Tier.DISK)
+                models.append({"model": name, "state": str(states[0]), "tier": shown, "nbytes": deployed.nbytes})
+            elif tier is not None:
+                models.append({"model": name, "state": str(tier), "tier": str(tier), "nbytes": deployed.nbytes})
+        return {
+            "name": view.name,
+            "address": view.address,
+            "pid": facts["pid"],
+            "slots": view.slots,
+            "slots_used": sum(instance.n_slots for instance in taken),
+            "tiers": account["tiers"],
+            "bandwidth": account["bandwidth"],
+            "instances": [
+                {
+                    "instance": instance.id,
+                    "model": instance.model,
+                    "state": str(instance.state),
+                    "n_requests": instance.n_requests,
+                }
+                for instance in here
+            ],
+            "models": models,
+        }
+
+    def _deployed(self, model: str) -> Deployed:
+        deployed = self.deployed.get(model)
+        if deployed is None:
+            raise ModelNotFound(model, difflib.get_close_matches(model, self.deployed, n=3))
+        return deployed
+
+    def _keep_alive(self, deployment: Deployment) -> float:
+        given = deployment.auto_scaling_config.keep_alive
+        return self.settings.scheduler.keep_alive if given is None else given
+
+    def _allowed(self, deployment: Deployment) -> list[WorkerView]:
+        nodes = deployment.placement_config.nodes
+        return [worker for worker in self.controller.workers.values() if not nodes or worker.name in nodes]
+
+    async def _inspect(self, deployment: Deployment) -> dict[str, Any]:
+        """What a worker that may run the model says of its checkpoint; the first error, if none can serve it."""
+        deadline = time.monotonic() + self.settings.scheduler.worker_wait
+        while not self._allowed(deployment):
+            self._worker_joined.clear()
+            try:
+                await asyncio.wait_for(self._worker_joined.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                nodes = deployment.placement_config.nodes
+                who = f"its nodes {', '.join(nodes)} are not connected" if nodes else "no worker is connected"
+                hint = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
+                raise NoWorker(deployment.model, f"{who}. {hint}") from None
+        error: SllmError | None = None
+        for worker in self._allowed(deployment):
+            reply = await self._ask(worker.address, "sllm_inspect", source=deployment.source)
+            if "error" not in reply:
+                return reply
+            error = error or from_wire(reply)
+        assert error is not None
+        raise error
+
+    async def _ask(self, worker: str, op: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            return await getattr(self.effects.pool(worker), op)(**arguments)
+        except OSError:
+            return WorkerLost(worker).as_wire()
+
+    def _forget(self, model: str) -> None:
+        deployed = self.deployed.pop(model)
+        source = deployed.deployment.source
+        logger.info("deleted model=%s", model)
+        self.on(ev.ModelDeleted(time.monotonic(), model))
+        if any(other.deployment.source == source for other in self.deployed.values()):
+            return
+        for worker in self.controller.workers.values():
+            if worker.residency.get(source) is Tier.HOST:
+                self.effects.start(self._forget_on(worker.address, source))
+
+    async def _forget_on(self, worker: str, source: str) -> None:
+        await self._ask(worker, "sllm_forget", source=source)
+
+
+def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float], dict[Tier, float]]:
+    """A worker's report as views: residency, bytes per second, fixed seconds."""
+    residency = {key: Tier(tier) for key, tier in facts["residency"].items()}
+    bytes_per_s = {Tier(tier): speed["bytes_per_s"] for tier, speed in facts["bandwidth"].items()}
+    overhead_s = {Tier(tier): speed["overhead_s"] for tier, speed in facts["bandwidth"].items()}
+    return residency, bytes_per_s, overhead_s
+
+
+async def dask_setup(scheduler: Scheduler) -> None:
+    """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``."""
+    try:
+        settings = read_settings()
+    except ConfigError as error:
+        # Dask would log the failed preload and run a scheduler that knows no model.
+        logger.error("%s", error.message)
+        raise SystemExit(2) from None
+    plugin = SllmSchedulerPlugin(scheduler, settings)
+    await plugin.effects.open()
+    scheduler.add_plugin(plugin, name=SllmSchedulerPlugin.name)

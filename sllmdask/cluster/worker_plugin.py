@@ -1,0 +1,205 @@
+"""What makes a Dask worker a node of sllmdask: ``dask worker ADDRESS --preload sllmdask.cluster.worker_plugin --slots 1``.
+
+The plugin opens the checkpoint store and the registry of instances, and answers the scheduler and the front doors. The worker is
+the truth about itself: it reports at every change, and the same account rides on each heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import psutil
+from distributed import Worker
+from distributed.comm import Comm
+from distributed.core import Status
+from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.system import MEMORY_LIMIT
+
+from sllmdask.actors.model_actor import EXTENSION
+from sllmdask.cluster.dask_settings import read_settings
+from sllmdask.config import Settings
+from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, SllmError
+from sllmdask.policy.views import Tier
+
+if TYPE_CHECKING:  # torch is imported after the threads' environment is set, see `setup`
+    from sllmdask.actors.instances import InstanceRegistry
+
+logger = logging.getLogger(__name__)
+
+#: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
+PROTOCOL = 1
+DEMO = "demo:"
+#: Files of a checkpoint that a front door needs: all that is neither weights nor code.
+_FRONT_DOOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_MAX_FILE_BYTES = 64 * 1024**2
+
+
+def resolve_source(source: str) -> str:
+    """The directory or hub id behind a deployment's source; ``demo:NAME`` is a checkpoint that ships with the package."""
+    if not source.startswith(DEMO):
+        return source
+    name = source.removeprefix(DEMO)
+    root = resources.files("sllmdask") / "demo"
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
+    if name not in names:
+        raise CheckpointNotFound(source, f"the demo models are {', '.join(names)}")
+    return str(root / name)
+
+
+class SllmWorkerPlugin(WorkerPlugin):
+    """Holds a worker's store and instances."""
+
+    name = "sllmdask"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.registry: InstanceRegistry | None = None
+
+    async def setup(self, worker: Worker) -> None:
+        self._worker = worker
+        # A worker that waits in a spinning OpenMP barrier takes the core of its neighbour: 8-30x slower when oversubscribed.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from sllmdask.actors.instances import InstanceRegistry
+        from sllmdask.loader.store import CheckpointStore
+
+        self.host_capacity = self.settings.worker.host_memory or MEMORY_LIMIT // 2
+        slots = self.settings.worker.slots
+        n_threads = self.settings.engine.n_threads or max(1, (psutil.cpu_count() or 1) // slots)
+        engine_settings = self.settings.engine.model_copy(update={"n_threads": n_threads})
+        store = CheckpointStore(self.settings.worker, self.host_capacity)
+        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source)
+        worker.extensions[EXTENSION] = self.registry
+        worker.handlers["sllm-stream"] = self.stream
+        worker.handlers["sllm_inspect"] = self.inspect
+        worker.handlers["sllm_files"] = self.files
+        worker.handlers["sllm_forget"] = self.forget
+        worker.startup_information["sllm"] = self.static_facts
+        worker.metrics["sllm"] = self.account
+        store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
+        self.registry.warm_up()
+
+    async def teardown(self, worker: Worker) -> None:
+        worker.extensions.pop(EXTENSION, None)
+        if self.registry is not None:
+            await self.registry.close()
+
+    # --- told to the scheduler ---
+
+    async def static_facts(self, _worker: Worker) -> dict[str, Any]:
+        """What does not change while the process lives; travels with its registration."""
+        return {
+            "protocol": PROTOCOL,
+            "pid": os.getpid(),
+            "slots": self.settings.worker.slots,
+            "host_capacity": self.host_capacity,
+            **self.account(),
+        }
+
+    def account(self, _worker: Worker | None = None) -> dict[str, Any]:
+        """Residency, speeds and instances now; ``version`` grows with every change."""
+        assert self.registry is not None
+        snapshot = self.registry.snapshot()
+        residency = {key: str(tier) for key, facts in snapshot["keys"].items() if (tier := _tier_of(facts["state"]))}
+        return {
+            "version": snapshot["version"],
+            "residency": residency,
+            "tiers": snapshot["tiers"],
+            "bandwidth": snapshot["bandwidth"],
+            "instances": snapshot["instances"],
+        }
+
+    def report(self, message: dict[str, Any]) -> None:
+        """Tell the scheduler at once; what cannot be sent now is in the next heartbeat."""
+        if self._worker.status in (Status.running, Status.paused):
+            self._worker.batched_send({"op": "sllm-report", "message": message})
+
+    # --- asked ---
+
+    async def stream(self, comm: Comm, front_door: str) -> Status:
+        """A front door's connection, for as long as it lasts."""
+        assert self.registry is not None
+        await self.registry.serve_stream(comm, front_door)
+        return Status.dont_reply
+
+    async def inspect(self, source: str) -> dict[str, Any]:
+        """What a deployment of `source` would be; ``{"error": ...}`` if it cannot be served."""
+        assert self.registry is not None
+        try:
+            info = await self.registry.store.inspect(resolve_source(source))
+            from sllmdask.engine.families import inspect_config
+
+            family = await asyncio.to_thread(inspect_config, info.config)
+        except SllmError as error:
+            return error.as_wire()
+        except Exception as error:
+            logger.exception("inspection failed source=%s", source)
+            return EngineError(f"inspecting {source!r} failed: {error!r}").as_wire()
+        return {
+            "nbytes": info.nbytes,
+            "architecture": family.architecture,
+            "max_model_len": family.max_model_len,
+        }
+
+    async def files(self, source: str) -> dict[str, Any]:
+        """Contents by name of the small files of a checkpoint: configuration, tokenizer, chat template."""
+        assert self.registry is not None
+        try:
+            info = await self.registry.store.inspect(resolve_source(source))
+            return {"files": await asyncio.to_thread(_read_small_files, Path(info.path))}
+        except SllmError as error:
+            return error.as_wire()
+
+    async def forget(self, source: str) -> bool:
+        """Drop the host copy of a checkpoint that is not deployed any more."""
+        assert self.registry is not None
+        return self.registry.store.evict(source)
+
+
+def _tier_of(state: str) -> Tier | None:
+    return {"host": Tier.HOST, "disk": Tier.DISK, "reading": Tier.DISK, "fetching": Tier.REMOTE}.get(state)
+
+
+def _read_small_files(directory: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for pattern in _FRONT_DOOR_FILES:
+        for path in sorted(directory.glob(pattern)):
+            if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES and not path.name.endswith(".index.json"):
+                found[path.name] = path.read_bytes()
+    json.loads(found.get("config.json", b"{}"))
+    return found
+
+
+@click.command()
+@click.option("--slots", type=int, help="instances' worth of compute on this worker (worker.slots)")
+@click.option("--host-memory", help="host memory for checkpoints, for example 16GiB (worker.host_memory)")
+@click.option("--store-dir", help="where downloaded checkpoints are kept (worker.store_dir)")
+@click.option("--threads-per-instance", type=int, help="threads of one engine (engine.n_threads)")
+@click.option("--kv-memory", help="KV cache of one instance, for example 1GiB (engine.kv_memory)")
+async def dask_setup(
+    worker: Worker,
+    slots: int | None,
+    host_memory: str | None,
+    store_dir: str | None,
+    threads_per_instance: int | None,
+    kv_memory: str | None,
+) -> None:
+    """Called by Dask for ``--preload sllmdask.cluster.worker_plugin``; the options are given after it."""
+    try:
+        settings = read_settings(
+            {
+                "worker": {"slots": slots, "host_memory": host_memory, "store_dir": store_dir},
+                "engine": {"n_threads": threads_per_instance, "kv_memory": kv_memory},
+            }
+        )
+    except ConfigError as error:
+        # Dask would log the failed preload and run a worker that can hold no model.
+        logger.error("%s", error.message)
+        raise SystemExit(2) from None
+    await worker.plugin_add(SllmWorkerPlugin(settings), name=SllmWorkerPlugin.name, catch_errors=False)
