@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,14 @@ DISTRIBUTED: Mapping[str, Any] = {
     "distributed.client.direct-to-workers": True,
     "distributed.nanny.pre-spawn-environ.OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+def log_as_dask_does() -> None:
+    """In a process that Dask started, our log lines go where Dask's go, unless the operator's configuration names us."""
+    ours, dasks = logging.getLogger("sllmdask"), logging.getLogger("distributed")
+    if not ours.handlers and not logging.getLogger().handlers:
+        ours.handlers[:] = dasks.handlers
+        ours.setLevel(dasks.level)
 
 
 def read_settings(overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:

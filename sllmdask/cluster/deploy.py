@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -40,7 +41,9 @@ async def local_cluster(
             ),
         }
     )
-    with dask.config.set({**DISTRIBUTED, "sllmdask": shared.model_dump(mode="json")}):
+    level = logging.getLevelName(logging.getLogger("sllmdask").getEffectiveLevel()).lower()
+    in_workers = {"logging": {"distributed": level, "sllmdask": level}}
+    with dask.config.set({**DISTRIBUTED, **in_workers, "sllmdask": shared.model_dump(mode="json")}):
         async with LocalCluster(
             n_workers=n_workers,
             worker_class=Nanny,

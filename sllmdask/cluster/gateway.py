@@ -203,11 +203,15 @@ class Gateway:
 
     async def register(self, deployment: Deployment) -> dict[str, Any]:
         """Deploy a model, or deploy it again with other settings; returns ``model`` and ``warnings``."""
-        return await self._ask("sllm_register", deployment=deployment.model_dump(mode="json", exclude_unset=True))
+        reply = await self._ask("sllm_register", deployment=deployment.model_dump(mode="json", exclude_unset=True))
+        # The mirror's own news comes on another connection, maybe later than the first request for the model.
+        self._rows[deployment.model] = reply.pop("row")
+        return reply
 
     async def delete(self, model: str) -> None:
         """Forget a model; raises :class:`ModelNotFound`."""
         await self._ask("sllm_delete", model=model)
+        self._rows.pop(model, None)
 
     async def tokenizer(self, model: str) -> Tokenizer:
         """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""
@@ -254,15 +258,14 @@ class Gateway:
         tokenizer = await self.tokenizer(request.model)
         active = _Active(request, tokenizer.stream(request.params.stop))
         self._active[request.id] = active
-        journal = active.journal
         try:
             self._ask_for_place(active)
             yield Progress("queued", f"waiting for {request.model}")
             while True:
                 message = await active.inbox.get()
                 if isinstance(message, SllmError):
-                    journal.state = "failed"
-                    raise message
+                    self._fail(active, message)
+                    continue
                 for event in self._follow(active, message):
                     yield event
                     if isinstance(event, Finished):
@@ -311,9 +314,10 @@ class Gateway:
         return [Delta(text, fresh), end] if fresh else [end]
 
     def _fail(self, active: _Active, error: SllmError) -> None:
-        """An instance that had just left sends the request back to its place in the queue; anything else is raised."""
+        """What never began goes back to its place in the queue when its instance or worker is gone; all else is raised."""
         journal = active.journal
-        if not isinstance(error, InstanceGone) or active.n_returns >= MAX_RETURNS:
+        never_began = isinstance(error, InstanceGone | WorkerLost) and not journal.output_ids
+        if not never_began or active.n_returns >= MAX_RETURNS:
             journal.state = "failed"
             raise error
         active.n_returns += 1

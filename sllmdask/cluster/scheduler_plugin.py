@@ -23,7 +23,7 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from sllmdask.actors.streams import Message, Outbox, messages
-from sllmdask.cluster.dask_settings import read_settings
+from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.effects import Effects
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, parse
@@ -325,7 +325,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
         self.on(ev.ModelDeployed(time.monotonic(), view))
         self._tell()
-        return {"model": asked.model, "warnings": asked.warnings()}
+        return {"model": asked.model, "warnings": asked.warnings(), "row": self._rows[asked.model]}
 
     @answer
     async def delete(self, model: str) -> dict[str, Any]:
@@ -381,6 +381,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     "model": instance.model,
                     "state": str(instance.state),
                     "n_requests": instance.n_requests,
+                    "engine": account["instances"].get(instance.id),
                 }
                 for instance in here
             ],
@@ -402,7 +403,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return [worker for worker in self.controller.workers.values() if not nodes or worker.name in nodes]
 
     async def _inspect(self, deployment: Deployment) -> dict[str, Any]:
-        """What a worker that may run the model says of its checkpoint; the first error, if none can serve it."""
+        """What the workers that may run the model say of its checkpoint; the first error, if none of them can serve it.
+
+        All are asked, since each learns by it whether the files are on its own disk.
+        """
         deadline = time.monotonic() + self.settings.scheduler.worker_wait
         while not self._allowed(deployment):
             self._worker_joined.clear()
@@ -413,14 +417,12 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 who = f"its nodes {', '.join(nodes)} are not connected" if nodes else "no worker is connected"
                 hint = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
                 raise NoWorker(deployment.model, f"{who}. {hint}") from None
-        error: SllmError | None = None
-        for worker in self._allowed(deployment):
-            reply = await self._ask(worker.address, "sllm_inspect", source=deployment.source)
-            if "error" not in reply:
-                return reply
-            error = error or from_wire(reply)
-        assert error is not None
-        raise error
+        asked = [self._ask(worker.address, "sllm_inspect", source=deployment.source) for worker in self._allowed(deployment)]
+        replies = await asyncio.gather(*asked)
+        good = next((reply for reply in replies if "error" not in reply), None)
+        if good is None:
+            raise from_wire(replies[0])
+        return good
 
     async def _ask(self, worker: str, op: str, **arguments: Any) -> dict[str, Any]:
         try:
@@ -453,6 +455,7 @@ def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float],
 
 async def dask_setup(scheduler: Scheduler) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``."""
+    log_as_dask_does()
     try:
         settings = read_settings()
     except ConfigError as error:

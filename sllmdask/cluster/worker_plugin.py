@@ -23,7 +23,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
 from sllmdask.actors.model_actor import EXTENSION
-from sllmdask.cluster.dask_settings import read_settings
+from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.config import Settings
 from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, SllmError
 from sllmdask.policy.views import Tier
@@ -61,6 +61,8 @@ class SllmWorkerPlugin(WorkerPlugin):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.registry: InstanceRegistry | None = None
+        #: Sources whose files were seen here; it only grows, as the account's version counts them.
+        self._on_disk: set[str] = set()
 
     async def setup(self, worker: Worker) -> None:
         self._worker = worker
@@ -106,9 +108,10 @@ class SllmWorkerPlugin(WorkerPlugin):
         """Residency, speeds and instances now; ``version`` grows with every change."""
         assert self.registry is not None
         snapshot = self.registry.snapshot()
-        residency = {key: str(tier) for key, facts in snapshot["keys"].items() if (tier := _tier_of(facts["state"]))}
+        residency = dict.fromkeys(self._on_disk, str(Tier.DISK))
+        residency |= {key: str(tier) for key, facts in snapshot["keys"].items() if (tier := _tier_of(facts["state"]))}
         return {
-            "version": snapshot["version"],
+            "version": snapshot["version"] + len(self._on_disk),
             "residency": residency,
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
@@ -136,6 +139,9 @@ class SllmWorkerPlugin(WorkerPlugin):
             from sllmdask.engine.families import inspect_config
 
             family = await asyncio.to_thread(inspect_config, info.config)
+            if source not in self._on_disk:
+                self._on_disk.add(source)
+                self.report({"kind": "account", "account": self.account()})
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -191,6 +197,7 @@ async def dask_setup(
     kv_memory: str | None,
 ) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.worker_plugin``; the options are given after it."""
+    log_as_dask_does()
     try:
         settings = read_settings(
             {

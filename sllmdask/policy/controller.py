@@ -148,7 +148,7 @@ class Controller:
             )
 
     def _drop_worker(self, address: str) -> list[Decision]:
-        """Forget a worker with its instances. Its requests are their front doors' to end: those see the stream break."""
+        """Forget a worker with its instances."""
         if self.workers.pop(address, None):
             for instance in [instance for instance in self.instances.values() if instance.worker == address]:
                 self._drop_instance(instance.id)
@@ -157,10 +157,9 @@ class Controller:
         return []
 
     def _drop_instance(self, instance_id: str) -> None:
+        """Its requests stay on the list: their front doors see the stream break, and end them or send them back."""
         self.instances.pop(instance_id, None)
         self._claims.pop(instance_id, None)
-        for request in [request for request in self.running.values() if request.instance == instance_id]:
-            del self.running[request.id]
 
     def _forget_failures(self, model: str) -> None:
         for key in [key for key in self.failures if key[0] == model]:
@@ -199,9 +198,13 @@ class Controller:
             self.instances[instance.id] = replace(instance, n_requests=n_requests, idle_since=idle_since)
 
     def _return(self, request_id: str, at: float) -> None:
+        """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""
         request = self.running.get(request_id)
         if request:
             self._end(request_id, at)
+            instance = self.instances.get(request.instance or "")
+            if instance:
+                self.instances[instance.id] = replace(instance, draining=True)
             self.waiting[request_id] = replace(request, instance=None)
             self.waiting = dict(sorted(self.waiting.items(), key=lambda item: item[1].arrived_at))
 
@@ -235,6 +238,7 @@ class Controller:
         """Ask every rule what to do now."""
         decisions: list[Decision] = []
         decisions += self._expire(at)
+        decisions += self._unload_drained(at)
         decisions += self._begin_planned(at)
         decisions += self._serve_queue(at)
         decisions += self._scale(at)
@@ -245,6 +249,12 @@ class Controller:
         return [
             self._refuse(request, QueueTimeout(request.model, at - request.arrived_at, self._why_waiting(request.model)))
             for request in late
+        ]
+
+    def _unload_drained(self, at: float) -> list[Decision]:
+        drained = [instance for instance in self.instances.values() if instance.draining and instance.idle]
+        return [
+            self._unload(instance, "did not answer" if instance.model in self.models else "deleted", at) for instance in drained
         ]
 
     def _why_waiting(self, model: str) -> str:
@@ -411,8 +421,6 @@ class Controller:
                 if surplus > 0 and leaves_at(model, instance) <= at:
                     decisions.append(self._unload(instance, "keep-alive over", at))
                     surplus -= 1
-        for instance in [instance for instance in self.instances.values() if instance.draining and instance.idle]:
-            decisions.append(self._unload(instance, "deleted", at))
         return decisions
 
     def _protected(self, model: ModelView) -> frozenset[str]:

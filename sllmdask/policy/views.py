@@ -72,7 +72,7 @@ class InstanceView:
     state: InstanceState
     since: float
     n_requests: int = 0
-    #: No new requests: the model was deleted.
+    #: No new requests: the model was deleted, or the instance did not answer.
     draining: bool = False
     ready_at: float | None = None
     idle_since: float | None = None

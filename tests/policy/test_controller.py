@@ -190,6 +190,17 @@ def test_a_lost_worker_takes_its_instances_along_and_waiting_requests_go_elsewhe
     assert load.worker == "tcp://again"
 
 
+def test_a_request_that_had_not_begun_when_its_worker_died_can_be_sent_back():
+    controller = controller_with(A)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    controller.handle(ev.WorkerLeft(2.1, NODE.address))
+    controller.handle(ev.RequestReturned(2.2, "r1"))
+    (load,) = acts(controller.handle(ev.WorkerJoined(3.0, replace(NODE, address="tcp://again"))))
+    (dispatch,) = acts(controller.handle(ev.LoadFinished(4.0, load.instance, Tier.DISK)))
+    assert (dispatch.request, dispatch.worker) == ("r1", "tcp://again")
+
+
 def test_without_any_worker_a_request_is_held_for_a_while_and_then_refused_with_what_to_do():
     controller = controller_with(A, workers=(), worker_wait_s=20.0)
     decisions = controller.handle(ev.RequestArrived(1.0, RequestView("r1", "a", "door", 1.0, 100.0)))
@@ -258,12 +269,15 @@ def test_a_model_deleted_while_it_loads_is_unloaded_when_it_is_ready():
     assert unload.cause == "deleted"
 
 
-def test_a_returned_request_takes_its_old_place():
+def test_a_returned_request_takes_its_old_place_and_the_instance_that_did_not_answer_is_replaced():
     controller = controller_with(A, max_requests=1)
     (load,) = ask(controller, "r1", "a", 1.0)
     controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
     ask(controller, "r2", "a", 3.0)
-    (dispatch,) = acts(controller.handle(ev.RequestReturned(4.0, "r1")))
+    (unload,) = acts(controller.handle(ev.RequestReturned(4.0, "r1")))
+    assert (unload.instance, unload.cause, unload.forget) == (load.instance, "did not answer", False)
+    (load,) = acts(controller.handle(ev.UnloadFinished(5.0, load.instance)))
+    (dispatch,) = acts(controller.handle(ev.LoadFinished(6.0, load.instance, Tier.DISK)))
     assert dispatch.request == "r1"
 
 

@@ -1,0 +1,41 @@
+"""Small random models and a cluster of processes, both made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.cluster.harness import Processes, post, until, workers
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two random models, ``a`` (Llama) and ``b`` (Qwen2)."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(root / name, family) for name, family in (("a", "llama"), ("b", "qwen2"))}
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """A scheduler and one worker of one slot, as two separate programs."""
+    cluster = Processes(tmp_path_factory.mktemp("processes"))
+    try:
+        cluster.start_scheduler()
+        cluster.start_worker("0")
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="session")
+def url(processes: Processes, checkpoints: dict[str, Path]) -> str:
+    """A front door on them, with both models deployed."""
+    url = processes.start_door()
+    until("the worker joined", lambda: workers(url))
+    for name, path in checkpoints.items():
+        reply = post(url, "/register", {"model": name, "backend_config": {"pretrained_model_name_or_path": str(path)}})
+        assert reply["status"] == "ok", reply
+    return url

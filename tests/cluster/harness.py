@@ -1,0 +1,171 @@
+"""Real processes: ``dask scheduler``, ``dask worker`` and ``sllmdask serve``, as the documentation starts them by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    """Ask `check` until it answers something true."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {timeout_s} s")
+
+
+class Processes:
+    """A cluster of separate processes; everything that was started is stopped by :meth:`close`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.scheduler = f"tcp://127.0.0.1:{self.port}"
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        with (self.directory / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=env,
+                start_new_session=True,
+            )
+        self.running[name] = process
+        return process
+
+    def start_scheduler(self, **environment: str) -> None:
+        preload = ("--preload", "sllmdask.cluster.scheduler_plugin")
+        self.start(
+            "scheduler",
+            "dask",
+            "scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--no-dashboard",
+            *preload,
+            **environment,
+        )
+
+    def start_worker(self, name: str, *options: str, slots: int = 1) -> None:
+        self.start(
+            f"worker-{name}",
+            "dask",
+            "worker",
+            self.scheduler,
+            "--name",
+            name,
+            "--nworkers",
+            "1",
+            "--nthreads",
+            "1",
+            "--memory-limit",
+            "0",
+            "--no-dashboard",
+            "--preload",
+            "sllmdask.cluster.worker_plugin",
+            "--slots",
+            str(slots),
+            "--host-memory",
+            "1GiB",
+            "--threads-per-instance",
+            "1",
+            *options,
+        )
+
+    def start_door(self, name: str = "door") -> str:
+        """A front door; returns its URL once it answers."""
+        port = free_port()
+        self.start(name, "sllmdask", "serve", "--scheduler", self.scheduler, "--port", str(port))
+        url = f"http://127.0.0.1:{port}"
+        until(f"{name} answers", lambda: self.answers(name, url))
+        return url
+
+    def answers(self, name: str, url: str) -> bool:
+        assert self.running[name].poll() is None, self.log(name)
+        try:
+            return get(url, "/health")["status"] == "ok"
+        except urllib.error.URLError:
+            return False
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def stop(self, name: str, number: int = signal.SIGTERM) -> None:
+        process = self.running.pop(name)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        process.wait(20)
+
+    def close(self) -> None:
+        for name in list(self.running):
+            self.stop(name, signal.SIGKILL)
+
+
+def get(url: str, path: str) -> Any:
+    with urllib.request.urlopen(url + path, timeout=30) as response:
+        return json.load(response)
+
+
+def post(url: str, path: str, body: Any, timeout_s: float = 60.0) -> Any:
+    """The answer's JSON; of an error answer too, with its status under ``"status"``."""
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, **json.load(error)}
+
+
+class Stream:
+    """A streamed completion, read line by line from the socket."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        data = json.dumps({"stream": True, **body}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", data, {"content-type": "application/json"})
+        self.response = urllib.request.urlopen(request, timeout=60)
+
+    def lines(self) -> Iterator[str]:
+        """Everything that was sent, comments included, without the empty lines between events."""
+        for line in self.response:
+            text = line.decode().rstrip("\n")
+            if text:
+                yield text
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        for line in self.lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line.removeprefix("data: "))
+
+    def close(self) -> None:
+        self.response.close()
+
+
+def workers(url: str) -> list[dict[str, Any]]:
+    return get(url, "/admin/cluster")["workers"]
