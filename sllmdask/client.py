@@ -1,0 +1,556 @@
+"""The Python client: HTTP only, neither Dask nor torch.
+
+A request is always streamed, so a :class:`GenerateFuture` has pieces of text to iterate over while it runs, knows how far the
+loading of its model is (:attr:`GenerateFuture.progress`), and frees its place in the cluster the moment it is cancelled.
+
+    client = Client("http://127.0.0.1:8343")
+    future = client.submit("qwen", "Hello", max_tokens=32)
+    for piece in future: print(piece, end="")         # or: async for piece in future
+    future.result()                                   # the whole text
+    client.gather(client.map("qwen", prompts))        # in order, at most `max_in_flight` at once
+
+An error of the server is raised as the class of :mod:`sllmdask.errors` that its code names, and is a :class:`ServerError` too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import urllib.parse
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import aiohttp
+
+from sllmdask import errors
+from sllmdask.errors import SllmError, Unavailable
+
+DEFAULT_URL = "http://127.0.0.1:8343"
+
+#: A text, or the messages of a chat.
+Prompt = str | Sequence[Mapping[str, Any]]
+OnProgress = Callable[[str], None] | None
+T = TypeVar("T")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class ServerUnreachable(Unavailable):
+    """``ServerUnreachable(url, reason)``: nothing answered there."""
+
+    code = "server_unreachable"
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    @property
+    def message(self) -> str:
+        return f"No sllmdask server answers at {self.url} ({self.reason}). Start one with `sllmdask up`, or set LLM_SERVER_URL."
+
+
+class ServerError(SllmError):
+    """``ServerError(http_status, envelope, request_id)``: the server's answer was an error; see the fields of the envelope."""
+
+    def __init__(self, http_status: int, envelope: Mapping[str, Any], request_id: str | None = None) -> None:
+        SllmError.__init__(self, http_status, dict(envelope), request_id)
+        self.http_status = http_status
+        self.type = envelope.get("type") or "server_error"
+        self.code = envelope.get("code")
+        self.param = envelope.get("param")
+        self.request_id = request_id
+
+    @property
+    def message(self) -> str:
+        return str(self.args[1].get("message") or f"The server answered with status {self.http_status}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return server_error, self.args
+
+
+#: The classes that a caller may want to catch, by the code in the envelope.
+_BY_CODE: dict[str | None, type[SllmError]] = {
+    cls.code: cls
+    for cls in (
+        errors.ConfigError,
+        errors.CheckpointError,
+        errors.CheckpointNotFound,
+        errors.CheckpointCorrupt,
+        errors.UnsupportedArchitecture,
+        errors.InvalidRequest,
+        errors.ContextTooLong,
+        errors.ModelNotFound,
+        errors.RouteNotFound,
+        errors.MethodNotAllowed,
+        errors.UnsupportedMediaType,
+        errors.BodyTooLarge,
+        errors.Unavailable,
+        errors.QueueFull,
+        errors.QueueTimeout,
+        errors.NoWorker,
+        errors.InsufficientMemory,
+        errors.LoadFailed,
+        errors.SchedulerUnreachable,
+        errors.WorkerLost,
+        errors.InstanceGone,
+        errors.Cancelled,
+        errors.EngineError,
+    )
+}
+#: Each of them as a :class:`ServerError`. Under another name than its class, which :func:`sllmdask.errors.from_wire` looks up.
+_SERVER_ERRORS = {code: type(f"Server{cls.__name__}", (ServerError, cls), {}) for code, cls in _BY_CODE.items()}
+
+
+def server_error(http_status: int, envelope: Mapping[str, Any], request_id: str | None = None) -> ServerError:
+    """The error that an envelope tells of, of the class that its code names."""
+    error: ServerError = _SERVER_ERRORS.get(envelope.get("code"), ServerError)(http_status, envelope, request_id)
+    return error
+
+
+# --- one request -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Response:
+    """A whole answer. `usage` has OpenAI's keys; the last three are the server's account of where and how it ran."""
+
+    id: str
+    model: str
+    text: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    cold_start: str | None = None
+    node: str | None = None
+    queue_ms: int | None = None
+
+
+class GenerateFuture:
+    """One request under way. Its blocking methods work from any thread, ``await`` and ``async for`` from any event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, model: str, on_progress: OnProgress) -> None:
+        self._loop = loop
+        self._on_progress = on_progress
+        self._pieces: list[str] = []
+        self._response = Response(id="", model=model)
+        self._changed = asyncio.Event()
+        self._outcome: Future[None] = Future()
+        self._task: asyncio.Task[None] | None = None
+        #: What the server last said while there was nothing to show: ``loading qwen 61% disk 2.9 GiB/s``.
+        self.progress = ""
+
+    def done(self) -> bool:
+        """Whether there is a result, an error, or a cancellation."""
+        return self._outcome.done()
+
+    def cancel(self) -> bool:
+        """Stop the request and free its place in the cluster; ``False`` if it had ended already."""
+        if self.done():
+            return False
+        self._loop.call_soon_threadsafe(self._stop)
+        return True
+
+    def result(self, timeout: float | None = None) -> str:
+        """The whole text; waits for at most `timeout` seconds, then raises :class:`TimeoutError`."""
+        return self.response(timeout).text
+
+    def response(self, timeout: float | None = None) -> Response:
+        """The text with its usage and how it ended; see :meth:`result`."""
+        self._refuse_own_thread()
+        self._outcome.result(timeout)
+        return self._response
+
+    def __await__(self) -> Any:
+        return self._whole().__await__()
+
+    def __iter__(self) -> Iterator[str]:
+        self._refuse_own_thread()
+        n_seen = 0
+        while pieces := asyncio.run_coroutine_threadsafe(self._after(n_seen), self._loop).result():
+            n_seen += len(pieces)
+            yield from pieces
+        self._outcome.result()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        n_seen = 0
+        while pieces := await self._anywhere(self._after(n_seen)):
+            n_seen += len(pieces)
+            for piece in pieces:
+                yield piece
+        self._outcome.result()
+
+    async def _whole(self) -> str:
+        # Shielded: who gives up waiting does not thereby cancel the outcome that others wait for.
+        await asyncio.shield(asyncio.wrap_future(self._outcome))
+        return self._response.text
+
+    async def _anywhere(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if asyncio.get_running_loop() is self._loop:
+            return await coroutine
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def _refuse_own_thread(self) -> None:
+        try:
+            own = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            own = False
+        if own and not self.done():
+            raise RuntimeError("This would block the loop that the request runs on: use `await future` or `async for`.")
+
+    # Below: only on the client's loop.
+
+    async def _after(self, n_seen: int) -> list[str]:
+        """The pieces after the first `n_seen`, when there are any; none at the end."""
+        while len(self._pieces) <= n_seen and not self.done():
+            self._changed.clear()
+            await self._changed.wait()
+        return self._pieces[n_seen:]
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._end)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _add(self, text: str) -> None:
+        self._pieces.append(text)
+        self._changed.set()
+
+    def _say(self, progress: str) -> None:
+        self.progress = progress
+        if self._on_progress is not None:
+            self._on_progress(progress)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._response.text = "".join(self._pieces)
+        if task.cancelled():
+            self._outcome.set_exception(errors.Cancelled("The request was cancelled by its client."))
+        elif (error := task.exception()) is not None:
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(None)
+        self._changed.set()
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+class AsyncClient:
+    """A client for one event loop. :meth:`submit` and :meth:`map` return futures at once; the rest are coroutines.
+
+    `url` defaults to ``LLM_SERVER_URL``; `timeout` is in seconds between two signs of life of the server, heartbeats included.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, timeout: float = 600.0) -> None:
+        self.url = (url or os.environ.get("LLM_SERVER_URL") or DEFAULT_URL).rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=timeout)
+        self._session: aiohttp.ClientSession | None = None
+        self._futures: set[GenerateFuture] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is still running, and close the connections."""
+        running = [future._task for future in self._futures if future._task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    def submit(
+        self, model: str, prompt: Prompt, *, chat: bool = True, on_progress: OnProgress = None, **params: Any
+    ) -> GenerateFuture:
+        """Ask `model`. A text is one turn of a chat, or with ``chat=False`` the beginning of a text to go on with; a list holds
+        a chat's messages. `params` are OpenAI's: ``max_tokens``, ``temperature``, ``seed``, ``stop``...; `on_progress` is called
+        on the client's thread with what :attr:`GenerateFuture.progress` becomes."""
+        return self._submit(model, prompt, chat, params, None, on_progress)
+
+    def map(
+        self, model: str, prompts: Iterable[Prompt], *, max_in_flight: int = 32, chat: bool = True, **params: Any
+    ) -> list[GenerateFuture]:
+        """Ask `model` each of `prompts`, at most `max_in_flight` at once; the futures are in the order of the prompts."""
+        if max_in_flight < 1:
+            raise errors.ConfigError(f"max_in_flight must be at least 1, not {max_in_flight}.", "max_in_flight")
+        turn = asyncio.Semaphore(max_in_flight)
+        return [self._submit(model, prompt, chat, params, turn) for prompt in prompts]
+
+    async def gather(self, futures: Iterable[GenerateFuture]) -> list[str]:
+        """The texts of `futures`, in order; the first failure cancels the others and is raised."""
+        futures = list(futures)
+        try:
+            return list(await asyncio.gather(*(future._whole() for future in futures)))
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def stream(self, model: str, prompt: Prompt, *, chat: bool = True, **params: Any) -> AsyncIterator[str]:
+        """The answer piece by piece; leaving the loop early cancels the request."""
+        future = self.submit(model, prompt, chat=chat, **params)
+        try:
+            async for piece in future:
+                yield piece
+        finally:
+            future.cancel()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The objects of ``GET /v1/models``."""
+        listed = await self.call("GET", "/v1/models")
+        return list(listed["data"])
+
+    async def register(self, deployment: Mapping[str, Any]) -> dict[str, Any]:
+        """Deploy a model from the contents of a deployment file; the answer's ``warnings`` tell what has no effect."""
+        return dict(await self.call("POST", "/register", dict(deployment)))
+
+    async def deploy(self, model: str, source: str | None = None, **fields: Any) -> dict[str, Any]:
+        """Deploy `model` from `source` (a directory on the workers, a hub id); `fields` are those of a deployment file."""
+        deployment = {"model": model, **fields}
+        if source is not None:
+            backend = {**fields.get("backend_config", {}), "pretrained_model_name_or_path": source}
+            deployment["backend_config"] = backend
+        return await self.register(deployment)
+
+    async def delete(self, model: str) -> None:
+        """Take the deployment away."""
+        await self.call("POST", "/delete", {"model": model})
+
+    async def status(self) -> dict[str, Any]:
+        """``url``, ``ready``, ``reason`` (why not ready), ``workers``, ``models`` and ``requests``, as operators see them."""
+        reason = None
+        try:
+            await self.call("GET", "/ready")
+        except ServerError as error:
+            reason = error.message
+        cluster, models, requests = await asyncio.gather(
+            self.call("GET", "/admin/cluster"), self.call("GET", "/admin/models"), self.call("GET", "/admin/requests")
+        )
+        return {"url": self.url, "ready": reason is None, "reason": reason, **cluster, **models, **requests}
+
+    async def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Any route by name: the JSON of its answer; raises :class:`ServerError` or :class:`ServerUnreachable`."""
+        async with _reaching(self.url), self._http().request(method, self.url + path, json=body) as response:
+            return await _json_or_raise(response)
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(
+                timeout=self._timeout,
+                headers=self._headers,
+                connector=connector,
+                read_bufsize=2**20,  # also the longest line of a stream
+            )
+        return self._session
+
+    def _submit(
+        self,
+        model: str,
+        prompt: Prompt,
+        chat: bool,
+        params: Mapping[str, Any],
+        turn: asyncio.Semaphore | None = None,
+        on_progress: OnProgress = None,
+    ) -> GenerateFuture:
+        future = GenerateFuture(asyncio.get_running_loop(), model, on_progress)
+        body: dict[str, Any] = {"model": model, **params, "stream": True, "stream_options": {"include_usage": True}}
+        path = "/v1/chat/completions"
+        if not isinstance(prompt, str):
+            body["messages"] = [dict(message) for message in prompt]
+        elif chat:
+            body["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            path, body["prompt"] = "/v1/completions", prompt
+        future._begin(self._run(future, path, body, turn))
+        self._futures.add(future)
+        future._outcome.add_done_callback(lambda _: self._futures.discard(future))
+        return future
+
+    async def _run(self, future: GenerateFuture, path: str, body: dict[str, Any], turn: asyncio.Semaphore | None) -> None:
+        if turn is not None:
+            async with turn:
+                return await self._run(future, path, body, None)
+        async with _reaching(self.url), self._http().post(self.url + path, json=body) as response:
+            if response.status != 200:
+                await _json_or_raise(response)
+            _note_headers(future._response, response.headers)
+            future._response.id = response.headers.get("x-request-id", "")
+            async for raw in response.content:
+                line = raw.decode().rstrip("\r\n")
+                if line.startswith(": "):
+                    name, _, value = line[2:].partition(": ")
+                    if name.startswith("x-sllmdask-"):
+                        _note_headers(future._response, {name: value})
+                    else:
+                        future._say(line[2:])
+                elif line == "data: [DONE]":
+                    return None
+                elif line.startswith("data: "):
+                    _take_chunk(future, json.loads(line[6:]))
+        raise _cut_short()
+
+
+def _note_headers(response: Response, headers: Mapping[str, str]) -> None:
+    """``x-sllmdask-*``, from the headers or, where they were known too late for those, from comments."""
+    response.cold_start = headers.get("x-sllmdask-cold-start", response.cold_start)
+    response.node = headers.get("x-sllmdask-node", response.node)
+    if "x-sllmdask-queue-ms" in headers:
+        response.queue_ms = int(headers["x-sllmdask-queue-ms"])
+
+
+def _take_chunk(future: GenerateFuture, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        raise server_error(200, chunk["error"], future._response.id)
+    if chunk.get("usage"):
+        future._response.usage = chunk["usage"]
+    for choice in chunk["choices"]:
+        future._response.finish_reason = choice["finish_reason"] or future._response.finish_reason
+        if text := choice.get("text") or choice.get("delta", {}).get("content"):
+            future._add(text)
+
+
+async def _json_or_raise(response: aiohttp.ClientResponse) -> Any:
+    """The JSON of a good answer; any other becomes an error, also one that is no answer of ours."""
+    text = await response.text(errors="replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if response.status < 400 and body is not None:
+        return body
+    envelope = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(envelope, dict):
+        envelope = {"message": f"{response.url} answered with status {response.status} and no JSON. Is it an sllmdask server?"}
+    raise server_error(response.status, envelope, response.headers.get("x-request-id"))
+
+
+@asynccontextmanager
+async def _reaching(url: str) -> AsyncIterator[None]:
+    """Tell a server that cannot be reached, falls silent or dies from one that answers with an error."""
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise errors.ConfigError(f"{url!r} is not a server's URL; write for example {DEFAULT_URL}.", "url")
+    try:
+        yield
+    except aiohttp.SocketTimeoutError:
+        raise TimeoutError(f"The server at {url} gave no sign of life for too long.") from None
+    except aiohttp.ClientPayloadError:
+        raise _cut_short() from None
+    except (aiohttp.ClientError, OSError) as error:
+        number = getattr(error, "errno", None) or 0
+        raise ServerUnreachable(url, os.strerror(number) if number > 0 else str(error) or type(error).__name__) from None
+
+
+def _cut_short() -> ServerError:
+    return ServerError(502, {"message": "The server ended the stream before the answer was complete. Send the request again."})
+
+
+class Client:
+    """The client for ordinary code: the methods of :class:`AsyncClient`, blocking. Its connections live on their own thread."""
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, timeout: float = 600.0) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._client = AsyncClient(url, api_key, timeout)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sllmdask-client", daemon=True)
+        self._thread.start()
+        # Runs once: on close(), when nobody holds the client any more, or when the program ends.
+        self._finalizer = weakref.finalize(self, _shut_down, self._client, self._loop, self._thread)
+
+    @property
+    def url(self) -> str:
+        return self._client.url
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is still running, close the connections, and end the thread."""
+        self._finalizer()
+
+    def submit(
+        self, model: str, prompt: Prompt, *, chat: bool = True, on_progress: OnProgress = None, **params: Any
+    ) -> GenerateFuture:
+        """See :meth:`AsyncClient.submit`."""
+        return self._there(lambda: self._client.submit(model, prompt, chat=chat, on_progress=on_progress, **params))
+
+    def map(
+        self, model: str, prompts: Iterable[Prompt], *, max_in_flight: int = 32, chat: bool = True, **params: Any
+    ) -> list[GenerateFuture]:
+        """See :meth:`AsyncClient.map`."""
+        asked = list(prompts)
+        return self._there(lambda: self._client.map(model, asked, max_in_flight=max_in_flight, chat=chat, **params))
+
+    def gather(self, futures: Iterable[GenerateFuture]) -> list[str]:
+        """The texts of `futures`, in order; the first failure cancels the others and is raised."""
+        return self._wait(self._client.gather(futures))
+
+    def stream(self, model: str, prompt: Prompt, *, chat: bool = True, **params: Any) -> Iterator[str]:
+        """The answer piece by piece; leaving the loop early cancels the request."""
+        future = self.submit(model, prompt, chat=chat, **params)
+        try:
+            yield from future
+        finally:
+            future.cancel()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The objects of ``GET /v1/models``."""
+        return self._wait(self._client.models())
+
+    def register(self, deployment: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`AsyncClient.register`."""
+        return self._wait(self._client.register(deployment))
+
+    def deploy(self, model: str, source: str | None = None, **fields: Any) -> dict[str, Any]:
+        """See :meth:`AsyncClient.deploy`."""
+        return self._wait(self._client.deploy(model, source, **fields))
+
+    def delete(self, model: str) -> None:
+        """Take the deployment away."""
+        self._wait(self._client.delete(model))
+
+    def status(self) -> dict[str, Any]:
+        """See :meth:`AsyncClient.status`."""
+        return self._wait(self._client.status())
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """See :meth:`AsyncClient.call`."""
+        return self._wait(self._client.call(method, path, body))
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _there(self, make: Callable[[], T]) -> T:
+        """What `make` returns when called on the client's loop."""
+
+        async def call() -> T:
+            return make()
+
+        return self._wait(call())
+
+
+def _shut_down(client: AsyncClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    async def close() -> None:
+        try:
+            await client.close()
+            await asyncio.sleep(0)  # transports end one turn after they are closed
+        finally:
+            loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:  # a garbage collection may come by on any thread
+        thread.join()
+        loop.close()

@@ -1,0 +1,198 @@
+"""The front door's HTTP application: routes, the life of a request, starting and stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from sllmdask.cluster.journal import GatewayEvent, GenerateRequest
+from sllmdask.config import ServerSettings
+from sllmdask.engine.text import Tokenizer
+from sllmdask.errors import ConfigError, PortInUse, Unavailable
+from sllmdask.server import exchange, openai, stream
+from sllmdask.server.admin import Admin, Cluster
+
+#: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
+LONG_PROMPT_CHARS = 20_000
+#: Seconds that running requests have to end when the server stops.
+STOP_GRACE_S = 5.0
+
+
+class Gateway(Cluster, Protocol):
+    """What the front door needs of ``cluster.gateway.Gateway``; a test may bring another one."""
+
+    async def tokenizer(self, model: str) -> Tokenizer: ...
+
+    def max_model_len(self, model: str) -> int: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GatewayEvent, None]:
+        """Closing the generator cancels the request, wherever it is."""
+        ...
+
+
+class FrontDoor:
+    """The OpenAI routes over one gateway. A request lives exactly as long as its handler: when the client leaves, aiohttp
+    cancels the handler, which closes the gateway's generator, which stops the engine's work."""
+
+    def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
+        self._gateway = gateway
+        self._settings = settings
+        #: Handlers of running requests, by the ids that the gateway knows them by.
+        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._stopping = False
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, openai.read_chat)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, openai.read_completion)
+
+    async def models(self, _: web.Request) -> web.Response:
+        return exchange.answer({"object": "list", "data": [openai.model_object(row) for row in self._gateway.models()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        return exchange.answer(openai.model_object(openai.find_model(self._gateway.models(), request.match_info["model"])))
+
+    async def _generate(self, request: web.Request, read: Callable[[Any], openai.Ask]) -> web.StreamResponse:
+        """Everything that can be wrong with the request itself is found before the first byte of an answer."""
+        ask = read(await exchange.read_json(request))
+        tokenizer = await self._gateway.tokenizer(ask.model)
+        if ask.n_chars > LONG_PROMPT_CHARS:
+            prompts = await asyncio.to_thread(ask.tokenise, tokenizer)
+        else:
+            prompts = ask.tokenise(tokenizer)
+        window = self._gateway.max_model_len(ask.model)
+        params = [ask.params(len(ids), window) for ids in prompts]
+        ids = self._free_ids(exchange.request_id(request), len(prompts))
+        asked = [GenerateRequest(*each) for each in zip(ids, [ask.model] * len(ids), prompts, params, strict=True)]
+        shape = openai.Shape(
+            is_chat=ask.is_chat,
+            id=f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{exchange.fresh_id()[4:]}",
+            created=int(time.time()),
+            model=ask.model,
+            with_usage=ask.include_usage,
+        )
+        with self._listed(ids):
+            events = self._events(asked)
+            if ask.stream:
+                return await stream.respond(
+                    request,
+                    events,
+                    shape,
+                    [len(prompt) for prompt in prompts],
+                    continuous_usage=ask.continuous_usage,
+                    heartbeat_s=self._settings.heartbeat,
+                )
+            async with aclosing(events):
+                choices, started = await stream.collect(events, len(asked))
+            return exchange.answer(shape.answer(choices), stream.where_headers(started) if started else None)
+
+    async def _events(self, asked: list[GenerateRequest]) -> AsyncGenerator[stream.Indexed, None]:
+        sources = [self._gateway.generate(request) for request in asked]
+        try:
+            async with aclosing(stream.merge(sources)) as events:
+                async for item in events:
+                    yield item
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            raise Unavailable("The front door is stopping. Send the request again.") from None
+
+    def _free_ids(self, wanted: str, n: int) -> list[str]:
+        """`n` ids that no running request has: `wanted` and its numbered kin, unless one of them is taken."""
+        ids = [wanted, *(f"{wanted}-{i}" for i in range(1, n))]
+        return ids if self._running.keys().isdisjoint(ids) else self._free_ids(exchange.fresh_id(), n)
+
+    @contextmanager
+    def _listed(self, ids: list[str]) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.update(dict.fromkeys(ids, task))
+        try:
+            yield
+        finally:
+            for request_id in ids:
+                del self._running[request_id]
+
+    async def stop(self, _: web.Application) -> None:
+        """Let running requests end for a while; then end them, each with an error that says so."""
+        if tasks := set(self._running.values()):
+            late = (await asyncio.wait(tasks, timeout=STOP_GRACE_S))[1]
+            self._stopping = True
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=STOP_GRACE_S)
+
+
+def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
+    """The application; serve it with :func:`start`, which also makes disconnects cancel."""
+    app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[exchange.answer_errors])
+    app[exchange.BODY_LIMIT] = settings.max_body_bytes
+    app.on_response_prepare.append(exchange.name_response)
+    door, admin = FrontDoor(gateway, settings), Admin(gateway)
+    app.on_shutdown.append(door.stop)
+    app.add_routes(
+        [
+            web.post(tolerant("/v1/chat/completions"), door.chat),
+            web.post(tolerant("/v1/completions"), door.completions),
+            web.get(tolerant("/v1/models"), door.models),
+            web.get(tolerant("/v1/models/{model:.*[^/]}"), door.model),
+            web.post(tolerant("/register"), admin.register),
+            web.post(tolerant("/delete"), admin.delete),
+            web.get(tolerant("/health"), admin.health),
+            web.get(tolerant("/ready"), admin.ready),
+            web.get(tolerant("/admin/cluster"), admin.cluster),
+            web.get(tolerant("/admin/models"), admin.models),
+            web.get(tolerant("/admin/requests"), admin.requests),
+        ]
+    )
+    return app
+
+
+def tolerant(path: str) -> str:
+    """A route like `path` that also takes doubled and trailing slashes, as clients make them by joining URLs."""
+    parts = [f"{{_{i}:/+}}{part}" for i, part in enumerate(path.split("/")[1:])]
+    return "/{_:/*}" + "".join(parts).removeprefix("{_0:/+}") + "{__:/*}"
+
+
+async def start(app: web.Application, settings: ServerSettings) -> tuple[web.AppRunner, str]:
+    """Listen; returns the runner, whose ``cleanup()`` stops it, and the URL. Port 0 takes any free port.
+
+    Raises :class:`PortInUse`, or :class:`ConfigError` if the address cannot be listened on for another reason.
+    """
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.host, settings.port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise _cannot_listen(error, settings) from None
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return runner, f"http://{host}:{runner.addresses[0][1]}"
+
+
+def check_address(settings: ServerSettings) -> None:
+    """Raise what :func:`start` would raise for this address, without the time that what comes before it takes."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise _cannot_listen(error, settings) from None
+
+
+def _cannot_listen(error: OSError, settings: ServerSettings) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return PortInUse(settings.host, settings.port)
+    return ConfigError(f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", "server.host")

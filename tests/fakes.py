@@ -1,0 +1,245 @@
+"""Stand-ins for what is slow or far away. They keep the promises of what they stand for; a test decides when things happen."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from sllmdask.batching.sequence import FinishReason
+from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
+from sllmdask.config import Deployment, ServerSettings
+from sllmdask.engine.text import Tokenizer
+from sllmdask.errors import CheckpointNotFound, ModelNotFound, SllmError
+from sllmdask.server import app as server_app
+from sllmdask.server import openai
+
+CHAT_TEMPLATE = """\
+{% for message in messages %}<|{{ message.role }}|>{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@lru_cache(maxsize=1)
+def byte_tokenizer() -> Tokenizer:
+    """A real tokenizer whose tokens are bytes, so that characters span tokens: 256 of them, and an end of text."""
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rust = RustTokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|end|>")
+    hf_tokenizer.chat_template = CHAT_TEMPLATE
+    return Tokenizer(hf_tokenizer)
+
+
+@dataclass
+class FakeModel:
+    """One deployment. An event that is set opens its gate; ``None`` is no gate."""
+
+    answer: Callable[[str], str] = lambda _: "Hello from a fake model."
+    state: str = "ready"
+    max_model_len: int = 1024
+    cold_start: str = "hit"
+    nbytes: int = 4 * 1024**2
+    created: int = field(default_factory=lambda: int(time.time()))
+    #: What is said while the request waits.
+    loading: Sequence[Progress] = ()
+    #: Passed after `loading`, before the instance takes the request.
+    gate: asyncio.Event | None = None
+    #: Passed when this many tokens were sent.
+    pause_after: int = 0
+    pause: asyncio.Event | None = None
+    #: Raised before the instance takes the request, and when `fail_after` tokens were sent.
+    refuse: Exception | None = None
+    fail: Exception | None = None
+    fail_after: int = 0
+
+
+class FakeGateway:
+    """The gateway's interface over answers known beforehand, token by token."""
+
+    def __init__(self, **models: FakeModel) -> None:
+        self.deployed = dict(models)
+        self.ready = True
+        self.not_ready_reason = "No worker is connected."
+        #: Every request that came, and the ids of those that were closed before their end.
+        self.asked: list[GenerateRequest] = []
+        self.closed: list[str] = []
+        self.n_running = 0
+        self.most_running = 0
+        self._journals: dict[str, Journal] = {}
+        self._changed = asyncio.Condition()
+
+    def models(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "model": name,
+                "state": model.state,
+                "created": model.created,
+                "max_model_len": model.max_model_len,
+                "nbytes": model.nbytes,
+                "instances": int(model.state == "ready"),
+                "reason": None,
+                "keep_alive": 300.0,
+                "progress": None,
+            }
+            for name, model in self.deployed.items()
+        ]
+
+    async def tokenizer(self, model: str) -> Tokenizer:
+        openai.find_model(self.models(), model)
+        return byte_tokenizer()
+
+    def max_model_len(self, model: str) -> int:
+        return self.deployed[model].max_model_len
+
+    async def register(self, deployment: Deployment) -> dict[str, Any]:
+        if deployment.source.startswith("/missing"):
+            raise CheckpointNotFound(deployment.source, "there is no such directory")
+        self.deployed[deployment.model] = FakeModel(state="disk")
+        return {"model": deployment.model, "warnings": deployment.warnings()}
+
+    async def delete(self, model: str) -> None:
+        if self.deployed.pop(model, None) is None:
+            raise ModelNotFound(model)
+
+    def requests(self) -> list[dict[str, Any]]:
+        return [journal.as_row() for journal in self._journals.values()]
+
+    async def cluster(self) -> dict[str, Any]:
+        held = [{"model": name, "state": m.state, "tier": "device", "nbytes": m.nbytes} for name, m in self.deployed.items()]
+        worker = {"name": "0", "address": "tcp://127.0.0.1:1", "pid": 1, "slots": 2, "slots_used": len(held), "models": held}
+        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}]}
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
+        journal = self._journals[request.id] = Journal(request)
+        self.asked.append(request)
+        self.n_running += 1
+        self.most_running = max(self.most_running, self.n_running)
+        await self._tell()
+        try:
+            async for event in self._run(journal, self.deployed[request.model]):
+                yield event
+            journal.state = "finished"
+        finally:
+            self.n_running -= 1
+            if journal.state != "finished":
+                self.closed.append(request.id)
+            journal.state = "finished"
+            await asyncio.shield(self._tell())
+
+    async def _run(self, journal: Journal, model: FakeModel) -> AsyncIterator[GatewayEvent]:
+        request, tokenizer = journal.request, byte_tokenizer()
+        yield Progress("queued", f"waiting for {request.model}")
+        for progress in model.loading:
+            yield progress
+        if model.gate is not None:
+            await model.gate.wait()
+        if model.refuse is not None:
+            raise model.refuse
+        journal.state, journal.node = "running", "0"
+        journal.path.append("0")
+        yield Started("0", model.cold_start, 0.25)
+        text = tokenizer.stream(request.params.stop)
+        answer = tokenizer.encode(model.answer(tokenizer.decode(request.prompt_ids)))
+        for index, token_id in enumerate(answer[: request.params.max_tokens]):
+            if model.pause is not None and index == model.pause_after:
+                await model.pause.wait()
+            if model.fail is not None and index == model.fail_after:
+                raise model.fail
+            await asyncio.sleep(0)
+            shown = text.push(journal.accept(0, index, [token_id]))
+            yield Delta(shown, (token_id,))
+            if text.stopped:
+                break
+        if rest := text.flush():
+            yield Delta(rest, ())
+        ended = text.stopped or len(journal.output_ids) == len(answer)
+        n_tokens = len(journal.output_ids)
+        yield Finished(FinishReason.STOP if ended else FinishReason.LENGTH, len(request.prompt_ids), n_tokens)
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something to become true of this gateway; fails the test after five seconds."""
+        async with asyncio.timeout(5), self._changed:
+            await self._changed.wait_for(holds)
+
+
+class ServerThread:
+    """A front door over a :class:`FakeGateway` on a thread, for tests of what blocks."""
+
+    def __init__(self, make_gateway: Callable[[], FakeGateway], settings: ServerSettings | None = None) -> None:
+        self._make_gateway = make_gateway
+        self._settings = settings or ServerSettings(port=0)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> ServerThread:
+        self._thread.start()
+        self.gateway, self._runner, self.url = self.call(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.call(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def call(self, coroutine: Any) -> Any:
+        """Run `coroutine` on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        self.call(self.gateway.until(holds))
+
+    def open(self, gate: asyncio.Event) -> None:
+        self._loop.call_soon_threadsafe(gate.set)
+
+    async def _start(self) -> Any:
+        gateway = self._make_gateway()
+        runner, url = await server_app.start(server_app.make_app(gateway, self._settings), self._settings)
+        return gateway, runner, url
+
+
+def every_error() -> list[SllmError]:
+    """One error of each class of :mod:`sllmdask.errors`."""
+    from sllmdask import errors
+
+    return [
+        errors.SllmError("something"),
+        errors.ConfigError("bad", "key"),
+        errors.PortInUse("127.0.0.1", 1),
+        errors.CheckpointError("bad files"),
+        errors.CheckpointNotFound("/x", "no such directory"),
+        errors.CheckpointCorrupt("a.safetensors", "w", "truncated"),
+        errors.UnsupportedArchitecture("Mamba", "no attention"),
+        errors.RequestError("bad"),
+        errors.InvalidRequest("bad", "field"),
+        errors.ContextTooLong(10, 5),
+        errors.ModelNotFound("a", ["b"]),
+        errors.RouteNotFound("GET", "/x"),
+        errors.MethodNotAllowed("GET", "/x", ["POST"]),
+        errors.UnsupportedMediaType("text/plain"),
+        errors.BodyTooLarge(7),
+        errors.Unavailable("later"),
+        errors.QueueFull("a", 3),
+        errors.QueueTimeout("a", 1.5, "all slots are busy"),
+        errors.NoWorker("a", "none connected"),
+        errors.InsufficientMemory("a", 2, 1),
+        errors.LoadFailed("a", "reason"),
+        errors.SchedulerUnreachable("tcp://x", "refused"),
+        errors.WorkerLost("0"),
+        errors.InstanceGone("a/0"),
+        errors.Cancelled(),
+        errors.EngineError("reason"),
+    ]

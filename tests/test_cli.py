@@ -1,0 +1,352 @@
+"""The command line, against a front door over a fake gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import pytest
+from click.testing import CliRunner, Result
+
+from sllmdask import __version__
+from sllmdask.cli import main
+from sllmdask.cluster.journal import Progress
+from sllmdask.config import Deployment, Settings
+from sllmdask.errors import LoadFailed, QueueTimeout
+from sllmdask.server import stream
+from tests.fakes import FakeGateway, FakeModel, ServerThread
+
+Serve = Callable[..., ServerThread]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def serve_one(**models: FakeModel) -> ServerThread:
+            server = stack.enter_context(ServerThread(lambda: FakeGateway(**models)))
+            monkeypatch.setenv("LLM_SERVER_URL", server.url)
+            return server
+
+        yield serve_one
+
+
+def run(*args: str, stdin: str = "", code: int = 0) -> Result:
+    result = CliRunner().invoke(main, args, input=stdin)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def test_help_is_quick_and_lists_only_what_exists():
+    heavy = "('torch','dask','distributed','aiohttp','pydantic','rich','numpy')"
+    code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    commands = {"up", "serve", "deploy", "delete", "models", "status", "generate", "chat", "version"}
+    assert set(main.commands) == commands
+    for command in commands:
+        assert "--debug" in run(command, "--help").output
+
+
+def test_version_is_told_both_ways():
+    assert run("version").output == run("--version").output == f"sllmdask {__version__}\n"
+    assert json.loads(run("version", "--json").output) == {"version": __version__}
+
+
+def test_models_are_tsv_in_a_pipe_and_json_when_asked(serve: Serve):
+    serve(qwen=FakeModel(created=5), cold=FakeModel(state="disk"))
+    lines = [line.split("\t") for line in run("models").output.splitlines()]
+    assert lines[0] == ["MODEL", "STATE", "INSTANCES", "SIZE", "CONTEXT", "KEEP-ALIVE", "REASON"]
+    assert lines[1] == ["qwen", "ready", "1", "4.0 MiB", "1024", "5m00s", "-"]
+    rows = json.loads(run("models", "--json").output)
+    assert [row["model"] for row in rows] == ["qwen", "cold"]
+    keys = {"model", "state", "created", "max_model_len", "nbytes", "instances", "reason", "keep_alive", "progress"}
+    assert set(rows[0]) == keys
+
+
+def test_models_are_a_table_on_a_terminal(serve: Serve):
+    server = serve(qwen=FakeModel())
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "LLM_SERVER_URL": server.url, "COLUMNS": "120", "TERM": "xterm"}
+    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "models"]
+    subprocess.run(command, stdout=theirs, env=env, check=True, timeout=20)
+    shown = os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert "─" in shown and "qwen" in shown and "\t" not in shown
+
+
+def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
+    server = serve(m=FakeModel())
+    lines = [line.split("\t") for line in run("status").output.splitlines()]
+    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "m (ready)"]
+    server.gateway.ready = False
+    status = json.loads(run("status", "--json").output)
+    assert list(status) == ["url", "ready", "reason", "workers", "models", "requests"]
+    assert status["ready"] is False
+    assert "No worker is connected." in run("status", "--wait", "--timeout", "0.1", code=4).stderr
+
+
+def test_a_server_that_is_not_there_is_exit_code_3_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LLM_SERVER_URL", raising=False)
+    for command in (["models"], ["status"], ["generate", "m", "x"], ["delete", "m"], ["deploy", "m"], ["chat", "m"]):
+        result = run(*command, "--server", "http://127.0.0.1:9", code=3)
+        assert "sllmdask up" in result.stderr and "Connection refused" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback():
+    result = CliRunner().invoke(main, ["models", "--server", "http://127.0.0.1:9", "--debug"])
+    assert "ServerUnreachable" in repr(result.exception)
+
+
+def test_deploy_takes_a_name_and_flags(serve: Serve):
+    server = serve()
+    result = run("deploy", "qwen", "--source", "org/qwen", "--num-gpus", "2", "--keep-alive", "5m", "--target", "3")
+    assert result.output == "deployed qwen\n"
+    assert list(server.gateway.deployed) == ["qwen"]
+    assert json.loads(run("deploy", "org/other", "--json").output)[0]["model"] == "org/other"
+
+
+def test_deploy_takes_files_and_flags_go_over_them(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = serve()
+    seen: list[Deployment] = []
+    register = server.gateway.register
+
+    async def spy(deployment: Deployment) -> dict[str, Any]:
+        seen.append(deployment)
+        return await register(deployment)
+
+    monkeypatch.setattr(server.gateway, "register", spy)
+    (tmp_path / "a.json").write_text('{"model": "a", "auto_scaling_config": {"target": 2, "min_instances": 1}}')
+    (tmp_path / "b.yaml").write_text("model: b\nrouter_config: {migration_delta: 3}\n")
+    files = ["--config", str(tmp_path / "a.json"), "--config", str(tmp_path / "b.yaml")]
+    result = run("deploy", *files, "--target", "9", "--source", str(tmp_path))
+    assert result.stdout == "deployed a\ndeployed b\n"
+    assert "migration_delta has no effect" in result.stderr
+    assert [(d.model, d.auto_scaling_config.target, d.source) for d in seen] == [("a", 9, str(tmp_path)), ("b", 9, str(tmp_path))]
+    assert seen[0].auto_scaling_config.min_instances == 1
+    run("deploy", "renamed", *files[:2])
+    assert seen[-1].model == "renamed"
+
+
+def test_deploy_refuses_what_is_wrong_before_it_asks_anybody(tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"model": "a", "num_gpu": 2}')
+    assert "'num_gpus'" in run("deploy", "--config", str(tmp_path / "a.json"), code=2).stderr
+    assert "vllm" in run("deploy", "a", "--source", "x", "--backend", "vllm", code=2).stderr
+    assert "no file or directory" in run("deploy", "./nowhere", code=2).stderr
+    run("deploy", code=2)
+
+
+def test_deploy_waits_for_instances_and_shows_how_far_they_are(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    server = serve()
+    states = iter([("loading", 0.25), ("loading", 0.5), ("ready", None)])
+    models = server.gateway.models
+
+    def loading() -> list[dict[str, Any]]:
+        state, progress = next(states, ("ready", None))
+        return [{**row, "state": state, "progress": progress, "instances": int(state == "ready")} for row in models()]
+
+    monkeypatch.setattr(server.gateway, "models", loading)
+    result = run("deploy", "m", "--min-instances", "1", "--wait")
+    assert "loading m 25% of 4.0 MiB" in result.stderr and "/s" in result.stderr and "eta" in result.stderr
+
+
+def test_a_failed_load_ends_the_waiting_with_its_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    server = serve()
+    row = {"model": "m", "state": "failed", "instances": 0, "reason": "truncated", "progress": None, "nbytes": 1}
+    monkeypatch.setattr(server.gateway, "models", lambda: [row])
+    assert "truncated" in run("deploy", "m", "--min-instances", "1", "--wait", code=1).stderr
+
+
+def test_delete_goes_on_after_a_failure_and_tells(serve: Serve):
+    server = serve(a=FakeModel(), b=FakeModel())
+    result = run("delete", "a", "none", "b", code=1)
+    assert result.stdout == "deleted a\ndeleted b\n" and "'none'" in result.stderr
+    assert not server.gateway.deployed
+    assert json.loads(run("delete", "a", "--json", code=1).stdout)[0]["deleted"] is False
+
+
+def test_generate_streams_the_answer_and_its_progress(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stream, "HEADER_GRACE_S", 0.0)
+    loading = [Progress("loading", "loading m 61% disk 2.9 GiB/s")]
+    serve(m=FakeModel(answer=lambda prompt: prompt, loading=loading, cold_start="disk"))
+    result = run("generate", "m", "Hi", "--max-tokens", "100")
+    assert result.stdout == "<|user|>Hi\n<|assistant|>\n"
+    *waiting, loading_line = result.stderr.splitlines()
+    assert waiting == ["waiting", "waiting for m"] and loading_line.startswith("loading m 61% disk 2.9 GiB/s eta ")
+    assert run("generate", "m", "Hi", "--raw").stdout == "Hi\n"
+    assert run("generate", "m", "--raw", stdin="piped").stdout == "piped\n"
+    answer = json.loads(run("generate", "m", "Hi", "--raw", "--json", "--max-tokens", "1").stdout)
+    assert list(answer) == ["id", "model", "text", "finish_reason", "usage", "cold_start", "node", "queue_ms"]
+    assert (answer["text"], answer["finish_reason"], answer["cold_start"]) == ("H", "length", "disk")
+
+
+def test_generate_passes_sampling_on(serve: Serve):
+    server = serve(m=FakeModel())
+    run("generate", "m", "x", "--temperature", "0", "--seed", "5", "--max-tokens", "3")
+    params = server.gateway.asked[0].params
+    assert (params.temperature, params.seed, params.max_tokens) == (0.0, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "ab\n\ncd\n"),
+        ("a.json", '["ab", {"prompt": "cd"}]'),
+        ("a.jsonl", '"ab"\n{"prompt": "cd"}\n'),
+    ],
+)
+def test_generate_answers_a_file_in_order(serve: Serve, tmp_path: Path, name: str, text: str):
+    server = serve(m=FakeModel(answer=str.upper))
+    (tmp_path / name).write_text(text)
+    result = run("generate", "m", "--raw", "--input", str(tmp_path / name), "--threads", "2")
+    assert result.stdout == "AB\nCD\n"
+    lines = run("generate", "m", "--raw", "--input", str(tmp_path / name), "--json").stdout.splitlines()
+    assert [(json.loads(line)["index"], json.loads(line)["text"]) for line in lines] == [(0, "AB"), (1, "CD")]
+    assert server.gateway.most_running <= 2
+
+
+def test_one_bad_prompt_of_a_file_does_not_stop_the_others(serve: Serve, tmp_path: Path):
+    serve(m=FakeModel(answer=str.upper, max_model_len=10))
+    (tmp_path / "a.txt").write_text("ab\n" + "x" * 50 + "\ncd\n")
+    result = run("generate", "m", "--raw", "--input", str(tmp_path / "a.txt"), code=1)
+    assert result.stdout == "AB\nCD\n" and "prompt 2" in result.stderr and "50 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["generate", "none", "x"], 1, "does not exist"),
+        (["generate", "m", "x", "--temperature", "-1"], 1, "temperature"),
+        (["generate", "bad", "x"], 1, "could not be loaded"),
+        (["generate", "late", "x"], 4, "within 3 s"),
+        (["generate", "held", "x", "--timeout", "0.2"], 4, "within 0.2 s"),
+        (["generate", "m", "x", "--input", "f"], 2, "not both"),
+        (["generate", "m", "--input", "/nowhere.txt"], 2, "Cannot read"),
+        (["nothing"], 2, "No such command"),
+    ],
+)
+def test_every_failure_is_one_message_and_its_exit_code(serve: Serve, args: list[str], code: int, message: str):
+    server = serve(
+        m=FakeModel(),
+        bad=FakeModel(refuse=LoadFailed("bad", "truncated")),
+        late=FakeModel(refuse=QueueTimeout("late", 3.0, "busy")),
+        held=FakeModel(gate=asyncio.Event()),
+    )
+    result = run(*args, code=code)
+    assert message in result.stderr and "Traceback" not in result.stderr
+    server.until(lambda: server.gateway.n_running == 0)
+
+
+def test_chat_remembers_and_forgets(serve: Serve):
+    server = serve(m=FakeModel(answer=lambda prompt: str(prompt.count("<|user|>"))))
+    result = run("chat", "m", "--system", "S", stdin="one\n\ntwo\n/clear\nthree\n/bye\nnever\n")
+    assert result.stdout == "1\n2\n1\n"
+    from tests.fakes import byte_tokenizer
+
+    last = byte_tokenizer().decode(server.gateway.asked[1].prompt_ids)
+    assert last == "<|system|>S\n<|user|>one\n<|assistant|>1\n<|user|>two\n<|assistant|>"
+
+
+def test_chat_goes_on_after_a_refused_turn_and_ends_with_the_input(serve: Serve):
+    serve(m=FakeModel(answer=lambda _: "ok", max_model_len=60))
+    result = run("chat", "m", stdin="x" * 80 + "\nshort\n")
+    assert result.stdout == "ok\n\n" and "80" not in result.stdout and "maximum context length" in result.stderr
+    run("chat", "none", code=1)
+
+
+# --- up and serve: what they hand to the cluster ---
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A ``sllmdask.server.service`` that starts nothing and remembers what it was asked."""
+    asked: dict[str, Any] = {}
+    info = {"url": "http://127.0.0.1:8343", "scheduler": "tcp://127.0.0.1:1", "dashboard": None, "workers": 2}
+
+    def run_up(models: list[Deployment], settings: Settings, *, n_workers: int, on_ready: Callable[[dict], None]) -> None:
+        asked.update(models=models, settings=settings, n_workers=n_workers)
+        on_ready({**info, "models": [model.model for model in models]})
+
+    def run_serve(scheduler_address: str, settings: Settings, on_ready: Callable[[dict], None]) -> None:
+        asked.update(scheduler=scheduler_address, settings=settings)
+        on_ready({**info, "models": []})
+
+    for name in ("DISTRIBUTED", "SLLMDASK"):  # up sets what is not set
+        monkeypatch.setenv(f"DASK_LOGGING__{name}", "warning")
+    fake = types.ModuleType("sllmdask.server.service")
+    fake.run_up, fake.run_serve = run_up, run_serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sllmdask.server.service", fake)
+    with dask.config.set({"sllmdask": {"server": {"port": 0}}}):
+        yield asked
+
+
+def test_up_reads_every_kind_of_model(cluster: dict[str, Any], tmp_path: Path):
+    (tmp_path / "file.yaml").write_text("model: from-file\nnum_gpus: 2\n")
+    (tmp_path / "qwen2").mkdir()
+    names = [str(tmp_path / "file.yaml"), "named=org/some", f"here={tmp_path}/qwen2", f"{tmp_path}/qwen2", "org/hub-id"]
+    result = run("up", *names, "--demo", "--workers", "3", "--slots-per-worker", "2", "--port", "0")
+    assert [(model.model, model.source) for model in cluster["models"]] == [
+        ("from-file", "from-file"),
+        ("named", "org/some"),
+        ("here", f"{tmp_path}/qwen2"),
+        ("qwen2", f"{tmp_path}/qwen2"),
+        ("org/hub-id", "org/hub-id"),
+        ("demo-llama", "demo:demo-llama"),
+        ("demo-qwen", "demo:demo-qwen"),
+    ]
+    assert cluster["n_workers"] == 3
+    assert (cluster["settings"].worker.slots, cluster["settings"].server.port) == (2, 0)
+    assert "http://127.0.0.1:8343/v1" in result.stdout and "curl" in result.stdout
+    assert json.loads(run("up", "--json").stdout)["scheduler"] == "tcp://127.0.0.1:1"
+
+
+def test_up_reads_settings_and_models_from_a_file_and_flags_go_over_it(cluster: dict[str, Any], tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(
+        "sllmdask:\n  server: {port: 9000, heartbeat: 2s}\n  worker:\n  models:\n    a: org/a\n    b: {num_gpus: 2}\n"
+    )
+    run("up", "-c", str(tmp_path / "c.yaml"), "--port", "0")
+    assert (cluster["settings"].server.port, cluster["settings"].server.heartbeat) == (0, 2.0)
+    assert [(model.model, model.source, model.num_gpus) for model in cluster["models"]] == [("a", "org/a", 1), ("b", "b", 2)]
+    (tmp_path / "d.json").write_text('{"model": "d"}')
+    run("up", "-c", str(tmp_path / "d.json"))
+    assert cluster["models"][0].model == "d"
+    (tmp_path / "bad.yaml").write_text("server: 3\n")
+    assert "'server'" in run("up", "-c", str(tmp_path / "bad.yaml"), code=2).stderr
+    (tmp_path / "typo.yaml").write_text("server: {prot: 1}\n")
+    assert "'port'" in run("up", "-c", str(tmp_path / "typo.yaml"), code=2).stderr
+
+
+def test_a_taken_port_is_a_failure_that_names_the_flag_before_anything_starts(cluster: dict[str, Any]):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "--port" in run("up", "--port", str(taken.getsockname()[1]), code=1).stderr
+    assert not cluster
+
+
+@pytest.mark.parametrize("command", [["up"], ["serve", "--scheduler", "tcp://x:1"]])
+def test_a_public_bind_needs_insecure_in_so_many_words(cluster: dict[str, Any], command: list[str]):
+    result = run(*command, "--host", "0.0.0.0", code=2)
+    assert "--insecure" in result.stderr and "settings" not in cluster
+    run(*command, "--host", "0.0.0.0", "--insecure")
+    assert cluster["settings"].server.host == "0.0.0.0"
+    run(*command, "--host", "localhost")
+
+
+def test_serve_names_its_scheduler(cluster: dict[str, Any], tmp_path: Path):
+    run("serve", "--scheduler", "tcp://10.0.0.1:8786", "--port", "0")
+    assert cluster["scheduler"] == "tcp://10.0.0.1:8786"
+    run("serve", code=2)
+    (tmp_path / "d.json").write_text('{"model": "d"}')
+    assert "deploy" in run("serve", "--scheduler", "x", "-c", str(tmp_path / "d.json"), code=2).stderr
