@@ -1,0 +1,246 @@
+"""Paged attention behind transformers' attention interface.
+
+A model whose ``attn_implementation`` is :data:`NAME` hands every layer's queries, keys and values to :func:`_hook`. What happens
+to them is up to the context of this thread (:func:`attending`): a :class:`PagedBatch` writes keys and values into the cache and
+attends through block tables, :class:`LayerProbe` only notes what the model does, and without a context it is plain attention.
+No mask function is registered under the name, so transformers builds no mask.
+
+Source: PagedAttention (vLLM, SOSP '23); packed sequences without padding, Orca (OSDI '22). On every device the blocks are
+gathered and given to torch's scaled dot-product attention, one sequence at a time: its result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: Name under which the models find us.
+NAME = "sllm_paged"
+
+#: Arguments of the interface that change nothing here: dropout is off, and positions are in the batch.
+_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What one layer asks for besides plain causal attention."""
+
+    scaling: float
+    #: A token sees itself and the ``sliding_window - 1`` tokens before it.
+    sliding_window: int | None = None
+    #: Scores become ``softcap * tanh(score / softcap)``.
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """KV of one token in one layer."""
+
+    n_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def nbytes(self, itemsize: int) -> int:
+        return self.n_kv_heads * (self.key_dim + self.value_dim) * itemsize
+
+
+#: Arguments of the interface by names that we do not know.
+Others = Mapping[str, Any]
+
+
+class AttentionContext(Protocol):
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        others: Others,
+    ) -> Tensor:
+        """Attention of one layer: `query` (1, Hq, T, Dk), `key` (1, Hkv, T, Dk), `value` (1, Hkv, T, Dv) -> (1, T, Hq, Dv)."""
+
+
+@dataclass(eq=False)
+class Span:
+    """Rows ``start..stop`` of the packed batch: one sequence's tokens, with `n_past` tokens in the cache before them."""
+
+    start: int
+    stop: int
+    n_past: int
+    #: (n_past + stop - start,): cache slots of the sequence's tokens, in order.
+    slots: Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def first_seen(self, window: int | None) -> int:
+        """The first token that any row of the span can see."""
+        return 0 if window is None else max(0, self.n_past - window + 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(rows, tokens from :meth:`first_seen` on), true where a row sees a token; ``None`` where plain causality says it.
+
+        Made once per step, used by all layers with this window.
+        """
+        if window not in self.masks:
+            n_rows = self.stop - self.start
+            first = self.first_seen(window)
+            if (n_rows == 1) or (self.n_past == 0 and (window is None or n_rows <= window)):
+                self.masks[window] = None
+            else:
+                device = self.slots.device
+                rows = torch.arange(self.n_past, self.n_past + n_rows, device=device)[:, None]
+                columns = torch.arange(first, self.n_past + n_rows, device=device)
+                seen = columns <= rows
+                self.masks[window] = seen if window is None else seen & (columns > rows - window)
+        return self.masks[window]
+
+
+class PagedBatch:
+    """The attention of one step: `spans` of a packed batch over paged caches.
+
+    :param caches: per layer, keys and values (n_blocks, block_size, Hkv, D)
+    :param new_slots: (T,), the cache slot of each packed token: block id times block size, plus the offset in the block
+    """
+
+    def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], new_slots: Tensor, spans: Sequence[Span]) -> None:
+        self._caches = caches
+        self._new_slots = new_slots
+        self._spans = spans
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        others: Others,
+    ) -> Tensor:
+        del others
+        keys, values = (cache.flatten(0, 1) for cache in self._caches[_layer(module)])
+        keys.index_copy_(0, self._new_slots, key[0].transpose(0, 1))
+        values.index_copy_(0, self._new_slots, value[0].transpose(0, 1))
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        for span in self._spans:
+            slots = span.slots[span.first_seen(options.sliding_window) :]
+            output[:, span.start : span.stop] = dot_product_attention(
+                query[:, :, span.start : span.stop],
+                keys.index_select(0, slots).transpose(0, 1)[None],
+                values.index_select(0, slots).transpose(0, 1)[None],
+                options,
+                span.mask(options.sliding_window),
+            )
+        return output
+
+
+class LayerProbe:
+    """Notes the layers that call the hook, and what the engine cannot honour. Computes nothing, so it runs on meta tensors."""
+
+    def __init__(self) -> None:
+        self.modules: dict[int, torch.nn.Module] = {}
+        self.shapes: dict[int, LayerShape] = {}
+        #: What would change the result and is not implemented.
+        self.unknown: set[str] = set()
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        others: Others,
+    ) -> Tensor:
+        del options
+        layer = _layer(module)
+        if layer in self.shapes:
+            self.unknown.add("two attentions in one layer")
+        if not getattr(module, "is_causal", True):
+            self.unknown.add("attention that is not causal")
+        self.unknown |= {name for name, given in others.items() if given is not None and name not in _HARMLESS}
+        self.modules[layer] = module
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:
+    """Attention of the last ``n`` tokens of a sequence over all of it.
+
+    `query` (1, Hq, n, Dk), `key` (1, Hkv, L, Dk), `value` (1, Hkv, L, Dv), `mask` (n, L) or ``None`` for plain causality with
+    ``n == 1`` or ``n == L``; returns (1, n, Hq, Dv).
+    """
+    _, n_heads, n_rows, _ = query.shape
+    n_kv_heads = key.shape[1]
+    if n_rows == 1:
+        # One row sees everything, so the query heads of a group can be the rows of its one KV head: nothing is repeated.
+        grouped = query.reshape(1, n_kv_heads, n_heads // n_kv_heads, -1)
+        output = _attend(grouped, key, value, options, None, causal=False)
+        return output.reshape(1, 1, n_heads, -1)
+    if n_kv_heads != n_heads:
+        key, value = (part.repeat_interleave(n_heads // n_kv_heads, 1) for part in (key, value))
+    return _attend(query, key, value, options, mask, causal=mask is None).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, mask: Tensor | None, *, causal: bool) -> Tensor:
+    if options.softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=options.scaling)
+    scores = torch.matmul(query, key.transpose(2, 3)) * options.scaling
+    scores = options.softcap * torch.tanh(scores / options.softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
+
+
+def _layer(module: torch.nn.Module) -> int:
+    return int(module.layer_idx)  # type: ignore[arg-type]
+
+
+_this_thread = threading.local()
+
+
+@contextmanager
+def attending(context: AttentionContext) -> Iterator[None]:
+    """Models that run in this thread inside the block attend by `context`."""
+    _this_thread.context = context
+    try:
+        yield
+    finally:
+        del _this_thread.context
+
+
+def _hook(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    context: AttentionContext | None = getattr(_this_thread, "context", None)
+    if context is not None:
+        return context.attend(module, query, key, value, options, others), None
+    if attention_mask is None:
+        n_rows = query.shape[2]
+        span = Span(0, n_rows, key.shape[2] - n_rows, torch.empty(0, dtype=torch.long, device=query.device))
+        first, mask = span.first_seen(sliding_window), span.mask(sliding_window)
+        return dot_product_attention(query, key[:, :, first:], value[:, :, first:], options, mask), None
+    n_repeats = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(n_repeats, 1) for part in (key, value))
+    return _attend(query, key, value, options, attention_mask, causal=False).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _hook)

@@ -1,0 +1,417 @@
+"""One model that answers many requests at a time: add, step, abort; and a thread that does nothing else.
+
+A step plans, runs one packed forward pass, draws one token for each sequence that is up to date, and says what came out.
+Source: iteration-level scheduling, Orca (OSDI '22).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sllmdask.batching.blocks import BlockPool
+from sllmdask.batching.scheduler import BatchScheduler, Chunk
+from sllmdask.batching.sequence import FinishReason, Sequence
+from sllmdask.config import EngineSettings
+from sllmdask.engine.families import read_config, read_eos_token_ids
+from sllmdask.engine.runner import ModelRunner, pick_device
+from sllmdask.engine.sampler import Draw, sample
+from sllmdask.errors import EngineError, InstanceGone, InvalidRequest, SllmError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: What a forward pass raises over one batch: shapes, indexes, numbers, memory. Anything else ends the engine.
+_STEP_FAILURES = (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One token of one request, or its end.
+
+    `index` counts the answer's tokens from 0, those that a continued request brought included. The token that ended the answer
+    (EOS, a stop id) is given too, with its reason. `token_id` is ``None`` if there is none: the request was aborted, or failed
+    with `error`; both are final.
+    """
+
+    request_id: str
+    index: int
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    error: SllmError | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine holds and has done since it was built."""
+
+    n_running: int
+    n_waiting: int
+    blocks_total: int
+    blocks_free: int
+    block_size: int
+    bytes_per_block: int
+    n_steps: int
+    #: Seconds inside steps.
+    step_s: float
+    n_prompt_tokens: int
+    n_output_tokens: int
+    n_preemptions: int
+
+    def as_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_engine(checkpoint_dir: Path, tensors: Mapping[str, Tensor], settings: EngineSettings) -> LLMEngine:
+    """The engine of the model in `checkpoint_dir` (HF ``config.json``), with `tensors` under their safetensors names.
+
+    On the CPU the parameters are `tensors` themselves where the dtype agrees: their memory must stay until
+    :meth:`LLMEngine.close`. float16 becomes bfloat16 there (float32 where the processor cannot).
+
+    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`.
+    """
+    config = read_config(checkpoint_dir)
+    runner = ModelRunner(
+        checkpoint_dir,
+        config,
+        tensors,
+        device=pick_device(settings.device),
+        block_size=settings.block_size,
+        kv_memory=settings.kv_memory,
+    )
+    return LLMEngine(runner, settings, read_eos_token_ids(checkpoint_dir, config))
+
+
+class LLMEngine:
+    """Continuous batching over one :class:`ModelRunner`. Used by one thread."""
+
+    def __init__(self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int]) -> None:
+        self.settings = settings
+        self.eos_token_ids = eos_token_ids
+        self._runner = runner
+        self._pool = BlockPool(runner.n_blocks)
+        self._scheduler = BatchScheduler(
+            self._pool,
+            block_size=settings.block_size,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_model_len=runner.family.max_model_len,
+        )
+        self._n_steps = 0
+        self._step_s = 0.0
+        self._n_prompt_tokens = 0
+        self._n_output_tokens = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one request, prompt and answer: the model's window, or what the KV memory holds."""
+        return self._scheduler.max_model_len
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that run or wait."""
+        return tuple(self._scheduler)
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The request's sequence while it runs or waits."""
+        return self._scheduler.find(request_id)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a request in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken."""
+        if not sequence.prompt_ids:
+            raise InvalidRequest("The prompt is empty.", "prompt")
+        strange = [token for token in sequence.token_ids(0, sequence.n_tokens) if not 0 <= token < self._runner.vocab_size]
+        if strange:
+            n_vocab = self._runner.vocab_size
+            raise InvalidRequest(f"Token id {strange[0]} is not in the model's vocabulary of {n_vocab}.", "prompt")
+        if len(sequence.output_ids) >= sequence.params.max_tokens:
+            raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
+        self._scheduler.add(sequence)
+        self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
+        return self._scheduler.finish(request_id, FinishReason.ABORT) is not None
+
+    def step(self) -> list[StepOutput]:
+        """Run one batch. A request that fails ends with an error, and the others go on."""
+        started = time.perf_counter()
+        plan = self._scheduler.plan()
+        outputs: list[StepOutput] = []
+        if plan.chunks:
+            try:
+                outputs = self._run(plan.chunks)
+            except _STEP_FAILURES as error:
+                if len(plan.chunks) == 1:
+                    outputs = [self._fail(plan.chunks[0].sequence, error)]
+                else:
+                    outputs = self._run_one_by_one(plan.chunks)
+        self._n_steps += 1
+        self._step_s += time.perf_counter() - started
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            n_running=self._scheduler.n_running,
+            n_waiting=self._scheduler.n_waiting,
+            blocks_total=self._pool.n_total,
+            blocks_free=self._pool.n_free,
+            block_size=self.settings.block_size,
+            bytes_per_block=self._runner.bytes_per_block,
+            n_steps=self._n_steps,
+            step_s=self._step_s,
+            n_prompt_tokens=self._n_prompt_tokens,
+            n_output_tokens=self._n_output_tokens,
+            n_preemptions=self._scheduler.n_preemptions,
+        )
+
+    def close(self) -> None:
+        """Drop all requests and let go of the model, the cache and the tensors that were lent to :func:`build_engine`."""
+        for sequence in self.sequences:
+            self.abort(sequence.request_id)
+        self._runner.close()
+
+    def _run(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
+        """One forward pass. If it raises, no sequence has changed: its tokens may be computed again."""
+        logits = self._runner.forward(chunks)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        tokens = sample(logits, [self._draw(chunk.sequence) for chunk in sampling])
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        return [self._accept(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+
+    def _run_one_by_one(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
+        """Run each chunk alone, to find out whose fault it was."""
+        outputs: list[StepOutput] = []
+        for chunk in chunks:
+            try:
+                outputs += self._run((chunk,))
+            except _STEP_FAILURES as error:
+                outputs.append(self._fail(chunk.sequence, error))
+        return outputs
+
+    def _draw(self, sequence: Sequence) -> Draw:
+        early = len(sequence.output_ids) < sequence.params.min_tokens
+        return Draw(sequence.params, sequence.n_tokens, self._stop_ids(sequence) if early else frozenset())
+
+    def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
+        eos = frozenset() if sequence.params.ignore_eos else self.eos_token_ids
+        return eos.union(sequence.params.stop_token_ids)
+
+    def _accept(self, sequence: Sequence, token: int | None) -> StepOutput:
+        if token is None:
+            return self._fail(sequence, ArithmeticError("the model's output is not a number"))
+        index = len(sequence.output_ids)
+        sequence.output_ids.append(token)
+        self._n_output_tokens += 1
+        reason = None
+        if token in self._stop_ids(sequence):
+            reason = FinishReason.STOP
+        elif index + 1 >= sequence.params.max_tokens or sequence.n_tokens >= self.max_model_len:
+            reason = FinishReason.LENGTH
+        if reason:
+            self._scheduler.finish(sequence.request_id, reason)
+        return StepOutput(sequence.request_id, index, token, reason)
+
+    def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
+        log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
+        self._scheduler.finish(sequence.request_id, FinishReason.ERROR)
+        error = EngineError(f"The engine could not go on with this request: {cause}")
+        return _failure(sequence, error)
+
+
+# --- the engine in a thread of its own -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Submit:
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    run: Callable[[LLMEngine], Any]
+    future: Future[Any]
+
+
+class _Close:
+    """Ends the thread."""
+
+
+_Command = _Submit | _Abort | _Call | _Close
+
+
+class EngineThread:
+    """Runs an engine and owns it from now on; every method may be called from any thread, and none waits but :meth:`close`.
+
+    `on_outputs` and `on_failed` are called in `loop`: the first once per step with everything that the step gave, the second
+    once, if the engine itself has died; every request has had its error by then. A refused request, too, ends by an output.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        loop: asyncio.AbstractEventLoop,
+        on_outputs: Callable[[list[StepOutput]], None],
+        on_failed: Callable[[SllmError], None],
+        name: str = "engine",
+    ) -> None:
+        self.name = name
+        self._engine = engine
+        self._loop = loop
+        self._on_outputs = on_outputs
+        self._on_failed = on_failed
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        # Guards the one thing that two threads decide on: whether a command still finds somebody who answers it.
+        self._gate = threading.Lock()
+        self._closed = False
+        #: Replaced as a whole by the engine's thread after each step, so that readers never wait.
+        self._stats = engine.stats()
+        self._thread = threading.Thread(target=self._main, name=f"sllmdask-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed
+
+    def submit(self, sequence: Sequence) -> None:
+        """Add a request. The thread owns `sequence` from now on. Raises :class:`InstanceGone` after the end."""
+        self._send(_Submit(sequence))
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its last output has the reason ``abort``. One that has ended already is left alone."""
+        with suppress(InstanceGone):
+            self._send(_Abort(request_id))
+
+    def call(self, run: Callable[[LLMEngine], T]) -> Future[T]:
+        """Run something between two steps, in the engine's thread; ``call(LLMEngine.stats)`` for instance."""
+        future: Future[T] = Future()
+        self._send(_Call(run, future))
+        return future
+
+    def stats(self) -> dict[str, Any]:
+        """:class:`EngineStats` after the last step, as plain types."""
+        return self._stats.as_wire()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End after the running step: requests end with :class:`InstanceGone`, the engine is closed, the thread is joined."""
+        with suppress(InstanceGone):
+            self._send(_Close())
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _send(self, command: _Command) -> None:
+        with self._gate:
+            if self._closed:
+                raise InstanceGone(self.name)
+            self._commands.put(command)
+
+    def _main(self) -> None:
+        try:
+            if self._engine.settings.n_threads:
+                torch.set_num_threads(self._engine.settings.n_threads)
+            self._serve()
+        except Exception as error:
+            log.exception("engine died: instance=%s", self.name)
+            failure = EngineError(f"The engine stopped: {error}")
+            self._end(failure)
+            self._deliver(self._on_failed, failure)
+        else:
+            self._end(InstanceGone(self.name))
+
+    def _serve(self) -> None:
+        while True:
+            outputs: list[StepOutput] = []
+            for command in self._next_commands():
+                if isinstance(command, _Close):
+                    self._deliver_outputs(outputs)
+                    return
+                outputs += self._obey(command)
+            if self._engine.has_work:
+                outputs += self._engine.step()
+            self._stats = self._engine.stats()
+            self._deliver_outputs(outputs)
+
+    def _next_commands(self) -> Iterator[_Command]:
+        """All that wait; blocks for one if the engine has nothing to do. What is not asked for stays in the queue."""
+        if not self._engine.has_work:
+            yield self._commands.get()
+        with suppress(Empty):
+            while True:
+                yield self._commands.get_nowait()
+
+    def _obey(self, command: _Submit | _Abort | _Call) -> list[StepOutput]:
+        match command:
+            case _Submit(sequence):
+                try:
+                    self._engine.add(sequence)
+                except SllmError as error:
+                    return [_failure(sequence, error)]
+                except _STEP_FAILURES as error:
+                    return [_failure(sequence, EngineError(f"The request makes no sense: {error}"))]
+            case _Abort(request_id):
+                aborted = self._engine.find(request_id)
+                if aborted and self._engine.abort(request_id):
+                    return [StepOutput(request_id, len(aborted.output_ids), None, FinishReason.ABORT)]
+            case _Call(run, future):
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(run(self._engine))
+                    except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+                        future.set_exception(error)
+        return []
+
+    def _end(self, error: SllmError) -> None:
+        """Answer everybody who still waits, once and for all."""
+        with self._gate:
+            self._closed = True
+        outputs = [_failure(sequence, error) for sequence in self._engine.sequences]
+        with suppress(Empty):
+            while True:
+                match self._commands.get_nowait():
+                    case _Submit(sequence):
+                        outputs.append(_failure(sequence, error))
+                    case _Call(_, future) if future.set_running_or_notify_cancel():
+                        future.set_exception(error)
+        self._deliver_outputs(outputs)
+        self._engine.close()
+        self._stats = self._engine.stats()
+
+    def _deliver_outputs(self, outputs: list[StepOutput]) -> None:
+        if outputs:
+            self._deliver(self._on_outputs, outputs)
+
+    def _deliver(self, callback: Callable[[T], None], value: T) -> None:
+        # A loop that is closed has nobody left who listens.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, value)
+
+
+def _failure(sequence: Sequence, error: SllmError) -> StepOutput:
+    return StepOutput(sequence.request_id, len(sequence.output_ids), None, FinishReason.ERROR, error)

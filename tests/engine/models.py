@@ -1,0 +1,179 @@
+"""Tiny random models, and the tokens that transformers generates with them: the oracle of the engine's tests.
+
+The weights are larger than transformers' initial ones: with those a random model repeats one token for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sllmdask.batching.sequence import SamplingParams, Sequence
+from sllmdask.config import EngineSettings
+from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
+
+VOCAB = 300
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+
+#: Name -> (architecture, what differs from the class's defaults).
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("CohereForCausalLM", _GROUPED),
+    "gemma": ("GemmaForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
+    "glm": ("GlmForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "glm4": ("Glm4ForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
+    "gpt_neox": ("GPTNeoXForCausalLM", _COMMON),
+    "granite": ("GraniteForCausalLM", {**_GROUPED, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "helium": ("HeliumForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "llama": ("LlamaForCausalLM", _GROUPED),
+    "llama3-rope": (
+        "LlamaForCausalLM",
+        {
+            **_GROUPED,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mistral": ("MistralForCausalLM", {**_GROUPED, "sliding_window": None}),
+    "mistral-window": ("MistralForCausalLM", {**_GROUPED, "sliding_window": 24}),
+    "olmo": ("OlmoForCausalLM", _GROUPED),
+    "olmo2": ("Olmo2ForCausalLM", _GROUPED),
+    "opt": ("OPTForCausalLM", {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "phi": ("PhiForCausalLM", _COMMON),
+    "phi3": ("Phi3ForCausalLM", _GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", {**_GROUPED, "tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2ForCausalLM", {**_GROUPED, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("Qwen3ForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "smollm3": ("SmolLM3ForCausalLM", _GROUPED),
+    "stablelm": ("StableLmForCausalLM", _GROUPED),
+    "starcoder2": ("Starcoder2ForCausalLM", {**_GROUPED, "sliding_window": None}),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint: the directory with its JSON files, its tensors, and transformers' own model over them."""
+
+    directory: Path
+    tensors: dict[str, torch.Tensor]
+    reference: Any
+
+    def generate(self, prompt: list[int], n_tokens: int) -> list[int]:
+        """What transformers generates greedily, alone."""
+        ids = torch.tensor([prompt])
+        output = self.reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
+        )
+        return [int(token) for token in output[0, len(prompt) :]]
+
+
+def make_model(
+    directory: Path, name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> TinyModel:
+    """Save the tiny model of that name as transformers does."""
+    architecture, given = CONFIGS[name]
+    model_class = getattr(transformers, architecture)
+    model_config = model_class.config_class(**{**given, **config})
+    torch.manual_seed(seed)
+    reference = model_class._from_config(model_config, attn_implementation="eager", dtype=dtype).eval()
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            # Norms around one; layers strong beside the embeddings, or a tied model repeats its last token.
+            in_layer = any(part.isdigit() for part in key.split("."))
+            is_norm = parameter.dim() == 1 and key.endswith("weight")
+            parameter.normal_(1.0 if is_norm else 0.0, 0.3 if in_layer and parameter.dim() == 2 else 0.1)
+    reference.generation_config.eos_token_id = config.get("eos_token_id")
+    reference.save_pretrained(directory)
+    from safetensors.torch import load_file
+
+    return TinyModel(directory, load_file(directory / "model.safetensors"), reference)
+
+
+def settings(**changes: Any) -> EngineSettings:
+    return EngineSettings(**{"device": "cpu", "kv_memory": 8 * 1024**2, "n_threads": 1, **changes})
+
+
+def make_engine(model: TinyModel, n_blocks: int | None = None, **changes: Any) -> LLMEngine:
+    """An engine over the model's tensors; `n_blocks` gives it a pool of exactly that many."""
+    if n_blocks is not None:
+        block_size = changes.setdefault("block_size", 16)
+        config = model.reference.config
+        n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        itemsize = next(iter(model.tensors.values())).itemsize
+        changes["kv_memory"] = (n_blocks + 1) * block_size * config.num_hidden_layers * 2 * n_kv_heads * head_dim * itemsize
+    engine = build_engine(model.directory, model.tensors, settings(**changes))
+    assert n_blocks is None or engine.stats().blocks_total == n_blocks
+    return engine
+
+
+def request(request_id: str, prompt: list[int], max_tokens: int = 24, **params: Any) -> Sequence:
+    fields = {key: params.pop(key) for key in ("priority", "arrival", "output_ids") if key in params}
+    return Sequence(request_id, prompt, SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **params}), **fields)
+
+
+def prompts(n: int, shortest: int = 1, longest: int = 90, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randint(shortest, longest))] for _ in range(n)]
+
+
+def drain(engine: LLMEngine, outputs: list[StepOutput] | None = None) -> dict[str, list[int]]:
+    """Step until nothing is left; the tokens of each request, whose indexes must be without a gap."""
+    outputs = [] if outputs is None else outputs
+    for _ in range(5000):
+        if not engine.has_work:
+            break
+        outputs += engine.step()
+    assert not engine.has_work
+    return tokens_of(outputs)
+
+
+def tokens_of(outputs: list[StepOutput]) -> dict[str, list[int]]:
+    answers: dict[str, list[int]] = {}
+    first: dict[str, int] = {}
+    for output in outputs:
+        assert output.error is None, output.error
+        if output.token_id is not None:
+            answer = answers.setdefault(output.request_id, [])
+            assert output.index == first.setdefault(output.request_id, output.index) + len(answer)
+            answer.append(output.token_id)
+    return answers
+
+
+def assert_all_free(engine: LLMEngine) -> None:
+    stats = engine.stats()
+    assert stats.blocks_free == stats.blocks_total
+    assert (stats.n_running, stats.n_waiting) == (0, 0)
+
+
+def write_json(path: Path, **changes: Any) -> None:
+    """Change or add keys of a JSON file; ``None`` removes one."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: value for key, value in {**data, **changes}.items() if value is not None}))
