@@ -25,7 +25,8 @@
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left before the request reached it
     ├── Cancelled                   the caller went away
-    └── EngineError                 the engine failed this one request
+    ├── EngineError                 the engine failed this one request
+    └── ServerError                 client.py: what a server answered; each is also of the class that its code names
 
 The class carries the HTTP answer, so the front door has no chain of conditions. Fields are passed to ``super().__init__``
 one by one, because pickle (Dask) replays ``args``; :meth:`SllmError.as_wire` and :func:`from_wire` carry an error over our

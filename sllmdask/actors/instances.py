@@ -23,6 +23,7 @@ from sllmdask.config import EngineSettings
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
 from sllmdask.errors import InstanceGone, SllmError
 from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.loader.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Instance:
 
     async def _load(self) -> dict[str, Any]:
         registry = self._registry
+        began_at = time.monotonic()
         reported_at = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -72,7 +74,16 @@ class Instance:
             now = time.monotonic()
             if done == total or now - reported_at >= REPORT_EVERY_S:
                 reported_at = now
-                registry.report({"kind": "progress", "instance": self.id, "model": self.model, "done": done, "total": total})
+                registry.report(
+                    {
+                        "kind": "progress",
+                        "instance": self.id,
+                        "done": done,
+                        "total": total,
+                        "tier": str(Tier.DISK),
+                        "bytes_per_s": done / (now - began_at) if now > began_at else 0.0,
+                    }
+                )
 
         lease = await registry.store.load(self.source, registry.resolve(self.source), progress)
         started = time.perf_counter()
@@ -181,7 +192,6 @@ class InstanceRegistry:
         self._outboxes: dict[str, Outbox] = {}
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
-        self._warm: asyncio.Future[None] | None = None
 
     def adopt_or_create(self, instance_id: str, model: str, source: str) -> Instance:
         """The instance of that id; an actor that is created again finds its engine running."""
@@ -190,9 +200,9 @@ class InstanceRegistry:
             instance = self._instances[instance_id] = Instance(instance_id, model, source, self)
         return instance
 
-    def warm_up(self) -> None:
-        """Import torch and the modelling code now, in the background, rather than in the first load."""
-        self._warm = asyncio.get_running_loop().run_in_executor(self._builder, _import_engine)
+    async def warm_up(self) -> None:
+        """Import torch and the modelling code before the worker joins, rather than in its first load."""
+        await asyncio.get_running_loop().run_in_executor(self._builder, _import_engine)
 
     async def build(self, lease: HostLease, instance: Instance) -> EngineThread:
         """An engine in its own thread over the tensors of `lease`."""

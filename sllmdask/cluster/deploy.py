@@ -41,9 +41,10 @@ async def local_cluster(
             ),
         }
     )
-    level = logging.getLevelName(logging.getLogger("sllmdask").getEffectiveLevel()).lower()
-    in_workers = {"logging": {"distributed": level, "sllmdask": level}}
-    with dask.config.set({**DISTRIBUTED, **in_workers, "sllmdask": shared.model_dump(mode="json")}):
+    # The workers are processes of their own, which say what this one would.
+    level = logging.getLevelName(logging.getLogger("distributed").getEffectiveLevel()).lower()
+    environment = {"DASK_LOGGING__DISTRIBUTED": level, "DASK_LOGGING__SLLMDASK": level}
+    with dask.config.set({**DISTRIBUTED, "sllmdask": shared.model_dump(mode="json")}):
         async with LocalCluster(
             n_workers=n_workers,
             worker_class=Nanny,
@@ -54,6 +55,7 @@ async def local_cluster(
             worker_dashboard_address=None,
             scheduler_kwargs={"preload": [SCHEDULER_PRELOAD]},
             preload=[WORKER_PRELOAD],
+            env=environment,
             asynchronous=True,
             silence_logs=False,
         ) as cluster:

@@ -25,7 +25,7 @@ from sllmdask.actors.streams import Message, Outbox, messages, open_stream
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
 from sllmdask.config import Deployment, Settings
-from sllmdask.engine.text import TextStream, Tokenizer
+from sllmdask.engine.text import TextStream, Tokenizer, preload
 from sllmdask.errors import InstanceGone, ModelNotFound, SchedulerUnreachable, SllmError, WorkerLost, from_wire
 from sllmdask.units import format_bytes
 
@@ -126,7 +126,9 @@ class Gateway:
     async def start(self) -> None:
         """Connect to the scheduler; raises :class:`SchedulerUnreachable`."""
         await self._pool.start()
+        preloading = asyncio.get_running_loop().run_in_executor(None, preload)
         comm = await self._connect()
+        await preloading
         self._supervisor = asyncio.create_task(self._supervise(comm))
         try:
             await asyncio.wait_for(self._mirrored.wait(), 10)
@@ -206,6 +208,8 @@ class Gateway:
         reply = await self._ask("sllm_register", deployment=deployment.model_dump(mode="json", exclude_unset=True))
         # The mirror's own news comes on another connection, maybe later than the first request for the model.
         self._rows[deployment.model] = reply.pop("row")
+        # A checkpoint whose tokenizer cannot be read is better refused now than at the first request.
+        await self.tokenizer(deployment.model)
         return reply
 
     async def delete(self, model: str) -> None:
@@ -311,7 +315,7 @@ class Gateway:
         text += active.text.flush()
         journal.state = "finished"
         end = Finished(FinishReason(reason), len(journal.request.prompt_ids), len(journal.output_ids))
-        return [Delta(text, fresh), end] if fresh else [end]
+        return [Delta(text, fresh), end] if fresh or text else [end]
 
     def _fail(self, active: _Active, error: SllmError) -> None:
         """What never began goes back to its place in the queue when its instance or worker is gone; all else is raised."""
@@ -373,8 +377,8 @@ class Gateway:
             if row is not None and active.journal.worker is None:
                 done, total = row["done"] or 0, row["nbytes"]
                 percent = f" {100 * done // total}%" if total else ""
-                detail = f"loading {row['model']}{percent} of {format_bytes(total)}"
-                active.inbox.put_nowait(["progress", "loading", detail, done, total])
+                rate = f" {row['tier']} {format_bytes(row['bytes_per_s'])}/s" if row["bytes_per_s"] else ""
+                active.inbox.put_nowait(["progress", "loading", f"loading {row['model']}{percent}{rate}", done, total])
 
     def from_worker(self, message: Message) -> None:
         """One message of a worker's stream."""

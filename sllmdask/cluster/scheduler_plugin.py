@@ -94,8 +94,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._n_workers_told = 0
         #: The newest account of each worker, by address.
         self._accounts: dict[str, dict[str, Any]] = {}
-        #: Bytes done and in all of loads under way, by instance.
-        self._progress: dict[str, tuple[int, int]] = {}
+        #: The last report of each load under way, by instance.
+        self._progress: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.TimerHandle | None = None
         self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
@@ -172,8 +172,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             match message:
                 case {"kind": "account", "account": account}:
                     self._fold_account(worker, account)
-                case {"kind": "progress", "instance": instance, "done": done, "total": total}:
-                    self._progress[instance] = (done, total)
+                case {"kind": "progress", "instance": instance}:
+                    self._progress[instance] = message
                     self._tell_soon()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
@@ -259,9 +259,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         instances = self.controller.instances_of(name)
         loading = [instance for instance in instances if instance.state in (InstanceState.LOADING, InstanceState.PLANNED)]
         ready = [instance for instance in instances if instance.state is InstanceState.READY]
-        done, total = next(
-            (self._progress[instance.id] for instance in loading if instance.id in self._progress), (0, deployed.nbytes)
-        )
+        progress = next((self._progress[instance.id] for instance in loading if instance.id in self._progress), {})
+        done, total = progress.get("done", 0), progress.get("total", deployed.nbytes)
         reason = self.controller.last_failure(name)
         if ready:
             state = "ready"
@@ -284,6 +283,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             "keep_alive": self._keep_alive(deployed.deployment),
             "progress": done / total if loading and total else None,
             "done": done if loading else None,
+            "tier": progress.get("tier"),
+            "bytes_per_s": progress.get("bytes_per_s"),
             "source": deployed.deployment.source,
         }
 

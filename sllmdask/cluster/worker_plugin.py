@@ -85,7 +85,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
-        self.registry.warm_up()
+        await self.registry.warm_up()
 
     async def teardown(self, worker: Worker) -> None:
         worker.extensions.pop(EXTENSION, None)

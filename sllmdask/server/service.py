@@ -15,6 +15,7 @@ from sllmdask.cluster.dask_settings import read_settings
 from sllmdask.cluster.deploy import describe, local_cluster
 from sllmdask.cluster.gateway import Gateway
 from sllmdask.config import Deployment, Settings, parse
+from sllmdask.engine.text import preload
 from sllmdask.errors import ConfigError
 from sllmdask.server.app import make_app, start
 
@@ -47,6 +48,8 @@ async def everything(
     models: Sequence[Deployment], settings: Settings, n_workers: int
 ) -> AsyncIterator[tuple[Gateway, dict[str, Any]]]:
     """A local cluster, its front door, and `models` deployed: the gateway, and what :data:`OnReady` is told."""
+    # While the workers start, this process has nothing else to do.
+    asyncio.get_running_loop().run_in_executor(None, preload)
     async with local_cluster(n_workers, settings) as cluster, front_door(cluster.scheduler_address, settings) as (gateway, url):
         for deployment in models:
             await gateway.register(deployment)
