@@ -62,7 +62,11 @@ class Instance:
         """
         if self._loading is None:
             self._loading = asyncio.create_task(self._load())
-        return await asyncio.shield(self._loading)
+        try:
+            return await asyncio.shield(self._loading)
+        except SllmError:
+            self._registry.discard(self)
+            raise
 
     async def _load(self) -> dict[str, Any]:
         registry = self._registry
@@ -223,8 +227,13 @@ class InstanceRegistry:
         if forget:
             self.store.evict(instance.source)
 
-    def lost(self, instance: Instance, error: SllmError) -> None:
+    def discard(self, instance: Instance) -> None:
+        """Forget an instance that never came to be."""
         self._instances.pop(instance.id, None)
+
+    def lost(self, instance: Instance, error: SllmError) -> None:
+        """Tell the scheduler that an instance died by itself, and free what it held."""
+        self.discard(instance)
         self.report({"kind": "lost", "instance": instance.id, "model": instance.model, "reason": error.message})
         task = asyncio.create_task(instance.close(error))
         task.add_done_callback(lambda done: done.exception())

@@ -313,6 +313,8 @@ class Gateway:
         if reason is None:
             return [Delta(text, fresh)] if fresh else []
         text += active.text.flush()
+        if active.text.stopped:  # a stop string that ends in half a character is only seen at the end
+            reason = FinishReason.STOP
         journal.state = "finished"
         end = Finished(FinishReason(reason), len(journal.request.prompt_ids), len(journal.output_ids))
         return [Delta(text, fresh), end] if fresh or text else [end]
@@ -354,13 +356,16 @@ class Gateway:
 
     def _from_scheduler(self, message: Message) -> None:
         match message:
+            case ["mirror", rows, n_workers]:
+                self._n_workers = n_workers
+                self._rows = {row["model"]: row for row in rows}
+                self._mirrored.set()
             case ["models", changed, gone, n_workers]:
                 self._n_workers = n_workers
                 for name in gone:
                     self._rows.pop(name, None)
                 for row in changed:
                     self._rows[row["model"]] = row
-                self._mirrored.set()
                 self._show_progress([row for row in changed if row["state"] == "loading"])
             case ["dispatch" | "refuse", request_id, *_]:
                 active = self._active.get(request_id)

@@ -111,7 +111,13 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def on(self, event: ev.Event) -> None:
         """The one way into the controller."""
         self.events.append(event)
-        for decision in self.controller.handle(event):
+        try:
+            decisions = self.controller.handle(event)
+        except Exception:
+            # Dask swallows what a hook raises; without the event nobody could find out why.
+            logger.exception("the controller failed on %r", event)
+            raise
+        for decision in decisions:
             self.effects.enact(decision)
         self._tell_soon()
 
@@ -206,7 +212,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         outbox = Outbox(comm)
         self._doors[front_door] = outbox
         logger.info("front door joined front_door=%s", front_door)
-        outbox.put(["models", list(self._current_rows().values()), [], len(self.controller.workers)])
+        outbox.put(["mirror", list(self._current_rows().values()), len(self.controller.workers)])
         try:
             async for message in messages(comm):
                 self._receive(front_door, message)
