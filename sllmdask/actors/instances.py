@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class Instance:
         self.closed = False
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
+        #: Set while there is none.
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     # --- life ---
 
@@ -125,6 +129,10 @@ class Instance:
             self._lease.release()
             self._lease = None
 
+    async def until_idle(self) -> None:
+        """Until the last request has ended."""
+        await self._idle.wait()
+
     def stats(self) -> dict[str, Any]:
         return {"instance": self.id, "model": self.model, "n_requests": len(self._requests), **self._engine_stats()}
 
@@ -142,13 +150,14 @@ class Instance:
             return
         sequence = Sequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
+        self._idle.clear()
         try:
             self._engine.submit(sequence)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._answer_error(request_id, error)
 
     def cancel(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) and self._engine is not None:
+        if self._forget(request_id) and self._engine is not None:
             self._engine.abort(request_id)
 
     def cancel_all_of(self, front_door: str) -> int:
@@ -169,7 +178,7 @@ class Instance:
                 self._answer_error(output.request_id, output.error)
                 continue
             if output.finish_reason is not None:
-                del self._requests[output.request_id]
+                self._forget(output.request_id)
             ids = [] if output.token_id is None else [output.token_id]
             reason = None if output.finish_reason is None else str(output.finish_reason)
             self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason])
@@ -179,8 +188,15 @@ class Instance:
         logger.error("engine failed model=%s instance=%s cause=%s", self.model, self.id, error.message)
         self._registry.lost(self, error)
 
+    def _forget(self, request_id: str) -> bool:
+        known = self._requests.pop(request_id, None) is not None
+        if not self._requests:
+            self._idle.set()
+        return known
+
     def _answer_error(self, request_id: str, error: SllmError) -> None:
-        front_door, epoch = self._requests.pop(request_id)
+        front_door, epoch = self._requests[request_id]
+        self._forget(request_id)
         self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
 
 
@@ -238,10 +254,17 @@ class InstanceRegistry:
         task = asyncio.create_task(instance.close(error))
         task.add_done_callback(lambda done: done.exception())
 
-    async def close(self) -> None:
-        """Stop everything."""
+    async def drain(self, timeout_s: float) -> None:
+        """Let running requests end, for `timeout_s` seconds at most, then unload everything to the host tier."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(instance.until_idle() for instance in self._instances.values()))
         for instance in list(self._instances.values()):
             await self.unload(instance.id, forget=False)
+
+    async def close(self) -> None:
+        """Stop everything."""
+        await self.drain(0)
         for outbox in list(self._outboxes.values()):
             await outbox.close()
         self._builder.shutdown(wait=False, cancel_futures=True)

@@ -88,6 +88,8 @@ class Processes:
             "--memory-limit",
             "0",
             "--no-dashboard",
+            "--worker-class",
+            "sllmdask.cluster.worker.SllmWorker",
             "--preload",
             "sllmdask.cluster.worker_plugin",
             "--slots",
