@@ -7,11 +7,14 @@ nothing on this path can execute code. Dask's TCP has no back-pressure, hence th
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from distributed.comm import Comm, CommClosedError, connect
 from distributed.security import Security
+
+logger = logging.getLogger(__name__)
 
 Message = list[Any]
 
@@ -46,6 +49,12 @@ class Outbox:
                 await self._comm.write(batch)
         except CommClosedError:
             self._pending.clear()
+        except Exception:
+            # Something that msgpack cannot say. A connection that takes messages and sends none would hang both sides.
+            logger.exception("cannot write to %s: closing the connection", self._comm.peer_address)
+            self._pending.clear()
+            self._comm.abort()
+            raise
 
     async def close(self) -> None:
         """Stop writing and close the connection."""

@@ -49,7 +49,7 @@ class SamplingParams:
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(math.isfinite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "between 0 and 2")
         check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        check(self.top_k >= 0, "top_k", "0 (off) or a positive number")
+        check(0 <= self.top_k < 2**31, "top_k", "0 (off) or a positive number")
         check(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         check(0 <= self.seed < 2**64, "seed", "an unsigned 64-bit integer")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")

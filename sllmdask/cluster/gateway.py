@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import itertools
 import logging
 import shutil
 import tempfile
@@ -45,7 +46,9 @@ RECONNECT_S = (0.2, 5.0)
 class _Active:
     """A request under way: its journal, its text so far, and what has arrived for it."""
 
-    def __init__(self, request: GenerateRequest, text: TextStream) -> None:
+    def __init__(self, key: str, request: GenerateRequest, text: TextStream) -> None:
+        #: What the cluster calls the request. Clients repeat their ids, at once and at several front doors; this one is unique.
+        self.key = key
         self.journal = Journal(request)
         self.text = text
         self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
@@ -108,7 +111,7 @@ class Gateway:
     """Where the HTTP server hands its requests in. Belongs to one event loop; :meth:`start` before use."""
 
     def __init__(self, scheduler: str, settings: Settings) -> None:
-        self.id = f"door-{uuid.uuid4().hex[:12]}"
+        self.id = uuid.uuid4().hex[:12]
         self._scheduler, self._settings = scheduler, settings
         self._pool = ConnectionPool(deserialize=True, connection_args=Security().get_connection_args("client"), timeout=10)
         self._outbox: Outbox | None = None
@@ -116,7 +119,9 @@ class Gateway:
         self._rows: dict[str, dict[str, Any]] = {}
         self._n_workers = 0
         self._mirrored = asyncio.Event()
+        #: Requests under way, by the cluster's name for them.
         self._active: dict[str, _Active] = {}
+        self._numbers = itertools.count(1)
         self._recent: deque[dict[str, Any]] = deque(maxlen=N_RECENT)
         self._links: dict[str, WorkerLink] = {}
         self._tokenizers: dict[tuple[str, int], asyncio.Task[Tokenizer]] = {}
@@ -260,8 +265,8 @@ class Gateway:
         Raises what the cluster answered: :class:`QueueTimeout`, :class:`NoWorker`, :class:`LoadFailed`, :class:`WorkerLost`...
         """
         tokenizer = await self.tokenizer(request.model)
-        active = _Active(request, tokenizer.stream(request.params.stop))
-        self._active[request.id] = active
+        active = _Active(f"{self.id}:{next(self._numbers)}", request, tokenizer.stream(request.params.stop))
+        self._active[active.key] = active
         try:
             self._ask_for_place(active)
             yield Progress("queued", f"waiting for {request.model}")
@@ -289,7 +294,7 @@ class Gateway:
                 request = journal.request
                 params = request.params.as_wire()
                 self._link(worker).send(
-                    ["submit", request.id, journal.epoch, instance, request.prompt_ids, journal.output_ids, params]
+                    ["submit", active.key, journal.epoch, instance, request.prompt_ids, journal.output_ids, params]
                 )
                 return [Started(node, loaded_from or "hit", queue_s)]
             case ["refuse", _, error]:
@@ -330,23 +335,23 @@ class Gateway:
         journal.epoch += 1
         journal.worker = journal.instance = journal.node = None
         journal.state = "queued"
-        self._tell(["returned", journal.request.id])
+        self._tell(["returned", active.key])
 
     def _close(self, active: _Active) -> None:
         """Forget a request, and stop it where it still runs."""
         journal = active.journal
-        del self._active[journal.request.id]
+        del self._active[active.key]
         if journal.state in ("queued", "running"):
             journal.state = "cancelled"
         link = self._links.get(journal.worker) if journal.worker else None
         if link is not None and (journal.state != "finished" or active.text.stopped):
-            link.send(["cancel", journal.request.id, journal.instance])
-        self._tell(["ended", journal.request.id])
+            link.send(["cancel", active.key, journal.instance])
+        self._tell(["ended", active.key])
         self._recent.appendleft(journal.as_row())
 
     def _ask_for_place(self, active: _Active) -> None:
         request = active.journal.request
-        self._tell(["request", request.id, request.model, request.priority, request.deadline_s])
+        self._tell(["request", active.key, request.model, request.priority, request.deadline_s])
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:
@@ -367,8 +372,8 @@ class Gateway:
                 for row in changed:
                     self._rows[row["model"]] = row
                 self._show_progress([row for row in changed if row["state"] == "loading"])
-            case ["dispatch" | "refuse", request_id, *_]:
-                active = self._active.get(request_id)
+            case ["dispatch" | "refuse", key, *_]:
+                active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
             case _:
@@ -388,8 +393,8 @@ class Gateway:
     def from_worker(self, message: Message) -> None:
         """One message of a worker's stream."""
         match message:
-            case ["tokens" | "error", request_id, *_]:
-                active = self._active.get(request_id)
+            case ["tokens" | "error", key, *_]:
+                active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
             case ["pong", _]:

@@ -73,7 +73,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a plain prompt, with the special tokens that this tokenizer puts around one."""
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise InvalidRequest("The prompt holds half of a surrogate pair, which is not text.", "prompt")
         return list(self._hf.encode(text, verbose=False))
 
@@ -183,7 +183,8 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8; JSON can smuggle in halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:

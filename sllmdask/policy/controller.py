@@ -383,16 +383,23 @@ class Controller:
         if request.id in self._claims.values():
             return
         on_worker = self._on_worker()
+        protected = self._protected(model)
         best: tuple[int, str] | None = None
+        closable: dict[str, list[InstanceView]] = {}
         for worker in self.workers.values():
             instances = on_worker[worker.address]
-            if unfit(model, worker) is None and not any(instance.id in self._claims for instance in instances):
-                rank = (sum(instance.n_requests for instance in instances), worker.address)
+            if unfit(model, worker) is not None or any(instance.id in self._claims for instance in instances):
+                continue
+            closable[worker.address] = [
+                instance for instance in instances if instance.state is InstanceState.READY and instance.id not in protected
+            ]
+            n_slots = sum(instance.n_slots for instance in closable[worker.address])
+            if n_slots and free_slots(worker, instances) + n_slots >= model.n_slots:
+                rank = (sum(instance.n_requests for instance in closable[worker.address]), worker.address)
                 best = min(best, rank) if best else rank
         if best:
-            for instance in on_worker[best[1]]:
-                if instance.state is InstanceState.READY:
-                    self._claims[instance.id] = request.id
+            for instance in closable[best[1]]:
+                self._claims[instance.id] = request.id
 
     def _scale(self, at: float) -> list[Decision]:
         """Instances beyond the first go to free slots only; idle ones leave when their time is over."""
@@ -400,19 +407,14 @@ class Controller:
         load: dict[str, int] = defaultdict(int)
         for request in [*self.waiting.values(), *self.running.values()]:
             load[request.model] += 1
-        by_model: dict[str, list[InstanceView]] = defaultdict(list)
-        for instance in self.instances.values():
-            by_model[instance.model].append(instance)
         for model in self.models.values():
-            living = [
-                instance
-                for instance in by_model[model.name]
-                if instance.state is not InstanceState.UNLOADING and not instance.draining
-            ]
+            living = self._living(model)
             wanted = desired_instances(model, load[model.name])
             if living or model.min_instances:
                 for _ in range(wanted - len(living)):
-                    more = self._place(model, at, may_evict=False)
+                    # Only what a model is promised is worth another one's idle instance.
+                    n_living = len(self._living(model))
+                    more = self._place(model, at, may_evict=n_living < model.min_instances)
                     if not more:
                         break
                     decisions += more
@@ -422,6 +424,14 @@ class Controller:
                     decisions.append(self._unload(instance, "keep-alive over", at))
                     surplus -= 1
         return decisions
+
+    def _living(self, model: ModelView) -> list[InstanceView]:
+        """Instances that stay, or are on their way."""
+        return [
+            instance
+            for instance in self.instances_of(model.name)
+            if instance.state is not InstanceState.UNLOADING and not instance.draining
+        ]
 
     def _protected(self, model: ModelView) -> frozenset[str]:
         """Instances that other models keep as their minimum."""
@@ -483,14 +493,15 @@ class Controller:
             elif request.id not in self._claims.values():
                 times.append(request.arrived_at + self.settings.patience_s)
         waiting_models = {request.model for request in self.waiting.values()}
+        wanted_models = waiting_models | {model.name for model in self.models.values() if model.min_instances}
         for (name, _), failure in self.failures.items():
-            if name in waiting_models:
+            if name in wanted_models:
                 times.append(failure.until)
         for instance in self.instances.values():
             model = self.models.get(instance.model)
             if model and len(self.instances_of(model.name)) > model.min_instances:
                 times.append(leaves_at(model, instance))
-            if waiting_models and instance.idle and instance.ready_at is not None:
+            if wanted_models and instance.idle and instance.ready_at is not None:
                 times.append(instance.ready_at + self.settings.min_residency_s)
         earliest = min(time for time in times if time > at)
         return None if earliest == inf else earliest

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sllmdask.batching.sequence import FinishReason, SamplingParams
-from sllmdask.engine.text import Tokenizer
+from sllmdask.engine.text import Tokenizer, is_unicode
 from sllmdask.errors import Cancelled, ContextTooLong, EngineError, InvalidRequest, ModelNotFound, SllmError
 
 #: Prompts of one completion body; each is a request of its own in the queue.
@@ -222,7 +222,8 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
         raise _wrong(body, asked, "at least 1")
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(_is(text, str) and text for text in stop):
+    good = isinstance(stop, list) and all(_is(text, str) and text and is_unicode(text) for text in stop)
+    if not good or len(stop) > MAX_STOPS:
         raise _wrong(body, "stop", f"a text or up to {MAX_STOPS} texts, none of them empty")
     stop_ids = body.get("stop_token_ids", [])
     if stop_ids != [] and not _is_ids(stop_ids):

@@ -306,6 +306,31 @@ def test_an_instance_kept_as_another_models_minimum_is_not_evicted():
     assert ask(controller, "r", "b", 2.0) == []
 
 
+def test_what_can_never_leave_is_not_closed_to_newcomers_for_it():
+    controller = controller_with(replace(A, min_instances=1), B, patience_s=5.0)
+    (instance,) = controller.instances.values()
+    controller.handle(ev.LoadFinished(1.0, instance.id, Tier.DISK))
+    ask(controller, "rb", "b", 2.0)
+    controller.handle(ev.TimerFired(8.0))
+    (dispatch,) = ask(controller, "ra", "a", 9.0)
+    assert (dispatch.request, dispatch.instance) == ("ra", instance.id)
+
+
+def test_the_minimum_of_a_model_is_restored_after_a_failed_load_and_takes_the_slot_of_an_idle_one():
+    controller = controller_with(replace(A, min_instances=1))
+    (instance,) = controller.instances.values()
+    assert wake(controller.handle(ev.LoadFailed(1.0, instance.id, "disk on fire"))) == 2.0
+    (load,) = acts(controller.handle(ev.TimerFired(2.0)))
+    assert load.model == "a"
+
+    controller = controller_with(B)
+    (load,) = ask(controller, "r", "b", 0.0)
+    controller.handle(ev.LoadFinished(1.0, load.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(2.0, "r"))
+    (unload,) = acts(controller.handle(ev.ModelDeployed(3.0, replace(A, min_instances=1))))
+    assert unload.model == "b"
+
+
 def test_a_fresh_instance_is_safe_for_the_minimum_residency():
     controller = controller_with(A, B, min_residency_s=10.0)
     (load,) = ask(controller, "r1", "a", 0.0)
