@@ -22,6 +22,9 @@ from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 
+#: Seconds within which Dask notices that a worker's process has ended.
+NOTICE_S = 2.0
+
 
 class Effects:
     """The hands of the controller on one scheduler.
@@ -40,7 +43,9 @@ class Effects:
         self._scheduler, self._on, self._doors, self._source_of = scheduler, on, doors, source_of
         self._client: Client | None = None
         self._client_lock = asyncio.Lock()
-        self._futures: dict[str, Any] = {}
+        #: Dask's future of each instance's actor, and the load under way for it, with the worker's address.
+        self._futures: dict[str, tuple[str, Any]] = {}
+        self._loads: dict[str, tuple[str, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: Calls to workers: replies are ours to decode, unlike on the scheduler's own pool.
@@ -59,7 +64,7 @@ class Effects:
                     decision.instance,
                     decision.ready_in_s,
                 )
-                self.start(self._load(decision))
+                self._loads[decision.instance] = decision.worker, self.start(self._load(decision))
             case Unload():
                 logger.info(
                     "unload model=%s worker=%s instance=%s cause=%s",
@@ -118,11 +123,20 @@ class Effects:
         if outbox is not None:
             outbox.put(message)
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in the background, until :meth:`close`."""
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def worker_left(self, worker: str) -> None:
+        """Let go of what was on it: its actors, and loads whose answer will never come."""
+        for instance in [instance for instance, (where, _) in self._futures.items() if where == worker]:
+            self._release(instance)
+        for where, task in list(self._loads.values()):
+            if where == worker:
+                task.cancel()
 
     async def _own_client(self) -> Client:
         async with self._client_lock:
@@ -150,17 +164,17 @@ class Effects:
                 workers=[load.worker],
                 actor=True,
             )
-            self._futures[load.instance] = future
+            self._futures[load.instance] = load.worker, future
             with client.as_current():
                 await wait(future)
             if future.status != "finished":
                 raise WorkerLost(load.worker)
             done = await ModelHandle(load.instance, load.worker, self.pool).load()
         except WorkerLost:
-            # The worker's departure, which Dask reports, ends its instances; a load must not be counted as failed for it.
+            # Most likely it has died, and Dask is about to say so, which ends this task: a load has not failed by that.
+            await asyncio.sleep(NOTICE_S)
             self._release(load.instance)
-            if load.worker in self._scheduler.workers:
-                self._on(ev.LoadFailed(time.monotonic(), load.instance, f"the worker {load.worker} did not answer"))
+            self._on(ev.LoadFailed(time.monotonic(), load.instance, f"the worker {load.worker} did not answer"))
         except SllmError as error:
             logger.warning("load failed model=%s worker=%s cause=%s", load.model, load.worker, error.message)
             self._release(load.instance)
@@ -172,6 +186,8 @@ class Effects:
             self._on(ev.LoadFailed(time.monotonic(), load.instance, f"internal error: {error!r}"))
         else:
             self._on(ev.LoadFinished(time.monotonic(), load.instance, Tier(done["loaded_from"])))
+        finally:
+            self._loads.pop(load.instance, None)
 
     async def _unload(self, unload: Unload) -> None:
         try:
@@ -184,6 +200,6 @@ class Effects:
         self._on(ev.UnloadFinished(time.monotonic(), unload.instance))
 
     def _release(self, instance: str) -> None:
-        future = self._futures.pop(instance, None)
+        _, future = self._futures.pop(instance, (None, None))
         if future is not None:
             future.release()

@@ -162,6 +162,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
+        self.effects.worker_left(worker)
         if worker in self.controller.workers:
             self.on(ev.WorkerLeft(time.monotonic(), worker))
 

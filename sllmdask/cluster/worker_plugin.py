@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +199,9 @@ async def dask_setup(
 ) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.worker_plugin``; the options are given after it."""
     log_as_dask_does()
+    if worker.nanny:
+        # A terminal sends Ctrl-C to every process; this one is stopped by its nanny, in good order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         settings = read_settings(
             {

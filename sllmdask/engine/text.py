@@ -17,6 +17,7 @@ from sllmdask.errors import CheckpointNotFound, InvalidRequest
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {
         "conversation",
+        "messages",
         "chat_template",
         "add_generation_prompt",
         "continue_final_message",
@@ -77,7 +78,7 @@ class Tokenizer:
             raise InvalidRequest("The prompt holds half of a surrogate pair, which is not text.", "prompt")
         return list(self._hf.encode(text, verbose=False))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
         """The ids of a conversation up to where the model's answer begins.
 
         `template_kwargs` are variables of the chat template (``tools``, ``documents``, ``enable_thinking``).
