@@ -241,20 +241,20 @@ def up(
 
     A MODEL is a deployment file, NAME=SOURCE, a directory with a checkpoint, or the id of a model on the hub.
     """
-    configured, overrides = _read_config(config_file)
+    configured, file = _read_config(config_file)
     deployments = [*configured, *map(_read_model, models)]
     if demo:
         deployments += [_read_model(f"{name}={source}") for name, source in DEMO_MODELS.items()]
-    _override(overrides, {"server": {"host": host, "port": port}, "worker": {"slots": slots_per_worker}})
     _set_up_logging(verbose)
-    settings = _read_settings(overrides, insecure)
+    flags: dict[str, dict[str, Any]] = {"server": {"host": host, "port": port}, "worker": {"slots": slots_per_worker}}
+    settings = _read_settings(flags, file, insecure)
     from sllmdask.server.app import check_address
     from sllmdask.server.service import run_up
 
     check_address(settings.server)
     with _waiting() as waiting:
         waiting.say("starting the workers")
-        run_up(deployments, settings, n_workers=workers, on_ready=_announce(waiting, as_json))
+        run_up(deployments, settings, n_workers=workers, on_ready=_announce(waiting, as_json, "everything"))
 
 
 @main.command()
@@ -264,17 +264,22 @@ def serve(
     scheduler: str, host: str | None, port: int | None, insecure: bool, config_file: str | None, verbose: bool, as_json: bool
 ) -> None:
     """Start a front door on a Dask cluster that runs already, and serve until Ctrl-C."""
-    configured, overrides = _read_config(config_file)
+    configured, file = _read_config(config_file)
     if configured:
         raise click.UsageError("serve takes settings only: deploy models with `sllmdask deploy --config FILE`.")
-    _override(overrides, {"server": {"host": host, "port": port}})
+    if others := sorted(file.keys() - {"server"}):
+        raise ConfigError(
+            f"{config_file} sets {', '.join(others)}, which a front door does not read. Give the scheduler and the workers their "
+            "settings in Dask's configuration.",
+            others[0],
+        )
     _set_up_logging(verbose)
-    settings = _read_settings(overrides, insecure)
+    settings = _read_settings({"server": {"host": host, "port": port}}, file, insecure)
     from sllmdask.server.service import run_serve
 
     with _waiting() as waiting:
         waiting.say(f"connecting to {scheduler}")
-        run_serve(scheduler, settings, on_ready=_announce(waiting, as_json))
+        run_serve(scheduler, settings, on_ready=_announce(waiting, as_json, "the front door"))
 
 
 def _read_config(path: str | None) -> tuple[list[Deployment], dict[str, Any]]:
@@ -313,12 +318,12 @@ def _override(settings: dict[str, Any], given: Mapping[str, Mapping[str, Any]]) 
             settings[section] = {**(settings.get(section) or {}), **chosen}
 
 
-def _read_settings(overrides: dict[str, Any], insecure: bool) -> Settings:
+def _read_settings(flags: Mapping[str, Mapping[str, Any]], file: dict[str, Any], insecure: bool) -> Settings:
     import ipaddress
 
     from sllmdask.cluster.dask_settings import read_settings
 
-    settings: Settings = read_settings(overrides)
+    settings: Settings = read_settings(flags, file)
     host = settings.server.host
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -344,7 +349,7 @@ def _set_up_logging(verbose: bool) -> None:
         logging.getLogger("sllmdask").setLevel(logging.INFO)
 
 
-def _announce(waiting: _Waiting, as_json: bool) -> Callable[[dict[str, Any]], None]:
+def _announce(waiting: _Waiting, as_json: bool, what_stops: str) -> Callable[[dict[str, Any]], None]:
     def on_ready(info: dict[str, Any]) -> None:
         waiting.hide()
         if as_json:
@@ -359,7 +364,7 @@ def _announce(waiting: _Waiting, as_json: bool) -> Callable[[dict[str, Any]], No
         if models:
             body = json.dumps({"model": models[0], "messages": [{"role": "user", "content": "What is your name?"}]})
             click.echo(f"\nTry: curl {info['url']}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
-        click.echo("A model loads on its first request. Ctrl-C stops everything.")
+        click.echo(f"A model loads on its first request. Ctrl-C stops {what_stops}.")
 
     return on_ready
 

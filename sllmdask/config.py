@@ -25,6 +25,9 @@ Bytes = Annotated[int, BeforeValidator(lambda value: value if value is None else
 BytesPerSecond = Annotated[float, BeforeValidator(parse_rate)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 
+#: ``auto`` is what the checkpoint is in. On a CPU, float16 becomes bfloat16, or float32 where the processor has no bfloat16.
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
 #: A model's name: what users write in requests, and a part of keys and paths, so no ``..``, no leading slash.
 _MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*$")
 
@@ -84,7 +87,8 @@ class BackendConfig(Frozen):
 
     pretrained_model_name_or_path: str | None = None
     device_map: str | dict[str, Any] = "auto"
-    torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    #: What the weights are served in; ``auto``: what engine.dtype says.
+    torch_dtype: Dtype = "auto"
     hf_model_class: str = "AutoModelForCausalLM"
     quantization_config: dict[str, Any] | None = None
     enable_lora: bool = False
@@ -134,6 +138,8 @@ class Deployment(Frozen):
     def warnings(self) -> list[str]:
         """Settings that were given and have no effect here, one sentence each."""
         found = []
+        if self.backend_config.device_map != "auto":
+            found.append("backend_config.device_map has no effect: an instance runs on one device, which engine.device names")
         if "router_config" in self.model_fields_set:
             found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
         if "scheduler_config" in self.model_fields_set:
@@ -149,6 +155,8 @@ class EngineSettings(Frozen):
 
     #: ``cpu`` or ``cuda``; ``auto`` takes a GPU when the worker sees one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: What weights and KV are in, unless a deployment says otherwise.
+    dtype: Dtype = "auto"
     #: Tokens per KV block.
     block_size: int = Field(default=16, ge=1, le=256)
     #: Bytes of KV cache of one instance.
@@ -157,7 +165,8 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
-    #: Threads of one instance; 0: the worker's cores divided by its slots.
+    #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker
+    #: started by hand, which does not know its neighbours.
     n_threads: int = Field(default=0, ge=0)
 
 
@@ -166,7 +175,8 @@ class WorkerSettings(Frozen):
 
     #: Instances' worth of compute: the sum of ``num_gpus`` over loaded instances never exceeds it.
     slots: int = Field(default=1, ge=1)
-    #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the memory, shared by the host's workers.
+    #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the host's memory, which the workers that ``up``
+    #: starts share, and which a worker started by hand has alone.
     host_memory: Bytes = Field(default=0, ge=0)
     #: Where downloaded checkpoints are kept.
     store_dir: str = "~/.cache/sllmdask"

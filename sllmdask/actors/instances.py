@@ -44,8 +44,8 @@ REPORT_EVERY_S = 0.1
 class Instance:
     """One model on this worker: its lease on the host copy, its engine, and who waits for which answer."""
 
-    def __init__(self, instance_id: str, model: str, source: str, registry: InstanceRegistry) -> None:
-        self.id, self.model, self.source = instance_id, model, source
+    def __init__(self, instance_id: str, model: str, source: str, dtype: str, registry: InstanceRegistry) -> None:
+        self.id, self.model, self.source, self.dtype = instance_id, model, source, dtype
         self._registry = registry
         self._lease: HostLease | None = None
         self._engine: EngineThread | None = None
@@ -213,11 +213,11 @@ class InstanceRegistry:
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
-    def adopt_or_create(self, instance_id: str, model: str, source: str) -> Instance:
+    def adopt_or_create(self, instance_id: str, model: str, source: str, dtype: str) -> Instance:
         """The instance of that id; an actor that is created again finds its engine running."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            instance = self._instances[instance_id] = Instance(instance_id, model, source, self)
+            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self)
         return instance
 
     async def warm_up(self) -> None:
@@ -230,8 +230,13 @@ class InstanceRegistry:
         return await loop.run_in_executor(self._builder, self._build, lease, instance, loop)
 
     def _build(self, lease: HostLease, instance: Instance, loop: asyncio.AbstractEventLoop) -> EngineThread:
-        engine = build_engine(Path(lease.path), lease.tensors, self._settings)
+        settings = self._settings if instance.dtype == "auto" else self._settings.model_copy(update={"dtype": instance.dtype})
+        engine = build_engine(Path(lease.path), lease.tensors, settings)
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
+
+    async def preload(self, source: str) -> None:
+        """Bring a checkpoint to the host tier and leave it there, unpinned. Raises what the store raises."""
+        (await self.store.load(source, self.resolve(source))).release()
 
     async def unload(self, instance_id: str, forget: bool) -> None:
         """Close an instance and keep its checkpoint in the host tier, unless it is to be forgotten; idempotent."""

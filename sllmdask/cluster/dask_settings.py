@@ -15,6 +15,7 @@ DISTRIBUTED: Mapping[str, Any] = {
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.active-memory-manager.start": False,
     "distributed.scheduler.worker-ttl": "30s",
+    "distributed.deploy.lost-worker-timeout": "365d",
     "distributed.worker.profile.enabled": False,
     "distributed.worker.daemon": False,
     "distributed.worker.memory.target": False,
@@ -37,19 +38,23 @@ def log_as_dask_does() -> None:
         ours.setLevel(dasks.level)
 
 
-def read_settings(overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
-    """The cluster's settings: `overrides` (flags; ``None`` values do not count) over Dask's configuration over the defaults.
+def read_settings(flags: Mapping[str, Mapping[str, Any]] | None = None, file: Mapping[str, Any] | None = None) -> Settings:
+    """The cluster's settings: flags over the environment over `file` over Dask's own files over the defaults.
 
-    Dask's configuration already has ``DASK_SLLMDASK__SECTION__KEY`` over files. Raises :class:`ConfigError`.
+    A flag of ``None`` was not given. The environment's names are ``DASK_SLLMDASK__SECTION__KEY``. Raises :class:`ConfigError`.
     """
-    tree = dask.config.get("sllmdask", {}) or {}
-    # Dask takes both spellings, and its environment variables are lower-cased with underscores.
-    merged: dict[str, Any] = {
-        section: {key.replace("-", "_"): value for key, value in values.items()} if isinstance(values, Mapping) else values
-        for section, values in tree.items()
-    }
-    for section, values in (overrides or {}).items():
-        given = {key: value for key, value in values.items() if value is not None}
-        if given:
-            merged[section] = {**(merged.get(section) or {}), **given}
+    merged: dict[str, Any] = {}
+    for layer in (
+        dask.config.get("sllmdask", {}),
+        file or {},
+        dask.config.collect_env().get("sllmdask", {}),
+        {name: {key: value for key, value in given.items() if value is not None} for name, given in (flags or {}).items()},
+    ):
+        for section, values in (layer or {}).items():
+            if isinstance(values, Mapping):
+                # Dask takes both spellings of a key.
+                spelt = {str(key).replace("-", "_"): value for key, value in values.items()}
+                merged[section] = {**(merged.get(section) or {}), **spelt}
+            else:
+                merged[section] = values
     return parse(Settings, merged, "Dask's configuration under 'sllmdask:'")

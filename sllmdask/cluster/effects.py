@@ -15,6 +15,7 @@ from distributed.security import Security
 from sllmdask.actors.handle import ModelHandle, actor_key
 from sllmdask.actors.model_actor import ModelActor
 from sllmdask.actors.streams import Outbox
+from sllmdask.config import Deployment
 from sllmdask.errors import SllmError, WorkerLost
 from sllmdask.policy import events as ev
 from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
@@ -38,9 +39,9 @@ class Effects:
         scheduler: Scheduler,
         on: Callable[[ev.Event], None],
         doors: Mapping[str, Outbox],
-        source_of: Callable[[str], str],
+        deployment_of: Callable[[str], Deployment],
     ) -> None:
-        self._scheduler, self._on, self._doors, self._source_of = scheduler, on, doors, source_of
+        self._scheduler, self._on, self._doors, self._deployment_of = scheduler, on, doors, deployment_of
         self._client: Client | None = None
         self._client_lock = asyncio.Lock()
         #: Dask's future of each instance's actor, and the load under way for it, with the worker's address.
@@ -154,12 +155,13 @@ class Effects:
     async def _load(self, load: Load) -> None:
         try:
             client = await self._own_client()
-            source = self._source_of(load.model)
+            deployment = self._deployment_of(load.model)
             future = client.submit(
                 ModelActor,
                 load.instance,
                 load.model,
-                source,
+                deployment.source,
+                deployment.backend_config.torch_dtype,
                 key=actor_key(load.instance),
                 workers=[load.worker],
                 actor=True,

@@ -76,7 +76,7 @@ class WorkerLink:
 
     async def _run(self) -> None:
         try:
-            comm = await open_stream(self.worker, "sllm-stream", timeout_s=10, front_door=self._gateway.id)
+            comm = await open_stream(self.worker, "sllm-stream", timeout_s=5, front_door=self._gateway.id)
         except OSError as error:
             logger.warning("worker %s cannot be reached: %s", self.worker, error)
             self._gateway.worker_lost(self)
@@ -118,6 +118,7 @@ class Gateway:
         self._supervisor: asyncio.Task[None] | None = None
         self._rows: dict[str, dict[str, Any]] = {}
         self._n_workers = 0
+        self._given_up = False
         self._mirrored = asyncio.Event()
         #: Requests under way, by the cluster's name for them.
         self._active: dict[str, _Active] = {}
@@ -171,14 +172,24 @@ class Gateway:
             await outbox.close()
             self._n_workers = 0
             logger.warning("lost the scheduler at %s; trying again", self._scheduler)
+            patience = asyncio.get_running_loop().call_later(self._settings.scheduler.worker_wait, self._give_up)
             pause_s = RECONNECT_S[0]
             while True:
                 await asyncio.sleep(pause_s)
                 try:
                     comm = await self._connect()
+                    patience.cancel()
+                    self._given_up = False
                     break
                 except SchedulerUnreachable:
                     pause_s = min(RECONNECT_S[1], pause_s * 2)
+
+    def _give_up(self) -> None:
+        """The scheduler has been gone for too long: who waits for a place is told so, and who comes now too."""
+        self._given_up = True
+        for active in self._active.values():
+            if active.journal.worker is None:
+                active.inbox.put_nowait(SchedulerUnreachable(self._scheduler, "it went away"))
 
     # --- what is there ---
 
@@ -213,7 +224,7 @@ class Gateway:
         reply = await self._ask("sllm_register", deployment=deployment.model_dump(mode="json", exclude_unset=True))
         # The mirror's own news comes on another connection, maybe later than the first request for the model.
         self._rows[deployment.model] = reply.pop("row")
-        # A checkpoint whose tokenizer cannot be read is better refused now than at the first request.
+        # The first request need not wait for it then.
         await self.tokenizer(deployment.model)
         return reply
 
@@ -265,6 +276,8 @@ class Gateway:
         Raises what the cluster answered: :class:`QueueTimeout`, :class:`NoWorker`, :class:`LoadFailed`, :class:`WorkerLost`...
         """
         tokenizer = await self.tokenizer(request.model)
+        if self._given_up:
+            raise SchedulerUnreachable(self._scheduler, "it went away")
         active = _Active(f"{self.id}:{next(self._numbers)}", request, tokenizer.stream(request.params.stop))
         self._active[active.key] = active
         try:

@@ -99,8 +99,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._telling: asyncio.TimerHandle | None = None
         self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
-        self._revisions = itertools.count(1)
-        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment.source)
+        # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
+        self._revisions = itertools.count(time.time_ns())
+        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
         scheduler.handlers["sllm_delete"] = self.delete
@@ -333,7 +334,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
         self.on(ev.ModelDeployed(time.monotonic(), view))
         self._tell()
-        return {"model": asked.model, "warnings": asked.warnings(), "row": self._rows[asked.model]}
+        warnings = asked.warnings() + self._preload(asked)
+        return {"model": asked.model, "warnings": warnings, "row": self._rows[asked.model]}
 
     @answer
     async def delete(self, model: str) -> dict[str, Any]:
@@ -448,6 +450,22 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         for worker in self.controller.workers.values():
             if worker.residency.get(source) is Tier.HOST:
                 self.effects.start(self._forget_on(worker.address, source))
+
+    def _preload(self, deployment: Deployment) -> list[str]:
+        """Begin to bring the checkpoint to the host memory of the nodes in `memory_pool`; returns what cannot be done."""
+        by_name = {worker.name: worker.address for worker in self.controller.workers.values()}
+        warnings = []
+        for node in deployment.placement_config.memory_pool:
+            if node in by_name:
+                self.effects.start(self._preload_on(by_name[node], deployment))
+            else:
+                warnings.append(f"placement_config.memory_pool: node {node!r} is not connected, so nothing was preloaded there")
+        return warnings
+
+    async def _preload_on(self, worker: str, deployment: Deployment) -> None:
+        reply = await self._ask(worker, "sllm_preload", source=deployment.source)
+        if "error" in reply:
+            logger.warning("preload failed model=%s worker=%s cause=%s", deployment.model, worker, from_wire(reply).message)
 
     async def _forget_on(self, worker: str, source: str) -> None:
         await self._ask(worker, "sllm_forget", source=source)

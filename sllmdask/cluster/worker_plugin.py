@@ -82,6 +82,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect
         worker.handlers["sllm_files"] = self.files
+        worker.handlers["sllm_preload"] = self.preload
         worker.handlers["sllm_forget"] = self.forget
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
@@ -140,6 +141,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             from sllmdask.engine.families import inspect_config
 
             family = await asyncio.to_thread(inspect_config, info.config)
+            await asyncio.to_thread(_check_tokenizer, source, info.path)
             if source not in self._on_disk:
                 self._on_disk.add(source)
                 self.report({"kind": "account", "account": self.account()})
@@ -163,10 +165,29 @@ class SllmWorkerPlugin(WorkerPlugin):
         except SllmError as error:
             return error.as_wire()
 
+    async def preload(self, source: str) -> dict[str, Any]:
+        """Bring a checkpoint to host memory before anybody asks for it."""
+        assert self.registry is not None
+        try:
+            await self.registry.preload(source)
+        except SllmError as error:
+            return error.as_wire()
+        return {}
+
     async def forget(self, source: str) -> bool:
         """Drop the host copy of a checkpoint that is not deployed any more."""
         assert self.registry is not None
         return self.registry.store.evict(source)
+
+
+def _check_tokenizer(source: str, path: str) -> None:
+    """Raise :class:`CheckpointNotFound`, naming `source`, if a front door could make no tokenizer of the files."""
+    from sllmdask.engine.text import Tokenizer
+
+    try:
+        Tokenizer.from_directory(path)
+    except CheckpointNotFound as error:
+        raise CheckpointNotFound(source, error.reason) from None
 
 
 def _tier_of(state: str) -> Tier | None:

@@ -93,6 +93,7 @@ def build_engine(checkpoint_dir: Path, tensors: Mapping[str, Tensor], settings: 
         config,
         tensors,
         device=pick_device(settings.device),
+        dtype=settings.dtype,
         block_size=settings.block_size,
         kv_memory=settings.kv_memory,
     )

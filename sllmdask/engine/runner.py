@@ -49,12 +49,13 @@ class ModelRunner:
         device: torch.device,
         block_size: int,
         kv_memory: int,
+        dtype: str = "auto",
     ) -> None:
         """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small."""
         self.family: FamilyInfo = inspect_config(config)
         self.device = device
         self.block_size = block_size
-        self.dtype = _serving_dtype(checkpoint_dir, tensors, device)
+        self.dtype = _serving_dtype(checkpoint_dir, tensors, device, dtype)
         self._model = _build_on_meta(self.family, config, self.dtype)
         probe = _probe_layers(self._model, self.family)
         self.layers: list[LayerShape] = [probe.shapes[layer] for layer in range(len(probe.shapes))]
@@ -163,15 +164,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _serving_dtype(checkpoint_dir: Path, tensors: Mapping[str, Tensor], device: torch.device) -> torch.dtype:
-    """What most bytes of the checkpoint are in, so that most of it need not be copied."""
+def _serving_dtype(checkpoint_dir: Path, tensors: Mapping[str, Tensor], device: torch.device, wanted: str) -> torch.dtype:
+    """`wanted`, or for ``auto`` what most bytes of the checkpoint are in, so that most of it need not be copied."""
     nbytes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.is_floating_point():
             nbytes[tensor.dtype] += tensor.nbytes
     if not nbytes:
         raise CheckpointCorrupt(str(checkpoint_dir), None, "it holds no weights")
-    dtype = max(nbytes, key=lambda dtype: nbytes[dtype])
+    dtype = max(nbytes, key=lambda dtype: nbytes[dtype]) if wanted == "auto" else getattr(torch, wanted)
     if dtype not in _DTYPES:
         raise CheckpointCorrupt(
             str(checkpoint_dir), None, f"most weights are {dtype}; float32, bfloat16 and float16 can be served"

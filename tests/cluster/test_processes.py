@@ -116,6 +116,21 @@ def test_an_idle_model_leaves_the_slot_after_its_keep_alive(url, checkpoints):
     assert post(url, "/delete", {"model": "brief"})["status"] == "deleted model brief"
 
 
+def test_a_model_is_preloaded_to_the_memory_of_the_nodes_that_its_deployment_names(url, tmp_path):
+    path = make_checkpoint(tmp_path / "early", "gpt2")
+    deployment = {
+        "model": "early",
+        "backend_config": {"pretrained_model_name_or_path": str(path), "torch_dtype": "bfloat16"},
+        "placement_config": {"memory_pool": ["0", "7"]},
+    }
+    answer = post(url, "/register", deployment)
+    assert "'7' is not connected" in answer["warnings"][0]
+    until("it is in memory", lambda: state_of(url, "early") == "host", 5)
+    answer = post(url, "/v1/completions", {"model": "early", **SHORT})
+    assert answer["usage"]["completion_tokens"] == SHORT["max_tokens"]
+    post(url, "/delete", {"model": "early"})
+
+
 def test_deleting_a_model_frees_its_memory(url, tmp_path):
     path = make_checkpoint(tmp_path / "passing", "opt")
     assert (
