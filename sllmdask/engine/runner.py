@@ -192,9 +192,12 @@ def _build_on_meta(family: FamilyInfo, config: Mapping[str, Any], dtype: torch.d
         model_config._attn_implementation = NAME
         # The context is this thread's own. Asking for `dtype` would change torch's default for the whole process.
         with torch.device("meta"):
-            return getattr(transformers, family.architecture)(model_config).eval().requires_grad_(False)
+            model = getattr(transformers, family.architecture)(model_config).eval().requires_grad_(False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedArchitecture(family.architecture, f"transformers refuses its config.json ({error})") from error
+    # Nothing is padded here. With a padding token, some models look for it in every batch, to warn of a missing mask.
+    model.config.get_text_config().pad_token_id = None
+    return model
 
 
 @torch.no_grad()

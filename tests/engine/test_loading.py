@@ -49,6 +49,18 @@ def test_float16_is_served_as_bfloat16_or_float32_on_the_cpu(tmp_path: Path):
     assert len(drain(engine)["a"]) == 5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_that_the_operator_asks_for_is_served(llama: TinyModel, dtype: str):
+    engine = make_engine(llama, dtype=dtype)
+    assert engine._runner.dtype == getattr(torch, dtype)
+    assert {parameter.dtype for parameter in engine._runner.model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_padding_token_in_the_config_changes_nothing(tmp_path: Path, name: str):
+    assert answers_match(make_model(tmp_path, name, pad_token_id=7))
+
+
 def test_a_few_tensors_of_another_dtype_are_converted(tmp_path: Path):
     model = make_model(tmp_path, dtype=torch.bfloat16)
     model.tensors["model.norm.weight"] = model.tensors["model.norm.weight"].float()
