@@ -284,7 +284,7 @@ def serve(
 
 def _read_config(path: str | None) -> tuple[list[Deployment], dict[str, Any]]:
     """The deployments and the settings in a file: a deployment, or settings with ``models:`` beside them."""
-    from sllmdask.config import Deployment, parse, read_file
+    from sllmdask.config import Deployment, Settings, parse, read_file
 
     if path is None:
         return [], {}
@@ -300,6 +300,7 @@ def _read_config(path: str | None) -> tuple[list[Deployment], dict[str, Any]]:
             raise ConfigError(f"{section!r} in {path} must hold settings by name, as in configs/reference.yaml.", section)
     if isinstance(models, dict):
         models = [_named(name, given) for name, given in models.items()]
+    parse(Settings, settings, str(path))
     return [parse(Deployment, given, f"a model of {path}") for given in models], settings
 
 

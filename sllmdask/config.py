@@ -32,6 +32,10 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 _MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*$")
 
 
+#: What the wire can carry, and more than anybody means.
+MAX_COUNT = 2**31 - 1
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -44,9 +48,9 @@ class AutoScaling(Frozen):
 
     metric: Literal["concurrency"] = "concurrency"
     #: Requests per instance: an instance is added when ``ceil(load / target)`` exceeds the number of instances.
-    target: int = Field(default=8, ge=1)
-    min_instances: int = Field(default=0, ge=0)
-    max_instances: int = Field(default=10, ge=1)
+    target: int = Field(default=8, ge=1, le=MAX_COUNT)
+    min_instances: int = Field(default=0, ge=0, le=MAX_COUNT)
+    max_instances: int = Field(default=10, ge=1, le=MAX_COUNT)
     #: Seconds an instance stays without a request; 0 unloads at once, -1 never. ``None``: the cluster's default.
     keep_alive: Seconds | None = None
 
@@ -72,7 +76,7 @@ class PlacementSpec(Frozen):
 
 class RouterConfig(Frozen):
     #: Tokens of un-synced tail at which a migration by token handoff stops its rounds.
-    migration_delta: int = Field(default=20, ge=0)
+    migration_delta: int = Field(default=20, ge=0, le=MAX_COUNT)
 
 
 class CostPriors(Frozen):
@@ -94,7 +98,7 @@ class BackendConfig(Frozen):
     enable_lora: bool = False
     lora_adapters: dict[str, str] | None = None
     #: Longest prompt plus answer in tokens; ``None``: what the checkpoint says.
-    max_model_len: int | None = Field(default=None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1, le=MAX_COUNT)
 
 
 class Deployment(Frozen):
@@ -103,7 +107,7 @@ class Deployment(Frozen):
     model: str
     backend: Literal["transformers"] = "transformers"
     #: Slots an instance takes: GPUs on a GPU worker, slots of the worker on a CPU.
-    num_gpus: int = Field(default=1, ge=1)
+    num_gpus: int = Field(default=1, ge=1, le=MAX_COUNT)
     auto_scaling_config: AutoScaling = AutoScaling()
     placement_config: PlacementSpec = PlacementSpec()
     router_config: RouterConfig = RouterConfig()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from sllmdask.errors import ConfigError
@@ -17,9 +18,13 @@ _DURATION = re.compile(r"^\s*(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*$", re.IGNORECA
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+def _is_number(value: str | int | float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def parse_bytes(text: str | int | float) -> int:
     """Bytes in ``"4 GiB"``, ``"32GB"``, ``"512"`` or a number; raises :class:`ConfigError`."""
-    if isinstance(text, int | float) and not isinstance(text, bool):
+    if _is_number(text):
         return int(text)
     match = _SIZE.match(str(text))
     if not match:
@@ -29,7 +34,7 @@ def parse_bytes(text: str | int | float) -> int:
 
 def parse_rate(text: str | int | float) -> float:
     """Bytes per second in ``"5GB/s"``, ``"10Gbps"`` (bits) or a number; raises :class:`ConfigError`."""
-    if isinstance(text, int | float) and not isinstance(text, bool):
+    if _is_number(text):
         return float(text)
     match = _RATE.match(str(text))
     if not match:
@@ -40,7 +45,7 @@ def parse_rate(text: str | int | float) -> float:
 
 def parse_seconds(text: str | int | float) -> float:
     """Seconds in ``"250 ms"``, ``"5m"``, ``"-1"`` or a number; raises :class:`ConfigError`."""
-    if isinstance(text, int | float) and not isinstance(text, bool):
+    if _is_number(text):
         return float(text)
     match = _DURATION.match(str(text))
     if not match:

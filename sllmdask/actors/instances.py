@@ -50,6 +50,7 @@ class Instance:
         self._lease: HostLease | None = None
         self._engine: EngineThread | None = None
         self._loading: asyncio.Task[dict[str, Any]] | None = None
+        self._building = False
         self.closed = False
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
@@ -70,6 +71,10 @@ class Instance:
             return await asyncio.shield(self._loading)
         except SllmError:
             self._registry.discard(self)
+            raise
+        except asyncio.CancelledError:
+            if self._loading.cancelled():
+                raise InstanceGone(self.id) from None
             raise
 
     async def _load(self) -> dict[str, Any]:
@@ -95,6 +100,7 @@ class Instance:
 
         lease = await registry.store.load(self.source, registry.resolve(self.source), progress)
         started = time.perf_counter()
+        self._building = True
         try:
             self._engine = await registry.build(lease, self)
         except BaseException:
@@ -118,8 +124,12 @@ class Instance:
         return {"loaded_from": str(lease.tier_from), "nbytes": lease.nbytes, "read_s": lease.seconds, "build_s": build_s}
 
     async def close(self, error: SllmError | None = None) -> None:
-        """Stop the engine, answer who still waits, and unpin the host copy."""
+        """Stop the engine, or the load that would make one; answer who still waits; unpin the host copy."""
         self.closed = True
+        if self._loading is not None and not self._loading.done():
+            if not self._building:  # that is short, and its thread cannot be stopped
+                self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.to_thread(engine.close)

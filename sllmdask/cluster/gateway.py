@@ -27,7 +27,7 @@ from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
 from sllmdask.config import Deployment, Settings
 from sllmdask.engine.text import TextStream, Tokenizer, preload
-from sllmdask.errors import InstanceGone, ModelNotFound, SchedulerUnreachable, SllmError, WorkerLost, from_wire
+from sllmdask.errors import InstanceGone, InvalidRequest, ModelNotFound, SchedulerUnreachable, SllmError, WorkerLost, from_wire
 from sllmdask.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Gateway:
     async def _connect(self) -> Any:
         try:
             return await open_stream(self._scheduler, "sllm-front-door", timeout_s=10, front_door=self.id)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:  # MemoryError: a server of another kind, whose words read as lengths
             raise SchedulerUnreachable(self._scheduler, " ".join(str(error).split())) from None
 
     async def _supervise(self, comm: Any) -> None:
@@ -262,6 +262,8 @@ class Gateway:
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         try:
             reply: dict[str, Any] = await getattr(self._pool(self._scheduler), op)(**arguments)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise InvalidRequest(f"The request holds what cannot be sent: {error}") from None
         except (OSError, ValueError) as error:
             raise SchedulerUnreachable(self._scheduler, " ".join(str(error).split())) from None
         if "error" in reply:

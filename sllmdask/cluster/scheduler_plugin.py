@@ -322,7 +322,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if misfit is not None:
             raise misfit
         if old is not None and not same:
-            self._forget(asked.model)
+            self._forget(asked.model, replaced=True)
         self.deployed[asked.model] = Deployed(
             deployment=asked,
             created=old.created if old and same else int(time.time()),
@@ -440,11 +440,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         except OSError:
             return WorkerLost(worker).as_wire()
 
-    def _forget(self, model: str) -> None:
+    def _forget(self, model: str, *, replaced: bool = False) -> None:
         deployed = self.deployed.pop(model)
         source = deployed.deployment.source
         logger.info("deleted model=%s", model)
-        self.on(ev.ModelDeleted(time.monotonic(), model))
+        self.on(ev.ModelDeleted(time.monotonic(), model, replaced))
         if any(other.deployment.source == source for other in self.deployed.values()):
             return
         for worker in self.controller.workers.values():

@@ -112,8 +112,8 @@ class Controller:
             case ev.ModelDeployed(model=model):
                 self.models[model.name] = model
                 self._forget_failures(model.name)
-            case ev.ModelDeleted(model=name):
-                return self._delete(name)
+            case ev.ModelDeleted(model=name, replaced=replaced):
+                return self._delete(name, replaced)
             case ev.RequestArrived(request=request):
                 return self._admit(request)
             case ev.RequestEnded(request=request_id):
@@ -165,7 +165,7 @@ class Controller:
         for key in [key for key in self.failures if key[0] == model]:
             del self.failures[key]
 
-    def _delete(self, name: str) -> list[Decision]:
+    def _delete(self, name: str, replaced: bool) -> list[Decision]:
         self.models.pop(name, None)
         self._forget_failures(name)
         self._unplaceable_since.pop(name, None)
@@ -174,7 +174,10 @@ class Controller:
                 self._drop_instance(instance.id)
             else:
                 self.instances[instance.id] = replace(instance, draining=True)
-        return [self._refuse(request, ModelNotFound(name)) for request in [*self.waiting.values()] if request.model == name]
+        error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
+        return [
+            self._refuse(request, error or ModelNotFound(name)) for request in [*self.waiting.values()] if request.model == name
+        ]
 
     def _admit(self, request: RequestView) -> list[Decision]:
         if request.id in self.waiting or request.id in self.running:
@@ -210,7 +213,7 @@ class Controller:
 
     def _loaded(self, event: ev.LoadFinished) -> None:
         instance = self.instances.get(event.instance)
-        if instance:
+        if instance and instance.state is InstanceState.LOADING:
             self.failures.pop((instance.model, instance.worker), None)
             self.instances[instance.id] = replace(
                 instance,
@@ -223,7 +226,8 @@ class Controller:
 
     def _load_failed(self, instance_id: str, reason: str, at: float) -> None:
         instance = self.instances.get(instance_id)
-        if instance:
+        # A load that was called off ends as a failed one; its unloading is what counts.
+        if instance and instance.state is InstanceState.LOADING:
             self._drop_instance(instance_id)
             n_times = self.failures[instance.model, instance.worker].n_times + 1 if self._failed(instance) else 1
             pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** (n_times - 1))
@@ -252,7 +256,12 @@ class Controller:
         ]
 
     def _unload_drained(self, at: float) -> list[Decision]:
-        drained = [instance for instance in self.instances.values() if instance.draining and instance.idle]
+        """What nobody will be sent to any more leaves when its last request has ended; a load is called off."""
+        drained = [
+            instance
+            for instance in self.instances.values()
+            if instance.draining and (instance.idle or instance.state is InstanceState.LOADING)
+        ]
         return [
             self._unload(instance, "did not answer" if instance.model in self.models else "deleted", at) for instance in drained
         ]

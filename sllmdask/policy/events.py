@@ -42,8 +42,11 @@ class ModelDeployed:
 
 @dataclass(frozen=True)
 class ModelDeleted:
+    """A model is not deployed any more; `replaced`: it comes back at once, from another checkpoint."""
+
     at: float
     model: str
+    replaced: bool = False
 
 
 @dataclass(frozen=True)

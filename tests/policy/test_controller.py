@@ -261,12 +261,22 @@ def test_deleting_a_busy_model_drains_it_and_refuses_who_waits():
     assert unload == Unload(load.instance, "a", "tcp://one", "deleted", forget=True)
 
 
-def test_a_model_deleted_while_it_loads_is_unloaded_when_it_is_ready():
-    controller = controller_with(A)
+def test_a_load_is_called_off_when_its_model_is_deleted_and_the_slot_goes_to_the_next_one():
+    controller = controller_with(A, B)
     (load,) = ask(controller, "r1", "a", 1.0)
-    controller.handle(ev.ModelDeleted(1.5, "a"))
-    (unload,) = acts(controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK)))
-    assert unload.cause == "deleted"
+    ask(controller, "r2", "b", 1.1)
+    decisions = acts(controller.handle(ev.ModelDeleted(1.5, "a")))
+    assert [type(decision) for decision in decisions] == [Refuse, Unload]
+    assert acts(controller.handle(ev.LoadFailed(1.6, load.instance, "called off"))) == []
+    (next_load,) = acts(controller.handle(ev.UnloadFinished(1.7, load.instance)))
+    assert next_load.model == "b"
+
+
+def test_who_waits_for_a_model_that_is_replaced_is_told_to_try_again():
+    controller = controller_with(A)
+    ask(controller, "r1", "a", 1.0)
+    refuse = acts(controller.handle(ev.ModelDeleted(1.5, "a", replaced=True)))[0]
+    assert (refuse.error.http_status, refuse.request) == (503, "r1")
 
 
 def test_a_returned_request_takes_its_old_place_and_the_instance_that_did_not_answer_is_replaced():
