@@ -6,7 +6,7 @@ workers' reports correct its view. It has no clock (time arrives in events), doe
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -15,6 +15,7 @@ from sllmdask.policy import events as ev
 from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
 from sllmdask.policy.dispatch import least_requests
 from sllmdask.policy.estimate import load_seconds
+from sllmdask.policy.eviction import pinned_bytes
 from sllmdask.policy.placement import free_slots, place, unfit
 from sllmdask.policy.scaling import desired_instances, leaves_at
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, WorkerView
@@ -75,6 +76,9 @@ class Controller:
         """Everything that follows from `event`, in the order in which it must be enacted."""
         decisions = self._fold(event)
         decisions += self._settle(event.at)
+        if isinstance(event, ev.RequestArrived) and len(self.waiting) > self.settings.max_queue:
+            late = self.waiting.get(event.request.id)
+            decisions += [self._refuse(late, QueueFull(late.model, self.settings.max_queue))] if late else []
         wake_at = self._next_wake(event.at)
         if wake_at != self._wake_at or isinstance(event, ev.TimerFired):
             self._wake_at = wake_at
@@ -110,8 +114,7 @@ class Controller:
             case ev.WorkerLeft(address=address):
                 return self._drop_worker(address)
             case ev.ModelDeployed(model=model):
-                self.models[model.name] = model
-                self._forget_failures(model.name)
+                self._deploy(model)
             case ev.ModelDeleted(model=name, replaced=replaced):
                 return self._delete(name, replaced)
             case ev.RequestArrived(request=request):
@@ -165,15 +168,28 @@ class Controller:
         for key in [key for key in self.failures if key[0] == model]:
             del self.failures[key]
 
+    def _deploy(self, model: ModelView) -> None:
+        """New settings take effect at once: instances that they do not allow get no more requests."""
+        old = self.models.get(model.name)
+        self.models[model.name] = model
+        self._forget_failures(model.name)
+        for instance in self.instances_of(model.name):
+            same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
+            if not same or unfit(model, self.workers[instance.worker]) is not None:
+                self._drain(instance)
+
+    def _drain(self, instance: InstanceView) -> None:
+        if instance.state is InstanceState.PLANNED:
+            self._drop_instance(instance.id)
+        else:
+            self.instances[instance.id] = replace(instance, draining=True)
+
     def _delete(self, name: str, replaced: bool) -> list[Decision]:
         self.models.pop(name, None)
         self._forget_failures(name)
         self._unplaceable_since.pop(name, None)
         for instance in self.instances_of(name):
-            if instance.state is InstanceState.PLANNED:
-                self._drop_instance(instance.id)
-            else:
-                self.instances[instance.id] = replace(instance, draining=True)
+            self._drain(instance)
         error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
         return [
             self._refuse(request, error or ModelNotFound(name)) for request in [*self.waiting.values()] if request.model == name
@@ -185,8 +201,6 @@ class Controller:
         self.waiting[request.id] = request
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]
-        if len(self.waiting) > self.settings.max_queue:
-            return [self._refuse(request, QueueFull(request.model, self.settings.max_queue))]
         return []
 
     def _end(self, request_id: str, at: float) -> None:
@@ -262,26 +276,25 @@ class Controller:
             for instance in self.instances.values()
             if instance.draining and (instance.idle or instance.state is InstanceState.LOADING)
         ]
-        return [
-            self._unload(instance, "did not answer" if instance.model in self.models else "deleted", at) for instance in drained
-        ]
+        return [self._unload(instance, "replaced" if instance.model in self.models else "deleted", at) for instance in drained]
 
     def _why_waiting(self, model: str) -> str:
         states = {instance.state for instance in self.instances_of(model)}
         if InstanceState.LOADING in states:
             return "it is still loading"
-        if states:
+        if InstanceState.READY in states:
             return "its instances are full"
         return self.last_failure(model) or "every slot was busy with other models"
 
     def _begin_planned(self, at: float) -> list[Decision]:
-        """Load what waited for slots that are free by now."""
+        """Load what waited for slots and memory that are free by now."""
         decisions: list[Decision] = []
         on_worker = self._on_worker()
         for instance in [instance for instance in self.instances.values() if instance.state is InstanceState.PLANNED]:
             worker = self.workers[instance.worker]
             others = [other for other in on_worker[worker.address] if other.state is not InstanceState.PLANNED]
-            if free_slots(worker, others) >= instance.n_slots:
+            fits = pinned_bytes(others, instance.checkpoint) + instance.nbytes <= worker.host_capacity
+            if fits and free_slots(worker, others) >= instance.n_slots:
                 self.instances[instance.id] = replace(instance, state=InstanceState.LOADING, since=at)
                 on_worker = self._on_worker()
                 ready_in_s = load_seconds(self.models[instance.model], worker)
@@ -295,11 +308,16 @@ class Controller:
         without that, two waiting models can evict each other for ever.
         """
         decisions: list[Decision] = []
+        full: set[str] = set()
         for request in sorted(self.waiting.values(), key=_turn):
+            if request.model in full:
+                continue
             closed = frozenset(key for key, claimant in self._claims.items() if self._goes_before(claimant, request))
             chosen = least_requests(self.instances_of(request.model), self.settings.max_requests, closed)
             if chosen:
                 decisions.append(self._dispatch(request, chosen, at))
+            else:  # more is closed to those behind it, never less
+                full.add(request.model)
         asked: set[str] = set()
         for request in sorted(self.waiting.values(), key=_turn):
             if request.model not in asked:
@@ -341,6 +359,8 @@ class Controller:
         self._unplaceable_since.pop(model.name, None)
         refused = self._backing_off(model, at)
         if all(worker.address in refused for worker in fit):
+            if living:
+                return []
             reason = self.last_failure(model.name) or "unknown"
             return [
                 self._refuse(waiting, LoadFailed(model.name, reason), refused)
@@ -348,20 +368,22 @@ class Controller:
                 if waiting.model == model.name
             ]
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        decisions = self._place(model, at, may_evict=not staying)
+        decisions = self._place(model, at, may_evict=not staying, request=request)
         if not decisions and not staying and at >= request.arrived_at + self.settings.patience_s:
             self._claim(request, model)
         return decisions
 
-    def _place(self, model: ModelView, at: float, *, may_evict: bool) -> list[Decision]:
+    def _place(self, model: ModelView, at: float, *, may_evict: bool, request: RequestView | None = None) -> list[Decision]:
+        """Begin an instance for `request`, or for nobody in particular; nothing if there is no place."""
+        own = frozenset(instance.id for instance in self._living(model))
         placement, _ = place(
             model,
             self.workers.values(),
             self._on_worker(),
             now=at,
             may_evict=may_evict,
-            refused=self._backing_off(model, at),
-            protected=self._protected(model),
+            refused={**self._backing_off(model, at), **self._held(request)},
+            protected=self._protected(model) | own,
             min_residency_s=self.settings.min_residency_s,
         )
         if placement is None:
@@ -373,6 +395,8 @@ class Controller:
             model=model.name,
             worker=placement.worker,
             n_slots=model.n_slots,
+            checkpoint=model.checkpoint_key,
+            nbytes=model.nbytes,
             state=InstanceState.PLANNED if placement.evict else InstanceState.LOADING,
             since=at,
         )
@@ -384,7 +408,7 @@ class Controller:
     def _unload(self, instance: InstanceView, cause: str, at: float) -> Unload:
         self.instances[instance.id] = replace(instance, state=InstanceState.UNLOADING, since=at, idle_since=None)
         self._claims.pop(instance.id, None)
-        forget = instance.model not in self.models
+        forget = all(model.checkpoint_key != instance.checkpoint for model in self.models.values())
         return Unload(instance.id, instance.model, instance.worker, cause, forget)
 
     def _claim(self, request: RequestView, model: ModelView) -> None:
@@ -442,6 +466,15 @@ class Controller:
             if instance.state is not InstanceState.UNLOADING and not instance.draining
         ]
 
+    def _held(self, request: RequestView | None) -> dict[str, str]:
+        """Workers that are being emptied for somebody whose turn is earlier than that of `request`, with the reason."""
+        held: dict[str, str] = {}
+        for instance_id, claimant in self._claims.items():
+            other = self.waiting.get(claimant)
+            if other and instance_id in self.instances and (request is None or _turn(other) < _turn(request)):
+                held[self.instances[instance_id].worker] = f"kept for a request for {other.model} that waits longer"
+        return held
+
     def _protected(self, model: ModelView) -> frozenset[str]:
         """Instances that other models keep as their minimum."""
         kept: set[str] = set()
@@ -476,15 +509,14 @@ class Controller:
         return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
     def _refuse_unplaceable(self, model: ModelView, at: float) -> list[Decision]:
-        """A worker may be restarting, so absence is waited out; too small is too small at once."""
+        """The worker that could run it may be restarting, so that is waited out."""
         since = self._unplaceable_since.setdefault(model.name, at)
         error = self._unplaceable(model)
-        absent = not any(not model.nodes or worker.name in model.nodes for worker in self.workers.values())
         why = {worker.address: unfit(model, worker) or "" for worker in self.workers.values()}
         return [
             self._refuse(request, error, why)
             for request in [*self.waiting.values()]
-            if request.model == model.name and not (absent and at - max(since, request.arrived_at) < self.settings.worker_wait_s)
+            if request.model == model.name and at >= max(since, request.arrived_at) + self.settings.worker_wait_s
         ]
 
     def _refuse(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> Refuse:
@@ -506,9 +538,10 @@ class Controller:
         for (name, _), failure in self.failures.items():
             if name in wanted_models:
                 times.append(failure.until)
+        n_instances = Counter(instance.model for instance in self.instances.values())
         for instance in self.instances.values():
             model = self.models.get(instance.model)
-            if model and len(self.instances_of(model.name)) > model.min_instances:
+            if model and n_instances[model.name] > model.min_instances:
                 times.append(leaves_at(model, instance))
             if wanted_models and instance.idle and instance.ready_at is not None:
                 times.append(instance.ready_at + self.settings.min_residency_s)

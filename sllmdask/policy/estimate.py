@@ -16,7 +16,7 @@ def load_seconds(model: ModelView, worker: WorkerView) -> float:
 
     Returns seconds from now. Source: ServerlessLLM (OSDI '24), loading-time estimate ``q + n / b``.
     """
-    tier = worker.residency.get(model.checkpoint_key, Tier.DISK)
+    tier = worker.residency.get(model.checkpoint_key, Tier.REMOTE)
     if tier is Tier.DEVICE:
         return 0.0
     bytes_per_s = worker.bytes_per_s.get(tier) or PRIOR_BYTES_PER_S[tier]

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from sllmdask.policy.views import InstanceView
 
 
+def pinned_bytes(instances: Sequence[InstanceView], checkpoint: str) -> int:
+    """Bytes of host memory that `instances` of one worker pin beside `checkpoint`; a shared checkpoint counts once."""
+    return sum({each.checkpoint: each.nbytes for each in instances if each.checkpoint != checkpoint}.values())
+
+
 def victims(
-    instances: Iterable[InstanceView], shortage: int, *, now: float, protected: frozenset[str], min_residency_s: float
+    instances: Sequence[InstanceView],
+    *,
+    n_slots: int,
+    nbytes: int,
+    checkpoint: str,
+    now: float,
+    protected: frozenset[str],
+    min_residency_s: float,
 ) -> list[InstanceView] | None:
-    """Idle instances of one worker, least recently used first, that free at least `shortage` slots; ``None``: not enough.
+    """Idle instances of one worker, least recently used first, without which the others take at most `n_slots` slots, and
+    at most `nbytes` bytes of host memory beside `checkpoint`; ``None``: not to be had.
 
     A busy instance is never a victim, nor one that became ready less than `min_residency_s` ago.
     """
@@ -21,9 +34,10 @@ def victims(
     ]
     idle.sort(key=lambda instance: (instance.idle_since or 0.0, instance.id))
     chosen: list[InstanceView] = []
-    for instance in idle:
-        if shortage <= 0:
-            break
-        chosen.append(instance)
-        shortage -= instance.n_slots
-    return chosen if shortage <= 0 else None
+    staying = list(instances)
+    while sum(each.n_slots for each in staying) > n_slots or pinned_bytes(staying, checkpoint) > nbytes:
+        if not idle:
+            return None
+        chosen.append(idle.pop(0))
+        staying.remove(chosen[-1])
+    return chosen

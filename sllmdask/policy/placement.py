@@ -61,17 +61,22 @@ def place(
         evict: tuple[str, ...] = ()
         used_s = 0.0
         if reason is None:
-            instances = on_worker.get(worker.address, ())
-            shortage = model.n_slots - free_slots(worker, instances)
-            if shortage > 0:
-                leaving = victims(instances, shortage, now=now, protected=protected, min_residency_s=min_residency_s)
-                if leaving is None:
-                    reason = f"{worker.slots} slots taken by busy instances"
-                elif not may_evict:
-                    reason = "no free slot"
-                else:
-                    evict = tuple(instance.id for instance in leaving)
-                    used_s = max(instance.idle_since or 0.0 for instance in leaving)
+            leaving = victims(
+                on_worker.get(worker.address, ()),
+                n_slots=worker.slots - model.n_slots,
+                nbytes=worker.host_capacity - model.nbytes,
+                checkpoint=model.checkpoint_key,
+                now=now,
+                protected=protected,
+                min_residency_s=min_residency_s,
+            )
+            if leaving is None:
+                reason = f"its {worker.slots} slots or its memory are taken by instances that stay"
+            elif leaving and not may_evict:
+                reason = "no free slot, or no free memory"
+            elif leaving:
+                evict = tuple(instance.id for instance in leaving)
+                used_s = max(instance.idle_since or 0.0 for instance in leaving)
         if reason is not None:
             why[worker.address] = reason
             continue

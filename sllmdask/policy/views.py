@@ -39,6 +39,8 @@ class ModelView:
     max_instances: int = 10
     #: Seconds an idle instance stays; negative: for ever.
     keep_alive_s: float = 300.0
+    #: How the weights are served: an instance of another variant is not an instance of this model any more.
+    variant: str = ""
     nodes: tuple[str, ...] = ()
 
     @property
@@ -48,7 +50,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as it last reported itself: `residency` by checkpoint, bytes, bytes per second of the tiers it measured."""
+    """A worker as it last reported itself: `residency` by checkpoint (not listed: remote), bytes, bytes per second by tier."""
 
     address: str
     name: str
@@ -71,6 +73,9 @@ class InstanceView:
     n_slots: int
     state: InstanceState
     since: float
+    #: What it pins in the worker's host memory; instances of one checkpoint share it.
+    checkpoint: str = ""
+    nbytes: int = 0
     n_requests: int = 0
     #: No new requests: the model was deleted, or the instance did not answer.
     draining: bool = False

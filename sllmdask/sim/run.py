@@ -1,12 +1,13 @@
-"""The event heap and the virtual clock around the live controller: what would this cluster have done?
+"""The event heap and the virtual clock around the live controller.
 
-Source of the loop: discrete-event simulation with a future event list (any textbook). Only "load bytes" and "serve a
-request" are cost models here; every decision is the live :class:`Controller`'s.
+Every decision is the live :class:`Controller`'s. "Load bytes" and "serve a request" are cost models: a load takes what the
+controller estimates, and leaves the checkpoint in host memory, which is never full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -56,6 +57,8 @@ def simulate(
     def push(event: ev.Event) -> None:
         heappush(heap, (event.at, next(order), event))
 
+    n_reports: Counter[str] = Counter()
+    resident: dict[str, Mapping[str, Tier]] = {}
     for event in arrivals:
         push(event)
     while heap:
@@ -70,8 +73,12 @@ def simulate(
                 case Load(instance=instance, model=model, worker=worker):
                     view = controller.workers[worker]
                     seconds = load_seconds(controller.models[model], view)
-                    tier = view.residency.get(controller.models[model].checkpoint_key, Tier.DISK)
-                    push(ev.LoadFinished(now + seconds, instance, tier))
+                    checkpoint = controller.models[model].checkpoint_key
+                    push(ev.LoadFinished(now + seconds, instance, view.residency.get(checkpoint, Tier.REMOTE)))
+                    n_reports[worker] += 1
+                    resident[worker] = {**resident.get(worker, view.residency), checkpoint: Tier.HOST}
+                    account = resident[worker], view.bytes_per_s, view.overhead_s
+                    push(ev.WorkerReported(now + seconds, worker, n_reports[worker], *account))
                 case Unload(instance=instance):
                     push(ev.UnloadFinished(now + costs.unload_s, instance))
                 case Dispatch(request=request):

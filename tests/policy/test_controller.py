@@ -17,7 +17,14 @@ from sllmdask.sim.run import Costs, simulate
 GiB = 1024**3
 A = ModelView("a", nbytes=1 * GiB)
 B = ModelView("b", nbytes=1 * GiB)
-NODE = WorkerView("tcp://one", "0", slots=1, host_capacity=8 * GiB, bytes_per_s={Tier.DISK: 1.0 * GiB})
+NODE = WorkerView(
+    "tcp://one",
+    "0",
+    slots=1,
+    host_capacity=8 * GiB,
+    residency=dict.fromkeys(["big", *"abcdefgh"], Tier.DISK),
+    bytes_per_s={Tier.DISK: 1.0 * GiB},
+)
 
 
 def controller_with(*models, workers=(NODE,), **settings) -> Controller:
@@ -211,10 +218,86 @@ def test_without_any_worker_a_request_is_held_for_a_while_and_then_refused_with_
     assert "dask worker" in refuse.error.message
 
 
-def test_a_model_larger_than_every_worker_is_refused_at_once_with_both_numbers():
-    controller = controller_with(replace(A, nbytes=9 * GiB))
-    (refuse,) = ask(controller, "r1", "a", 1.0)
+def test_a_model_larger_than_every_worker_is_refused_with_both_numbers_once_a_larger_one_has_not_come():
+    controller = controller_with(replace(A, nbytes=9 * GiB), worker_wait_s=20.0)
+    assert ask(controller, "r1", "a", 1.0) == []
+    (refuse,) = acts(controller.handle(ev.TimerFired(21.0)))
     assert refuse.error.as_wire() == InsufficientMemory("a", 9 * GiB, 8 * GiB).as_wire()
+    assert controller.feasible(replace(A, nbytes=9 * GiB)).as_wire() == refuse.error.as_wire()
+
+
+def test_an_idle_model_leaves_a_free_slot_beside_it_when_its_memory_is_needed():
+    wide = replace(NODE, slots=2)
+    big_a, big_b = replace(A, nbytes=5 * GiB), replace(B, nbytes=5 * GiB)
+    controller = controller_with(big_a, big_b, workers=(wide,))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert ask(controller, "r2", "b", 3.0) == []
+    (unload,) = acts(controller.handle(ev.RequestEnded(4.0, "r1")))
+    assert (unload.model, unload.cause) == ("a", "evicted")
+
+
+def test_two_models_on_one_checkpoint_pin_its_memory_once():
+    wide = replace(NODE, slots=2)
+    twins = [replace(A, name=name, checkpoint="same", nbytes=5 * GiB) for name in "ab"]
+    controller = controller_with(*twins, workers=(wide,))
+    assert len(ask(controller, "r1", "a", 1.0) + ask(controller, "r2", "b", 1.0)) == 2
+    controller.handle(ev.LoadFinished(2.0, "a/1", Tier.DISK))
+    controller.handle(ev.RequestEnded(3.0, "r1"))
+    (unload,) = acts(controller.handle(ev.ModelDeleted(4.0, "a")))
+    assert unload.forget is False
+
+
+def test_a_failed_second_instance_does_not_refuse_those_who_wait_for_the_first():
+    wide = replace(NODE, slots=2)
+    controller = controller_with(replace(A, target=1), workers=(wide,), max_requests=1)
+    (first,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, first.instance, Tier.DISK))
+    (second,) = ask(controller, "r2", "a", 3.0)
+    assert acts(controller.handle(ev.LoadFailed(4.0, second.instance, "no memory for the cache"))) == []
+    (dispatch,) = acts(controller.handle(ev.RequestEnded(5.0, "r1")))
+    assert dispatch.request == "r2"
+
+
+def test_new_settings_reach_instances_that_are_loaded():
+    two = replace(NODE, address="tcp://two", name="1")
+    for changed in (replace(A, nodes=("1",)), replace(A, variant="bfloat16")):
+        controller = controller_with(A, workers=(NODE, two))
+        (load,) = ask(controller, "r1", "a", 1.0)
+        controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+        assert acts(controller.handle(ev.ModelDeployed(3.0, changed))) == []
+        (other,) = ask(controller, "r2", "a", 4.0)
+        assert other.worker == "tcp://two"
+        (unload,) = acts(controller.handle(ev.RequestEnded(5.0, "r1")))
+        assert (unload.instance, unload.cause) == (load.instance, "replaced")
+
+
+def test_a_full_queue_refuses_nobody_whose_model_is_ready():
+    controller = controller_with(A, B, max_queue=1, workers=(replace(NODE, slots=1),))
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert ask(controller, "r2", "b", 3.0) == []
+    (dispatch,) = ask(controller, "r3", "a", 4.0)
+    assert isinstance(dispatch, Dispatch)
+
+
+def test_the_minimum_of_a_model_never_evicts_the_model_itself():
+    controller = controller_with()
+    minimum = replace(A, min_instances=2)
+    outcome = simulate(controller, [ev.ModelDeployed(0.0, minimum)], Costs(lambda _: 1.0))
+    assert [type(decision) for _, decision in outcome.decisions if not isinstance(decision, WakeAt)] == [Load]
+
+
+def test_a_steady_stream_of_small_models_does_not_keep_a_large_one_out_for_ever():
+    big = replace(A, name="big", n_slots=2)
+    controller = controller_with(A, B, big, workers=(replace(NODE, slots=2),), patience_s=5.0)
+    arrivals = [
+        ev.RequestArrived(0.5 * i, RequestView(f"{'ab'[i % 2]}{i}", "ab"[i % 2], "door", 0.5 * i, 1e6)) for i in range(200)
+    ]
+    large = ev.RequestArrived(3.0, RequestView("large", "big", "door", 3.0, 1e6))
+    outcome = simulate(controller, [*arrivals, large], Costs(lambda _: 1.8), check=check_invariants)
+    assert outcome.dispatched_at["large"] < 3.0 + 5.0 + 1.8 + 2.0
+    assert len(outcome.ended_at) == 201
 
 
 def test_a_failed_load_tells_the_reason_backs_off_and_tries_the_other_worker_first():
@@ -285,7 +368,7 @@ def test_a_returned_request_takes_its_old_place_and_the_instance_that_did_not_an
     controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
     ask(controller, "r2", "a", 3.0)
     (unload,) = acts(controller.handle(ev.RequestReturned(4.0, "r1")))
-    assert (unload.instance, unload.cause, unload.forget) == (load.instance, "did not answer", False)
+    assert (unload.instance, unload.cause, unload.forget) == (load.instance, "replaced", False)
     (load,) = acts(controller.handle(ev.UnloadFinished(5.0, load.instance)))
     (dispatch,) = acts(controller.handle(ev.LoadFinished(6.0, load.instance, Tier.DISK)))
     assert dispatch.request == "r1"
@@ -374,6 +457,12 @@ def check_invariants(controller: Controller) -> None:
             if instance.worker == worker.address and instance.state is not InstanceState.PLANNED
         )
         assert taken <= worker.slots
+        pinned = {
+            instance.checkpoint: instance.nbytes
+            for instance in controller.instances.values()
+            if instance.worker == worker.address and instance.state is not InstanceState.PLANNED
+        }
+        assert sum(pinned.values()) <= worker.host_capacity
     for instance in controller.instances.values():
         n_running = sum(request.instance == instance.id for request in controller.running.values())
         assert n_running == instance.n_requests

@@ -12,7 +12,14 @@ from sllmdask.sim.run import Costs, simulate
 
 GiB = 1024**3
 MODEL = ModelView("a", nbytes=2 * GiB, keep_alive_s=30.0)
-NODE = WorkerView("tcp://one", "0", slots=1, host_capacity=8 * GiB, bytes_per_s={Tier.DISK: 1.0 * GiB, Tier.HOST: 8.0 * GiB})
+NODE = WorkerView(
+    "tcp://one",
+    "0",
+    slots=1,
+    host_capacity=8 * GiB,
+    residency={"a": Tier.DISK},
+    bytes_per_s={Tier.DISK: 1.0 * GiB, Tier.HOST: 8.0 * GiB},
+)
 
 
 def run(worker: WorkerView, *arrivals: float):
