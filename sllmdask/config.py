@@ -144,6 +144,8 @@ class Deployment(Frozen):
         found = []
         if self.backend_config.device_map != "auto":
             found.append("backend_config.device_map has no effect: an instance runs on one device, which engine.device names")
+        if self.placement_config.target_nodes and self.placement_config.local_disk:
+            found.append("placement_config.local_disk has no effect beside target_nodes, which says where the model may run")
         if "router_config" in self.model_fields_set:
             found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
         if "scheduler_config" in self.model_fields_set:

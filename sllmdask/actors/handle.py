@@ -56,10 +56,6 @@ class ModelHandle:
         """Stop the engine and free the device; `forget` also drops the host copy."""
         await self._call("unload", forget)
 
-    async def stats(self) -> dict[str, Any]:
-        """What the engine counts."""
-        return await self._call("stats")
-
     async def _call(self, method: str, *args: Any) -> Any:
         try:
             reply = await self._pool(self.worker).actor_execute(

@@ -22,7 +22,7 @@ from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.batching.sequence import SamplingParams, Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
-from sllmdask.errors import InstanceGone, SllmError
+from sllmdask.errors import EngineError, InstanceGone, SllmError
 from sllmdask.loader.store import CheckpointStore, HostLease
 from sllmdask.loader.tiers import Tier
 
@@ -37,6 +37,8 @@ _WARM = (
     "transformers.models.qwen2.modeling_qwen2",
 )
 
+#: Seconds that requests may still run in an instance that is to be unloaded.
+UNLOAD_GRACE_S = 600.0
 #: Seconds between two progress reports of one load.
 REPORT_EVERY_S = 0.1
 
@@ -103,9 +105,14 @@ class Instance:
         self._building = True
         try:
             self._engine = await registry.build(lease, self)
-        except BaseException:
+        except SllmError:
             lease.release()
             raise
+        except Exception as error:
+            # Without the traceback, which holds on to the tensors.
+            lease.release()
+            logger.exception("build failed model=%s instance=%s", self.model, self.id)
+            raise EngineError(f"{self.model!r} could not be built: {error!r}") from None
         if self.closed:  # unloaded while it was being built
             await asyncio.to_thread(self._engine.close)
             lease.release()
@@ -248,11 +255,18 @@ class InstanceRegistry:
         """Bring a checkpoint to the host tier and leave it there, unpinned. Raises what the store raises."""
         (await self.store.load(source, self.resolve(source))).release()
 
-    async def unload(self, instance_id: str, forget: bool) -> None:
-        """Close an instance and keep its checkpoint in the host tier, unless it is to be forgotten; idempotent."""
-        instance = self._instances.pop(instance_id, None)
+    async def unload(self, instance_id: str, forget: bool, grace_s: float = UNLOAD_GRACE_S) -> None:
+        """Close an instance and keep its checkpoint in the host tier, unless it is to be forgotten; idempotent.
+
+        Who asks thinks that it is idle. Whether it is, is decided here: requests that still run may end first.
+        """
+        instance = self._instances.get(instance_id)
         if instance is None:
             return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await instance.until_idle()
+        self.discard(instance)
         await instance.close()
         logger.info("unloaded model=%s instance=%s", instance.model, instance_id)
         if forget:
@@ -275,7 +289,7 @@ class InstanceRegistry:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(instance.until_idle() for instance in self._instances.values()))
         for instance in list(self._instances.values()):
-            await self.unload(instance.id, forget=False)
+            await self.unload(instance.id, forget=False, grace_s=0)
 
     async def close(self) -> None:
         """Stop everything."""

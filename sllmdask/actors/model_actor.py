@@ -31,7 +31,3 @@ class ModelActor:
     @only_ours
     async def unload(self, forget: bool) -> None:
         await self._registry.unload(self._instance.id, forget)
-
-    @only_ours
-    async def stats(self) -> dict[str, Any]:
-        return self._instance.stats()

@@ -9,6 +9,7 @@ from typing import Any
 import dask.config
 
 from sllmdask.config import Settings, parse
+from sllmdask.errors import ConfigError
 
 #: Dask's own settings for a cluster that serves models. Why each: docs/dask.md.
 DISTRIBUTED: Mapping[str, Any] = {
@@ -50,11 +51,12 @@ def read_settings(flags: Mapping[str, Mapping[str, Any]] | None = None, file: Ma
         dask.config.collect_env().get("sllmdask", {}),
         {name: {key: value for key, value in given.items() if value is not None} for name, given in (flags or {}).items()},
     ):
+        if not isinstance(layer or {}, Mapping):
+            raise ConfigError(f"Dask's configuration under 'sllmdask:' must hold settings by name, not {layer!r}")
         for section, values in (layer or {}).items():
-            if isinstance(values, Mapping):
-                # Dask takes both spellings of a key.
-                spelt = {str(key).replace("-", "_"): value for key, value in values.items()}
-                merged[section] = {**(merged.get(section) or {}), **spelt}
-            else:
-                merged[section] = values
+            if not isinstance(values, Mapping):
+                raise ConfigError(f"Dask's configuration: sllmdask.{section} must hold settings by name, not {values!r}", section)
+            # Dask takes both spellings of a key.
+            spelt = {str(key).replace("-", "_"): value for key, value in values.items()}
+            merged[section] = {**merged.get(section, {}), **spelt}
     return parse(Settings, merged, "Dask's configuration under 'sllmdask:'")

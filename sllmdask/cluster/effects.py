@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds within which Dask notices that a worker's process has ended.
 NOTICE_S = 2.0
+#: Seconds after which a load, fetching included, has failed, and an unloading, requests that still run included.
+LOAD_LIMIT_S, UNLOAD_LIMIT_S = 7200.0, 900.0
 
 
 class Effects:
@@ -59,13 +61,15 @@ class Effects:
         match decision:
             case Load():
                 logger.info(
-                    "load model=%s worker=%s instance=%s ready_in_s=%.3f",
+                    "load model=%s worker=%s instance=%s ready_in_s=%.3f cause=%s",
                     decision.model,
                     decision.worker,
                     decision.instance,
                     decision.ready_in_s,
+                    dict(decision.why) or "its slots are free now",
                 )
-                self._loads[decision.instance] = decision.worker, self.start(self._load(decision))
+                work = self._load(decision, self._deployment_of(decision.model))
+                self._loads[decision.instance] = decision.worker, self.start(work)
             case Unload():
                 logger.info(
                     "unload model=%s worker=%s instance=%s cause=%s",
@@ -76,6 +80,13 @@ class Effects:
                 )
                 self.start(self._unload(decision))
             case Dispatch():
+                logger.info(
+                    "dispatch request=%s instance=%s worker=%s queue_s=%.3f",
+                    decision.request,
+                    decision.instance,
+                    decision.worker,
+                    decision.queue_s,
+                )
                 loaded_from = None if decision.loaded_from is None else str(decision.loaded_from)
                 self._tell(
                     decision.front_door,
@@ -90,7 +101,8 @@ class Effects:
                     ],
                 )
             case Refuse():
-                logger.info("refuse request=%s cause=%s", decision.request, decision.error.code)
+                cause = decision.error.code
+                logger.info("refuse request=%s cause=%s why=%s", decision.request, cause, dict(decision.why))
                 self._tell(decision.front_door, ["refuse", decision.request, decision.error.as_wire()])
             case WakeAt(at=at):
                 if self._timer:
@@ -131,8 +143,13 @@ class Effects:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def instance_lost(self, instance: str) -> None:
+        """Its engine died: Dask need not keep the actor."""
+        self._release(instance)
+
     def worker_left(self, worker: str) -> None:
-        """Let go of what was on it: its actors, and loads whose answer will never come."""
+        """Let go of what was on it: its actors, connections, and loads whose answer will never come."""
+        self.pool.remove(worker)
         for instance in [instance for instance, (where, _) in self._futures.items() if where == worker]:
             self._release(instance)
         for where, task in list(self._loads.values()):
@@ -152,10 +169,9 @@ class Effects:
                 )
             return self._client
 
-    async def _load(self, load: Load) -> None:
+    async def _load(self, load: Load, deployment: Deployment) -> None:
         try:
             client = await self._own_client()
-            deployment = self._deployment_of(load.model)
             future = client.submit(
                 ModelActor,
                 load.instance,
@@ -171,7 +187,8 @@ class Effects:
                 await wait(future)
             if future.status != "finished":
                 raise WorkerLost(load.worker)
-            done = await ModelHandle(load.instance, load.worker, self.pool).load()
+            async with asyncio.timeout(LOAD_LIMIT_S):
+                done = await ModelHandle(load.instance, load.worker, self.pool).load()
         except WorkerLost:
             # Most likely it has died, and Dask is about to say so, which ends this task: a load has not failed by that.
             await asyncio.sleep(NOTICE_S)
@@ -192,12 +209,23 @@ class Effects:
             self._loads.pop(load.instance, None)
 
     async def _unload(self, unload: Unload) -> None:
+        _, loading = self._loads.get(unload.instance, (None, None))
+        if loading is not None:  # called off
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
         try:
-            await ModelHandle(unload.instance, unload.worker, self.pool).unload(unload.forget)
+            _, future = self._futures.get(unload.instance, (None, None))
+            if future is not None:
+                client = await self._own_client()
+                with client.as_current():
+                    await wait(future)  # an actor that is being created cannot be told anything yet
+                async with asyncio.timeout(UNLOAD_LIMIT_S):
+                    await ModelHandle(unload.instance, unload.worker, self.pool).unload(unload.forget)
         except WorkerLost:
-            logger.info("unload instance=%s: its worker is gone", unload.instance)
-        except SllmError as error:
-            logger.warning("unload failed instance=%s cause=%s", unload.instance, error.message)
+            logger.info("unload instance=%s: its worker or its actor is gone", unload.instance)
+        except Exception:
+            # An instance that never left "unloading" would hold its slots for ever; what stays is found by the reconciliation.
+            logger.exception("unload failed instance=%s", unload.instance)
         self._release(unload.instance)
         self._on(ev.UnloadFinished(time.monotonic(), unload.instance))
 

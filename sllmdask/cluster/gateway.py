@@ -27,7 +27,16 @@ from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
 from sllmdask.config import Deployment, Settings
 from sllmdask.engine.text import TextStream, Tokenizer, preload
-from sllmdask.errors import InstanceGone, InvalidRequest, ModelNotFound, SchedulerUnreachable, SllmError, WorkerLost, from_wire
+from sllmdask.errors import (
+    InstanceGone,
+    InvalidRequest,
+    ModelNotFound,
+    QueueTimeout,
+    SchedulerUnreachable,
+    SllmError,
+    WorkerLost,
+    from_wire,
+)
 from sllmdask.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -39,6 +48,8 @@ MAX_RETURNS = 5
 #: Seconds between pings of a worker, and without any word from it after which it counts as lost.
 PING_EVERY_S = 2.0
 SILENCE_S = 20.0
+#: Seconds beyond a request's deadline, or beyond the last news of it, after which it is given up without the scheduler.
+DEADLINE_MARGIN_S = 30.0
 #: Seconds between attempts to reach a scheduler that went away, from the first to the longest.
 RECONNECT_S = (0.2, 5.0)
 
@@ -76,11 +87,16 @@ class WorkerLink:
 
     async def _run(self) -> None:
         try:
-            comm = await open_stream(self.worker, "sllm-stream", timeout_s=5, front_door=self._gateway.id)
+            await self._talk()
         except OSError as error:
             logger.warning("worker %s cannot be reached: %s", self.worker, error)
+        except Exception:
+            logger.exception("the connection to worker %s failed", self.worker)
+        finally:
             self._gateway.worker_lost(self)
-            return
+
+    async def _talk(self) -> None:
+        comm = await open_stream(self.worker, "sllm-stream", timeout_s=5, front_door=self._gateway.id)
         self._outbox = Outbox(comm)
         self._heard_at = asyncio.get_running_loop().time()
         pinger = asyncio.create_task(self._ping(self._outbox, comm))
@@ -94,7 +110,6 @@ class WorkerLink:
         finally:
             pinger.cancel()
             await self._outbox.close()
-        self._gateway.worker_lost(self)
 
     async def _ping(self, outbox: Outbox, comm: Any) -> None:
         """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute."""
@@ -166,8 +181,12 @@ class Gateway:
             for active in self._active.values():
                 if active.journal.worker is None:
                     self._ask_for_place(active)
-            async for message in messages(comm):
-                self._from_scheduler(message)
+            try:
+                async for message in messages(comm):
+                    self._from_scheduler(message)
+            except Exception:
+                # The connection is begun anew, as if it had been lost: without it, every request would wait for ever.
+                logger.exception("a message from the scheduler could not be understood")
             outbox, self._outbox = self._outbox, None
             await outbox.close()
             self._n_workers = 0
@@ -232,6 +251,8 @@ class Gateway:
         """Forget a model; raises :class:`ModelNotFound`."""
         await self._ask("sllm_delete", model=model)
         self._rows.pop(model, None)
+        for old in [old for old in self._tokenizers if old[0] == model]:
+            del self._tokenizers[old]
 
     async def tokenizer(self, model: str) -> Tokenizer:
         """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""
@@ -239,7 +260,7 @@ class Gateway:
         task = self._tokenizers.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             for old in [old for old in self._tokenizers if old[0] == model]:
-                self._tokenizers.pop(old).cancel()
+                del self._tokenizers[old]  # not cancelled: others may wait for it
             task = self._tokenizers[key] = asyncio.create_task(self._fetch_tokenizer(model))
         return await asyncio.shield(task)
 
@@ -286,7 +307,7 @@ class Gateway:
             self._ask_for_place(active)
             yield Progress("queued", f"waiting for {request.model}")
             while True:
-                message = await active.inbox.get()
+                message = await self._next(active)
                 if isinstance(message, SllmError):
                     self._fail(active, message)
                     continue
@@ -296,6 +317,17 @@ class Gateway:
                         return
         finally:
             self._close(active)
+
+    async def _next(self, active: _Active) -> Message | SllmError:
+        """The next message; while the request waits for a place, not for much longer than the scheduler would let it."""
+        if active.journal.worker is not None:
+            return await active.inbox.get()
+        request = active.journal.request
+        limit_s = (request.deadline_s or self._settings.scheduler.request_deadline) + DEADLINE_MARGIN_S
+        try:
+            return await asyncio.wait_for(active.inbox.get(), limit_s)
+        except TimeoutError:
+            return QueueTimeout(request.model, limit_s, "the scheduler did not answer")
 
     def _follow(self, active: _Active, message: Message) -> list[GatewayEvent]:
         """What one message means for its request."""
@@ -350,7 +382,7 @@ class Gateway:
         journal.epoch += 1
         journal.worker = journal.instance = journal.node = None
         journal.state = "queued"
-        self._tell(["returned", active.key])
+        self._ask_for_place(active, "returned")
 
     def _close(self, active: _Active) -> None:
         """Forget a request, and stop it where it still runs."""
@@ -364,9 +396,9 @@ class Gateway:
         self._tell(["ended", active.key])
         self._recent.appendleft(journal.as_row())
 
-    def _ask_for_place(self, active: _Active) -> None:
+    def _ask_for_place(self, active: _Active, what: str = "request") -> None:
         request = active.journal.request
-        self._tell(["request", active.key, request.model, request.priority, request.deadline_s])
+        self._tell([what, active.key, request.model, request.priority, request.deadline_s])
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:
@@ -423,7 +455,7 @@ class Gateway:
             del self._links[link.worker]
         for active in self._active.values():
             if active.journal.worker == link.worker:
-                active.inbox.put_nowait(WorkerLost(link.worker))
+                active.inbox.put_nowait(["error", active.key, active.journal.epoch, WorkerLost(link.worker).as_wire()])
 
     def _link(self, worker: str) -> WorkerLink:
         link = self._links.get(worker)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ class Journal:
     path: list[str] = field(default_factory=list)
 
     def accept(self, epoch: int, index: int, token_ids: list[int]) -> list[int]:
-        """Accept what of `token_ids`, which begin at `index`, comes next; returns that part (empty for a stale epoch)."""
-        if epoch != self.epoch or index > len(self.output_ids):
+        """Accept what of `token_ids`, which begin at `index`, comes next; returns that part (empty for a stale epoch).
+
+        Raises :class:`EngineError` if tokens are missing before them: the stream is in order, so they will not come.
+        """
+        if epoch != self.epoch:
             return []
+        if index > len(self.output_ids):
+            raise EngineError(f"tokens {len(self.output_ids)} to {index - 1} were lost on the way")
         fresh = token_ids[len(self.output_ids) - index :]
         self.output_ids.extend(fresh)
         return fresh

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 N_EVENTS = 10_000
 #: Seconds between two comparisons of the heartbeats' account with ours: a report that was lost is found here.
 RECONCILE_S = 2.0
+#: Seconds that a worker may take for a short answer, and for one before which it may have to fetch a checkpoint.
+ASK_S, FETCH_S = 30.0, 7200.0
 #: Seconds that changes of models are gathered before the front doors hear of them.
 GATHER_S = 0.02
 
@@ -160,6 +162,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
         self._worker_joined.set()
         self.on(ev.WorkerJoined(time.monotonic(), view))
+        # It tells by its next account which of them are on its own disk.
+        for source in {deployed.deployment.source for deployed in self.deployed.values()}:
+            self.effects.start(self._look_for(worker, source))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
@@ -184,10 +189,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     self._progress[instance] = message
                     self._tell_soon()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
+                    self.effects.instance_lost(instance)
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
                 case _:
                     logger.warning("unknown report from %s: %r", worker, message)
-        except (KeyError, TypeError, ValueError):
+        except Exception:
             # A raising stream handler would make Dask drop the worker.
             logger.exception("bad report from %s: %r", worker, message)
 
@@ -196,8 +202,15 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if view is None or account["version"] < view.version:
             return
         self._accounts[address] = account
+        for instance in account["instances"].keys() - self.controller.instances.keys():
+            # It was called off while nobody could be told, or its unloading went unanswered.
+            self.effects.start(self._unload_stray(address, instance))
         if account["version"] > view.version:
             self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account)))
+
+    async def _unload_stray(self, worker: str, instance: str) -> None:
+        logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
+        await self._ask(worker, "sllm_unload", instance=instance)
 
     async def _reconcile(self) -> None:
         while True:
@@ -211,31 +224,37 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     async def front_door(self, comm: Comm, front_door: str) -> Status:
         """A front door's connection; when it ends, so do its requests."""
-        outbox = Outbox(comm)
-        self._doors[front_door] = outbox
+        old = self._doors.pop(front_door, None)
+        if old is not None:  # it was quicker to connect again than we were to notice that it had gone
+            self.on(ev.FrontDoorLeft(time.monotonic(), front_door))
+            await old.close()
+        self._tell()
+        outbox = self._doors[front_door] = Outbox(comm)
         logger.info("front door joined front_door=%s", front_door)
-        outbox.put(["mirror", list(self._current_rows().values()), len(self.controller.workers)])
+        outbox.put(["mirror", list(self._rows.values()), self._n_workers_told])
         try:
             async for message in messages(comm):
                 self._receive(front_door, message)
         finally:
-            self._doors.pop(front_door, None)
-            logger.info("front door left front_door=%s", front_door)
-            self.on(ev.FrontDoorLeft(time.monotonic(), front_door))
+            if self._doors.get(front_door) is outbox:
+                del self._doors[front_door]
+                logger.info("front door left front_door=%s", front_door)
+                self.on(ev.FrontDoorLeft(time.monotonic(), front_door))
             await outbox.close()
         return Status.dont_reply
 
     def _receive(self, front_door: str, message: Message) -> None:
         now = time.monotonic()
         match message:
-            case ["request", request_id, model, priority, deadline_s]:
+            case ["request" | "returned" as what, request_id, model, priority, deadline_s]:
+                if what == "returned":
+                    self.on(ev.RequestReturned(now, request_id))
+                # One that was returned is known already, unless it was dispatched by a scheduler before this one.
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id]:
                 self.on(ev.RequestEnded(now, request_id))
-            case ["returned", request_id]:
-                self.on(ev.RequestReturned(now, request_id))
             case _:
                 logger.warning("unknown message from front door %s: %r", front_door, message[:1])
 
@@ -316,6 +335,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             min_instances=scaling.min_instances,
             max_instances=scaling.max_instances,
             keep_alive_s=self._keep_alive(asked),
+            variant=asked.backend_config.torch_dtype,
             nodes=asked.placement_config.nodes,
         )
         misfit = self.controller.feasible(view)
@@ -339,7 +359,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     @answer
     async def delete(self, model: str) -> dict[str, Any]:
-        """Forget a model: who waits is refused, who runs may finish, then its memory is freed everywhere."""
+        """Forget a model: who waits is refused, who runs may finish, then its memory is freed unless another model shares it."""
         self._deployed(model)
         self._forget(model)
         self._tell()
@@ -353,7 +373,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         for worker in self._allowed(deployment):
             reply = await self._ask(worker.address, "sllm_files", source=deployment.source)
             if "error" not in reply:
-                return {"files": reply["files"], "revision": self.deployed[model].revision}
+                return {"files": reply["files"]}
             error = from_wire(reply)
         raise error
 
@@ -415,7 +435,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def _inspect(self, deployment: Deployment) -> dict[str, Any]:
         """What the workers that may run the model say of its checkpoint; the first error, if none of them can serve it.
 
-        All are asked, since each learns by it whether the files are on its own disk.
+        All are asked, since each tells by it whether the files are on its own disk. If they are on nobody's, one fetches them.
         """
         deadline = time.monotonic() + self.settings.scheduler.worker_wait
         while not self._allowed(deployment):
@@ -427,17 +447,24 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 who = f"its nodes {', '.join(nodes)} are not connected" if nodes else "no worker is connected"
                 hint = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
                 raise NoWorker(deployment.model, f"{who}. {hint}") from None
-        asked = [self._ask(worker.address, "sllm_inspect", source=deployment.source) for worker in self._allowed(deployment)]
+        allowed = [worker.address for worker in self._allowed(deployment)]
+        asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False) for worker in allowed]
         replies = await asyncio.gather(*asked)
         good = next((reply for reply in replies if "error" not in reply), None)
         if good is None:
-            raise from_wire(replies[0])
+            good = await self._ask(allowed[0], "sllm_inspect", FETCH_S, source=deployment.source, fetch=True)
+        if "error" in good:
+            raise from_wire(good)
         return good
 
-    async def _ask(self, worker: str, op: str, **arguments: Any) -> dict[str, Any]:
+    async def _look_for(self, worker: str, source: str) -> None:
+        await self._ask(worker, "sllm_inspect", source=source, fetch=False)
+
+    async def _ask(self, worker: str, op: str, timeout_s: float = ASK_S, **arguments: Any) -> dict[str, Any]:
+        """A worker's answer; one that cannot be had in time is an error like those that it would answer."""
         try:
-            return await getattr(self.effects.pool(worker), op)(**arguments)
-        except OSError:
+            return await asyncio.wait_for(getattr(self.effects.pool(worker), op)(**arguments), timeout_s)
+        except (OSError, TimeoutError):
             return WorkerLost(worker).as_wire()
 
     def _forget(self, model: str, *, replaced: bool = False) -> None:
@@ -463,7 +490,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return warnings
 
     async def _preload_on(self, worker: str, deployment: Deployment) -> None:
-        reply = await self._ask(worker, "sllm_preload", source=deployment.source)
+        reply = await self._ask(worker, "sllm_preload", FETCH_S, source=deployment.source)
         if "error" in reply:
             logger.warning("preload failed model=%s worker=%s cause=%s", deployment.model, worker, from_wire(reply).message)
 

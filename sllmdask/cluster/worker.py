@@ -40,20 +40,29 @@ class SllmWorker(Worker):
         if reason in _LOST and self.status == Status.running and EXTENSION in self.extensions:
             if self._rejoining is None:
                 logger.warning("lost the scheduler at %s (%s)", self.scheduler.address, reason)
-                self._rejoining = asyncio.create_task(self._rejoin())
+                self._rejoining = asyncio.create_task(self._rejoin_or_close())
             return None
         if self._rejoining is not None and self._rejoining is not asyncio.current_task():
             self._rejoining.cancel()
         return await super().close(timeout=timeout, executor_wait=executor_wait, nanny=nanny, reason=reason)
+
+    async def _rejoin_or_close(self) -> None:
+        try:
+            await self._rejoin()
+        except Exception:
+            # A process that neither serves nor ends would look healthy to its nanny.
+            logger.exception("could not join again")
+            await super().close(reason="could not join again")
 
     async def _rejoin(self) -> None:
         for name in ("keep-alive", "heartbeat"):
             self.periodic_callbacks[name].stop()
         registry: InstanceRegistry = self.extensions[EXTENSION]
         await registry.drain(DRAIN_S)
-        await self._forget_tasks()
-        self.rpc.remove(self.scheduler.address)
         give_up_at = time.monotonic() + GIVE_UP_S
+        async with asyncio.timeout(GIVE_UP_S):
+            await self._forget_tasks()
+        self.rpc.remove(self.scheduler.address)
         while True:
             # The old one has closed with its connection.
             self.batched_stream = BatchedSend(interval="2ms", loop=self.loop)

@@ -7,7 +7,6 @@ the truth about itself: it reports at every change, and the same account rides o
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -84,6 +83,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm_files"] = self.files
         worker.handlers["sllm_preload"] = self.preload
         worker.handlers["sllm_forget"] = self.forget
+        worker.handlers["sllm_unload"] = self.unload
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
@@ -133,10 +133,12 @@ class SllmWorkerPlugin(WorkerPlugin):
         await self.registry.serve_stream(comm, front_door)
         return Status.dont_reply
 
-    async def inspect(self, source: str) -> dict[str, Any]:
-        """What a deployment of `source` would be; ``{"error": ...}`` if it cannot be served."""
+    async def inspect(self, source: str, fetch: bool) -> dict[str, Any]:
+        """What a deployment of `source` would be, or ``{"error": ...}``; without `fetch`, only of what is on this disk."""
         assert self.registry is not None
         try:
+            if not fetch and not await self.registry.store.on_disk(resolve_source(source)):
+                raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(resolve_source(source))
             from sllmdask.engine.families import inspect_config
 
@@ -174,6 +176,12 @@ class SllmWorkerPlugin(WorkerPlugin):
             return error.as_wire()
         return {}
 
+    async def unload(self, instance: str) -> dict[str, Any]:
+        """Close an instance that the scheduler does not know."""
+        assert self.registry is not None
+        await self.registry.unload(instance, forget=False)
+        return {}
+
     async def forget(self, source: str) -> bool:
         """Drop the host copy of a checkpoint that is not deployed any more."""
         assert self.registry is not None
@@ -200,7 +208,6 @@ def _read_small_files(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.glob(pattern)):
             if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES and not path.name.endswith(".index.json"):
                 found[path.name] = path.read_bytes()
-    json.loads(found.get("config.json", b"{}"))
     return found
 
 

@@ -244,6 +244,13 @@ class CheckpointStore:
         self._subscribers.append(callback)
         return partial(self._subscribers.remove, callback)
 
+    async def on_disk(self, source: str) -> bool:
+        """Whether the files of `source` are on this node: a directory, or a hub model that was fetched."""
+        try:
+            return await asyncio.to_thread(_directory_of, source, self._store_dir) is not None
+        except CheckpointNotFound:
+            return False
+
     async def inspect(self, source: str) -> CheckpointInfo:
         """What the files of `source`, a directory or a hub id, say; a hub id is downloaded first.
 
