@@ -20,13 +20,10 @@ WORKER_PRELOAD = "sllmdask.cluster.worker_plugin"
 
 
 @asynccontextmanager
-async def local_cluster(
-    n_workers: int, settings: Settings, *, dashboard: str | None = "127.0.0.1:0"
-) -> AsyncIterator[LocalCluster]:
+async def local_cluster(n_workers: int, settings: Settings) -> AsyncIterator[LocalCluster]:
     """A scheduler in this process and `n_workers` worker processes named ``0``, ``1``..., each with a nanny.
 
-    Cores and memory of the host are divided between the workers where the settings leave them open. `dashboard` is the address
-    of Dask's own pages, ``None`` for none.
+    Cores and memory of the host are divided between the workers where the settings leave them open.
     """
     shared = settings.model_copy(
         update={
@@ -51,8 +48,9 @@ async def local_cluster(
             threads_per_worker=1,
             memory_limit=0,
             host="127.0.0.1",
-            dashboard_address=dashboard,
-            worker_dashboard_address=None,
+            # Named, since Dask's HTTP server listens on every address where it is not, with pages or without.
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
             scheduler_kwargs={"preload": [SCHEDULER_PRELOAD]},
             preload=[WORKER_PRELOAD],
             env=environment,

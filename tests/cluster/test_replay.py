@@ -85,8 +85,6 @@ async def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) ->
     return found
 
 
-# A connection that tornado was about to make to the killed worker is left to the garbage collector when it is called off.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.asyncio
 async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_decided(monkeypatch):
     live: list[Decision] = []
