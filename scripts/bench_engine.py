@@ -58,7 +58,8 @@ def main() -> None:
     # Read when torch is imported, so before anything of ours is.
     os.environ.update(OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE")
     results = [result for model in args.models for dtype in args.dtypes for result in compare(model, dtype, args)]
-    report = {"machine": machine(), "arguments": vars(args) | {"json": str(args.json)}, "results": results}
+    arguments = {name: value for name, value in vars(args).items() if name != "json"}
+    report = {"machine": machine(), "arguments": arguments, "results": results}
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -41,9 +41,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8343, help="of the HTTP API; 0: any free one (default: 8343)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
     options = parser.parse_args()
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"starting a scheduler, {options.workers} workers and a front door ...", flush=True)
     try:
         with serve(n_workers=options.workers, server={"port": options.port}) as service, Client(service.url) as client:
@@ -58,9 +56,11 @@ def main() -> int:
             )
             if not options.once:
                 print("\nCtrl-C stops everything.", flush=True)
-                stopped.wait()
-    except SllmError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+                threading.Event().wait()
+    except KeyboardInterrupt:
+        print("stopped")
+    except (SllmError, TimeoutError) as error:
+        print(f"error: {error or 'no answer in two minutes'}", file=sys.stderr)
         return 1
     return 0
 
