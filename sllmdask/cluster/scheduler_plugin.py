@@ -102,7 +102,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
         # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
-        self._revisions = itertools.count(time.time_ns())
+        self._revisions = itertools.count(int(1e3 * time.time()))
         self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
