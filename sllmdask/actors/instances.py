@@ -103,16 +103,18 @@ class Instance:
         lease = await registry.store.load(self.source, registry.resolve(self.source), progress)
         started = time.perf_counter()
         self._building = True
+        failure: SllmError | None = None
         try:
             self._engine = await registry.build(lease, self)
-        except SllmError:
-            lease.release()
-            raise
+        except SllmError as error:
+            failure = type(error)(*error.args)
         except Exception as error:
-            # Without the traceback, which holds on to the tensors.
-            lease.release()
             logger.exception("build failed model=%s instance=%s", self.model, self.id)
-            raise EngineError(f"{self.model!r} could not be built: {error!r}") from None
+            failure = EngineError(f"{self.model!r} could not be built: {error!r}")
+        if failure is not None:  # raised here, since the traceback of the first one holds on to the tensors
+            lease.release()
+            raise failure
+        assert self._engine is not None
         if self.closed:  # unloaded while it was being built
             await asyncio.to_thread(self._engine.close)
             lease.release()
@@ -266,7 +268,8 @@ class InstanceRegistry:
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await instance.until_idle()
-        self.discard(instance)
+        if self._instances.pop(instance_id, None) is not instance:
+            return  # somebody else is closing it
         await instance.close()
         logger.info("unloaded model=%s instance=%s", instance.model, instance_id)
         if forget:

@@ -24,10 +24,19 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
-from sllmdask.cluster.effects import Effects
+from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, parse
-from sllmdask.errors import ConfigError, EngineError, ModelNotFound, NoWorker, SllmError, WorkerLost, from_wire
+from sllmdask.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    EngineError,
+    ModelNotFound,
+    NoWorker,
+    SllmError,
+    WorkerLost,
+    from_wire,
+)
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
@@ -94,6 +103,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         #: What the front doors were told last.
         self._rows: dict[str, dict[str, Any]] = {}
         self._n_workers_told = 0
+        #: Instances that nobody knows, being unloaded.
+        self._strays: set[str] = set()
         #: The newest account of each worker, by address.
         self._accounts: dict[str, dict[str, Any]] = {}
         #: The last report of each load under way, by instance.
@@ -121,7 +132,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             logger.exception("the controller failed on %r", event)
             raise
         for decision in decisions:
-            self.effects.enact(decision)
+            try:
+                self.effects.enact(decision)
+            except Exception:
+                # The others were decided too, and the controller counts on all of them.
+                logger.exception("cannot enact %r", decision)
         self._tell_soon()
 
     # --- Dask's hooks ---
@@ -202,15 +217,19 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if view is None or account["version"] < view.version:
             return
         self._accounts[address] = account
-        for instance in account["instances"].keys() - self.controller.instances.keys():
+        for instance in account["instances"].keys() - self.controller.instances.keys() - self._strays:
             # It was called off while nobody could be told, or its unloading went unanswered.
+            self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))
         if account["version"] > view.version:
             self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account)))
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
-        await self._ask(worker, "sllm_unload", instance=instance)
+        try:
+            await self._ask(worker, "sllm_unload", UNLOAD_LIMIT_S, instance=instance)
+        finally:
+            self._strays.discard(instance)
 
     async def _reconcile(self) -> None:
         while True:
@@ -247,9 +266,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         now = time.monotonic()
         match message:
             case ["request" | "returned" as what, request_id, model, priority, deadline_s]:
-                if what == "returned":
+                if what == "returned" and request_id in self.controller.running:
                     self.on(ev.RequestReturned(now, request_id))
-                # One that was returned is known already, unless it was dispatched by a scheduler before this one.
+                    return
+                # One that was returned but is not known was dispatched by a scheduler before this one.
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
                 self.on(ev.RequestArrived(now, request))
@@ -451,11 +471,19 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False) for worker in allowed]
         replies = await asyncio.gather(*asked)
         good = next((reply for reply in replies if "error" not in reply), None)
-        if good is None:
-            good = await self._ask(allowed[0], "sllm_inspect", FETCH_S, source=deployment.source, fetch=True)
-        if "error" in good:
-            raise from_wire(good)
-        return good
+        if good is not None:
+            return good
+        reasons = [from_wire(reply) for reply in replies]
+        for reason in reasons:
+            if not isinstance(reason, CheckpointNotFound | WorkerLost):
+                raise reason
+        for worker, reason in zip(allowed, reasons, strict=True):
+            if isinstance(reason, CheckpointNotFound):
+                reply = await self._ask(worker, "sllm_inspect", FETCH_S, source=deployment.source, fetch=True)
+                if "error" not in reply:
+                    return reply
+                raise from_wire(reply)
+        raise reasons[0]
 
     async def _look_for(self, worker: str, source: str) -> None:
         await self._ask(worker, "sllm_inspect", source=source, fetch=False)

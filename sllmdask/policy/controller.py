@@ -122,7 +122,7 @@ class Controller:
             case ev.RequestEnded(request=request_id):
                 self._end(request_id, event.at)
             case ev.RequestReturned(request=request_id):
-                self._return(request_id, event.at)
+                return self._return(request_id, event.at)
             case ev.FrontDoorLeft(front_door=front_door):
                 for request in [*self.waiting.values(), *self.running.values()]:
                     if request.front_door == front_door:
@@ -214,7 +214,7 @@ class Controller:
             idle_since = at if n_requests == 0 else None
             self.instances[instance.id] = replace(instance, n_requests=n_requests, idle_since=idle_since)
 
-    def _return(self, request_id: str, at: float) -> None:
+    def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""
         request = self.running.get(request_id)
         if request:
@@ -224,6 +224,9 @@ class Controller:
                 self.instances[instance.id] = replace(instance, draining=True)
             self.waiting[request_id] = replace(request, instance=None)
             self.waiting = dict(sorted(self.waiting.items(), key=lambda item: item[1].arrived_at))
+            if request.model not in self.models:
+                return [self._refuse(request, ModelNotFound(request.model))]
+        return []
 
     def _loaded(self, event: ev.LoadFinished) -> None:
         instance = self.instances.get(event.instance)
@@ -307,6 +310,18 @@ class Controller:
         Dispatching goes first so that a model that has just been loaded serves somebody before it can be evicted again:
         without that, two waiting models can evict each other for ever.
         """
+        decisions: list[Decision] = self._dispatch_waiting(at)
+        n_claims = len(self._claims)
+        asked: set[str] = set()
+        for request in sorted(self.waiting.values(), key=_turn):
+            if request.model not in asked:
+                asked.add(request.model)
+                decisions += self._obtain(request, at)
+        if len(self._claims) < n_claims:
+            decisions += self._dispatch_waiting(at)
+        return decisions
+
+    def _dispatch_waiting(self, at: float) -> list[Decision]:
         decisions: list[Decision] = []
         full: set[str] = set()
         for request in sorted(self.waiting.values(), key=_turn):
@@ -318,11 +333,6 @@ class Controller:
                 decisions.append(self._dispatch(request, chosen, at))
             else:  # more is closed to those behind it, never less
                 full.add(request.model)
-        asked: set[str] = set()
-        for request in sorted(self.waiting.values(), key=_turn):
-            if request.model not in asked:
-                asked.add(request.model)
-                decisions += self._obtain(request, at)
         return decisions
 
     def _goes_before(self, claimant: str, request: RequestView) -> bool:
@@ -351,6 +361,8 @@ class Controller:
         model = self.models[request.model]
         living = [instance for instance in self.instances_of(model.name) if not instance.draining]
         coming = [instance for instance in living if instance.state in (InstanceState.PLANNED, InstanceState.LOADING)]
+        if coming:
+            self._unclaim(model.name)
         if coming or len(living) >= model.max_instances:
             return []
         fit = [worker for worker in self.workers.values() if unfit(model, worker) is None]
@@ -369,6 +381,8 @@ class Controller:
             ]
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
         decisions = self._place(model, at, may_evict=not staying, request=request)
+        if decisions:
+            self._unclaim(model.name)
         if not decisions and not staying and at >= request.arrived_at + self.settings.patience_s:
             self._claim(request, model)
         return decisions
@@ -426,13 +440,21 @@ class Controller:
             closable[worker.address] = [
                 instance for instance in instances if instance.state is InstanceState.READY and instance.id not in protected
             ]
+            staying = [instance for instance in instances if instance not in closable[worker.address]]
             n_slots = sum(instance.n_slots for instance in closable[worker.address])
-            if n_slots and free_slots(worker, instances) + n_slots >= model.n_slots:
+            fits = pinned_bytes(staying, model.checkpoint_key) + model.nbytes <= worker.host_capacity
+            if fits and n_slots and free_slots(worker, instances) + n_slots >= model.n_slots:
                 rank = (sum(instance.n_requests for instance in closable[worker.address]), worker.address)
                 best = min(best, rank) if best else rank
         if best:
             for instance in closable[best[1]]:
                 self._claims[instance.id] = request.id
+
+    def _unclaim(self, model: str) -> None:
+        """Its instance is on its way, and the slots for it are reserved: what was closed for it opens again."""
+        for key in [key for key, claimant in self._claims.items() if claimant in self.waiting]:
+            if self.waiting[self._claims[key]].model == model:
+                del self._claims[key]
 
     def _scale(self, at: float) -> list[Decision]:
         """Instances beyond the first go to free slots only; idle ones leave when their time is over."""

@@ -374,6 +374,33 @@ def test_a_returned_request_takes_its_old_place_and_the_instance_that_did_not_an
     assert dispatch.request == "r1"
 
 
+def test_a_returned_request_of_a_deleted_model_is_refused_and_its_slot_is_freed():
+    controller = controller_with(A, B)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    controller.handle(ev.ModelDeleted(3.0, "a"))
+    refuse, unload = acts(controller.handle(ev.RequestReturned(4.0, "r1")))
+    assert (type(refuse.error), unload.instance) == (ModelNotFound, load.instance)
+    ask(controller, "r2", "b", 4.5)
+    (load,) = acts(controller.handle(ev.UnloadFinished(5.0, unload.instance)))
+    assert load.model == "b"
+
+
+def test_what_was_closed_for_a_waiting_model_opens_when_that_model_is_on_its_way():
+    controller = controller_with(A, B, replace(A, name="c"), workers=(replace(NODE, slots=2),), patience_s=5.0)
+    loads = ask(controller, "ra", "a", 1.0) + ask(controller, "rb", "b", 1.0)
+    for load in loads:
+        controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    ask(controller, "rc", "c", 3.0)
+    controller.handle(ev.TimerFired(9.0))
+    assert ask(controller, "rb2", "b", 9.5) == []
+    decisions = acts(controller.handle(ev.RequestEnded(10.0, "ra")))
+    assert {type(decision): decision.model if isinstance(decision, Unload) else decision.request for decision in decisions} == {
+        Unload: "a",
+        Dispatch: "rb2",
+    }
+
+
 def test_a_front_door_that_dies_frees_what_it_held():
     controller = controller_with(A, B)
     (load,) = ask(controller, "r1", "a", 1.0, front_door="dead")
