@@ -24,7 +24,7 @@ from sllmdask.config import EngineSettings
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
 from sllmdask.errors import EngineError, InstanceGone, SllmError
 from sllmdask.loader.store import CheckpointStore, HostLease
-from sllmdask.loader.tiers import Tier
+from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from sllmdask.loader.buffers import Buffer, BufferPool, address_of, lease_nbytes
 from sllmdask.loader.format import CheckpointInfo, read_index, read_info
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.tiers import StateDict, Tier, tensor_views
+from sllmdask.loader.tiers import StateDict, tensor_views
+from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -1,27 +1,16 @@
-"""Where the weights of a model may be, and what they look like there. The only place of the loader that knows torch.
+"""What the weights of a model look like in a tier. The only place of the loader that knows torch.
 
-Remote, disk, host and device are the tiers, slowest first. On disk a checkpoint is an index and bytes
-(:mod:`sllmdask.loader.format`), in host memory it is one buffer with tensors over it, which is made here.
+On disk a checkpoint is an index and bytes (:mod:`sllmdask.loader.format`), in host memory it is one buffer with tensors over
+it, which is made here.
 """
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 import torch
 
 from sllmdask.loader.buffers import Buffer
 from sllmdask.loader.format import CheckpointIndex, TensorEntry
 from sllmdask.loader.plan import ReadPlan
-
-
-class Tier(StrEnum):
-    """Where bytes came from; the values are the names that reports carry."""
-
-    REMOTE = "remote"
-    DISK = "disk"
-    HOST = "host"
-
 
 #: Tensor by name.
 StateDict = dict[str, torch.Tensor]
