@@ -212,6 +212,27 @@ def test_a_killed_worker_ends_its_streams_with_an_error_and_the_next_one_serves(
     assert (again["slots_used"], again["instances"][0]["n_requests"]) == (1, 0)
 
 
+def test_two_workers_each_run_the_model_that_their_name_was_given(tmp_path, checkpoints):
+    cluster = Processes(tmp_path)
+    try:
+        cluster.start_scheduler()
+        for node in ("0", "1"):
+            cluster.start_worker(node)
+        url = cluster.start_door()
+        until("both workers joined", lambda: len(workers(url)) == 2)
+        for model, node in (("a", "1"), ("b", "0")):
+            source = {"pretrained_model_name_or_path": str(checkpoints[model])}
+            deployment = {"model": model, "backend_config": source, "placement_config": {"target_nodes": [node]}}
+            assert post(url, "/register", deployment)["status"] == "ok"
+            answer = post(url, "/v1/completions", {"model": model, **SHORT})
+            assert answer["choices"][0]["text"] == reference(checkpoints[model], SHORT["prompt"], SHORT["max_tokens"])
+        ready = {worker["name"]: [instance["model"] for instance in worker["instances"]] for worker in workers(url)}
+        assert ready == {"0": ["b"], "1": ["a"]}
+        assert {row["node"] for row in get(url, "/admin/requests")["requests"]} == {"0", "1"}
+    finally:
+        cluster.close()
+
+
 def test_without_a_worker_the_front_door_is_not_ready_and_says_what_to_do(tmp_path):
     cluster = Processes(tmp_path)
     try:
