@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 
 #: Bytes of a huge page on x86-64 and, with 4 KiB base pages, on arm64.
 HUGE_PAGE = 2 * 1024**2
 
 _MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,6 +27,11 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
+_libc.pwrite.restype = ctypes.c_ssize_t
+_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcpy.restype = ctypes.c_void_p
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def _failure(what: str) -> OSError:
@@ -37,6 +45,22 @@ def pread(fd: int, address: int, nbytes: int, offset: int) -> int:
     if n < 0:
         raise _failure("pread")
     return n
+
+
+def pwrite(fd: int, address: int, nbytes: int, offset: int) -> None:
+    """Write all `nbytes` at `address` to `offset` of `fd`."""
+    while nbytes:
+        n = int(_libc.pwrite(fd, address, nbytes, offset))
+        if n < 0:
+            if ctypes.get_errno() == errno.EINTR:
+                continue
+            raise _failure("pwrite")
+        address, nbytes, offset = address + n, nbytes - n, offset + n
+
+
+def copy(target: int, source: int, nbytes: int) -> None:
+    """Copy `nbytes` from address `source` to address `target`, which do not overlap."""
+    _libc.memcpy(target, source, nbytes)
 
 
 def open_direct(path: str) -> int | None:
@@ -71,9 +95,58 @@ def map_memory(nbytes: int) -> int:
         unmap_memory(start, address - start)
     if start + spare > end:
         unmap_memory(end, start + spare - end)
-    # Advice only: a kernel without huge pages refuses it, and small pages serve as well, more slowly.
-    _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+    advise_huge(address, nbytes)
     return int(address)
+
+
+def advise_huge(address: int, nbytes: int) -> None:
+    """Ask for huge pages. Advice only: a kernel without them refuses it, and small pages serve as well, more slowly."""
+    _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+
+
+def populate(address: int, nbytes: int, *, write: bool = True) -> bool:
+    """Fault in the whole pages of a mapping now, as by a write or a read to each; contents stay. False: Linux before 5.14."""
+    while _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ):
+        number = ctypes.get_errno()
+        if number == errno.EINVAL:
+            return False
+        if number not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(number, f"populating {nbytes} bytes: {os.strerror(number)}")
+    return True
+
+
+def reserve_addresses(nbytes: int) -> int:
+    """Address of `nbytes` on a huge-page boundary at which nothing is mapped: they fault until something is mapped over them."""
+    spare = nbytes + HUGE_PAGE
+    start = _libc.mmap(None, spare, _PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    if start is None or start == _MAP_FAILED:
+        raise _failure(f"mmap of {nbytes} bytes")
+    address = -(-start // HUGE_PAGE) * HUGE_PAGE
+    if address > start:
+        unmap_memory(start, address - start)
+    if start + spare > address + nbytes:
+        unmap_memory(address + nbytes, start + spare - address - nbytes)
+    return int(address)
+
+
+def map_shared(fd: int, offset: int, nbytes: int, address: int) -> None:
+    """Map ``[offset, offset + nbytes)`` of `fd`, shared and writable, over `address`, where nothing else may be in use."""
+    found = _libc.mmap(address, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | _MAP_FIXED, fd, offset)
+    if found != address:
+        raise _failure(f"mmap of {nbytes} shared bytes")
+
+
+def allocate(fd: int, offset: int, nbytes: int) -> None:
+    """Take memory or disk for a range of `fd` now; ENOSPC if there is not enough."""
+    while _libc.fallocate(fd, 0, offset, nbytes):
+        if ctypes.get_errno() != errno.EINTR:
+            raise _failure(f"fallocate of {nbytes} bytes")
+
+
+def punch_hole(fd: int, offset: int, nbytes: int) -> None:
+    """Give the memory or disk behind a range of `fd` back; it reads as zeros afterwards."""
+    if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nbytes):
+        raise _failure(f"punching a hole of {nbytes} bytes")
 
 
 def unmap_memory(address: int, nbytes: int) -> None:
