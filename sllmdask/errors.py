@@ -6,6 +6,10 @@
     ├── CheckpointError             the operator: the files of a model are wrong
     │   ├── CheckpointNotFound
     │   ├── CheckpointCorrupt
+    │   ├── CheckpointTooNew
+    │   ├── CheckpointExists
+    │   ├── TensorUnsupported
+    │   ├── DiskFull
     │   └── UnsupportedArchitecture
     ├── RequestError                the caller: the same request will fail again
     │   ├── InvalidRequest
@@ -20,7 +24,9 @@
     │   ├── QueueTimeout
     │   ├── NoWorker
     │   ├── InsufficientMemory
+    │   ├── HostPoolUnavailable
     │   ├── LoadFailed
+    │   ├── SourceUnreachable
     │   └── SchedulerUnreachable
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left before the request reached it
@@ -116,6 +122,68 @@ class CheckpointCorrupt(CheckpointError):
     def message(self) -> str:
         where = f"{self.file}, tensor {self.tensor!r}" if self.tensor else self.file
         return f"The checkpoint is damaged ({where}): {self.reason}. Fetch or convert it again."
+
+
+class CheckpointTooNew(CheckpointError):
+    """``CheckpointTooNew(file, version, known)``: `file` is of a later version of our format than `known`, the last that is read."""
+
+    code = "checkpoint_too_new"
+
+    def __init__(self, file: str, version: int, known: int) -> None:
+        super().__init__(file, version, known)
+        self.file, self.version, self.known = file, version, known
+
+    @property
+    def message(self) -> str:
+        return (
+            f"The checkpoint {self.file} is of version {self.version} of the format, but this sllmdask reads up to {self.known}. "
+            "Update sllmdask, or convert the checkpoint again with this one."
+        )
+
+
+class CheckpointExists(CheckpointError):
+    """``CheckpointExists(path, reason)``: something is where a checkpoint was to be written, and it stays as it is."""
+
+    code = "checkpoint_exists"
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    @property
+    def message(self) -> str:
+        return f"Nothing was written to {self.path!r}: {self.reason}."
+
+
+class TensorUnsupported(CheckpointError):
+    """``TensorUnsupported(tensor, reason)``: no checkpoint can hold this tensor as it is."""
+
+    code = "tensor_unsupported"
+
+    def __init__(self, tensor: str, reason: str) -> None:
+        super().__init__(tensor, reason)
+        self.tensor, self.reason = tensor, reason
+
+    @property
+    def message(self) -> str:
+        return f"The tensor {self.tensor!r} cannot be saved: {self.reason}."
+
+
+class DiskFull(CheckpointError):
+    """``DiskFull(path, needed, free, reason)``: a checkpoint of `needed` bytes does not fit; nothing of it is left behind."""
+
+    http_status, type, code = 507, "server_error", "disk_full"
+
+    def __init__(self, path: str, needed: int, free: int, reason: str = "the disk is full") -> None:
+        super().__init__(path, needed, free, reason)
+        self.path, self.needed, self.free, self.reason = path, needed, free, reason
+
+    @property
+    def message(self) -> str:
+        return (
+            f"The checkpoint {self.path!r} was not written: {self.reason}. It needs {self.needed} bytes, {self.free} are free. "
+            "Make room, or choose another disk."
+        )
 
 
 class UnsupportedArchitecture(CheckpointError):
@@ -302,6 +370,20 @@ class InsufficientMemory(Unavailable):
         )
 
 
+class HostPoolUnavailable(Unavailable):
+    """``HostPoolUnavailable(name, reason)``: the node's shared host memory cannot be had."""
+
+    code = "host_pool_unavailable"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    @property
+    def message(self) -> str:
+        return f"The shared host memory {self.name!r} of this node cannot be used: {self.reason}"
+
+
 class LoadFailed(Unavailable):
     """``LoadFailed(model, reason)``."""
 
@@ -314,6 +396,20 @@ class LoadFailed(Unavailable):
     @property
     def message(self) -> str:
         return f"Model {self.model!r} could not be loaded: {self.reason}"
+
+
+class SourceUnreachable(Unavailable):
+    """``SourceUnreachable(source, reason)``: what a checkpoint was to come from does not answer, or no longer."""
+
+    code = "source_unreachable"
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    @property
+    def message(self) -> str:
+        return f"The checkpoint did not come from {self.source!r}: {self.reason}"
 
 
 class SchedulerUnreachable(Unavailable):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllmdask.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
-from sllmdask.loader.format import read_config, read_index, read_info
+from sllmdask.loader.format import execution_rank, read_config, read_index, read_info
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -248,3 +248,129 @@ def test_info_needs_weights_and_a_config(tmp_path, write_single):
     os.remove(tmp_path / "config.json")
     with pytest.raises(CheckpointNotFound, match=r"no config\.json"):
         read_info("a/b", str(tmp_path))
+
+
+# --- adapters, fingerprints, odd texts --------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_a_checkpoint_of_its_own(tmp_path, write_raw):
+    write_raw(tmp_path / "adapter_model.safetensors", {"base_model.model.q.lora_A.weight": F32}, bytes(8))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert [tensor.name for tensor in read_index(tmp_path).tensors] == ["base_model.model.q.lora_A.weight"]
+
+
+def test_a_fingerprint_changes_with_name_size_and_time_of_change_and_with_nothing_else(tmp_path, write_raw):
+    file = write_raw(tmp_path / "model.safetensors", {"a": F32}, bytes(8))
+    os.utime(file, ns=(0, 10**18))
+    before = read_index(tmp_path).fingerprint
+    assert bytes.fromhex(before)
+    os.utime(file, ns=(5, 10**18))
+    assert read_index(file).fingerprint == before
+    os.utime(file, ns=(0, 10**18 + 1))
+    later = read_index(tmp_path).fingerprint
+    os.rename(file, tmp_path / "other.safetensors")
+    renamed = read_index(tmp_path / "other.safetensors").fingerprint
+    write_raw(file, {"a": F32, "b": {**F32, "data_offsets": [8, 16]}}, bytes(16))
+    os.utime(file, ns=(0, 10**18))
+    assert len({before, later, renamed, read_index(tmp_path).fingerprint}) == 4
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path, write_raw):
+    write_raw(tmp_path / "model.safetensors", {"\ud800": F32}, bytes(8))
+    assert "not valid JSON" in refusal(tmp_path).reason
+    os.remove(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "\ud800.safetensors"}}))
+    error = refusal(tmp_path)
+    assert (error.tensor, "is not a text" in error.reason) == ("a", True)
+
+
+def test_a_shard_index_of_absurd_size_is_refused_without_reading_all_of_it(tmp_path):
+    with open(tmp_path / "model.safetensors.index.json", "wb") as opened:
+        opened.truncate(10**12)
+    assert "larger than 100000000 bytes" in refusal(tmp_path).reason
+
+
+# --- the order in which a model needs its tensors --------------------------------------------------------------------
+
+#: Names of models of the hub, each list in the order in which a forward pass needs them.
+MODELS = {
+    "qwen2": [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.10.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+    "mixtral": [
+        "model.embed_tokens.weight",
+        "model.layers.9.block_sparse_moe.experts.2.w1.weight",
+        "model.layers.9.block_sparse_moe.experts.10.w1.weight",
+        "model.layers.11.self_attn.q_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+    "gpt2": ["wpe.weight", "wte.weight", "h.0.ln_1.weight", "h.3.attn.c_attn.weight", "h.11.ln_1.bias", "ln_f.bias"],
+    "gpt_neox": [
+        "gpt_neox.embed_in.weight",
+        "gpt_neox.layers.0.attention.dense.weight",
+        "gpt_neox.layers.15.mlp.dense_h_to_4h.bias",
+        "gpt_neox.final_layer_norm.weight",
+        "embed_out.weight",
+    ],
+    "opt": [
+        "model.decoder.embed_positions.weight",
+        "model.decoder.project_in.weight",
+        "model.decoder.layers.0.fc1.weight",
+        "model.decoder.layers.12.fc1.weight",
+        "model.decoder.final_layer_norm.weight",
+        "model.decoder.project_out.weight",
+    ],
+    "bloom": [
+        "word_embeddings.weight",
+        "word_embeddings_layernorm.weight",
+        "h.0.input_layernorm.weight",
+        "h.20.input_layernorm.weight",
+        "ln_f.weight",
+    ],
+    "bert": [
+        "bert.embeddings.LayerNorm.weight",
+        "bert.encoder.layer.0.output.dense.weight",
+        "bert.encoder.layer.11.output.LayerNorm.weight",
+        "cls.predictions.transform.LayerNorm.weight",
+        "bert.pooler.dense.weight",
+    ],
+    "llava": [
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "language_model.model.embed_tokens.weight",
+        "vision_tower.vision_model.encoder.layers.23.mlp.fc1.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+    ],
+    "lora": [
+        "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight",
+        "base_model.model.model.layers.10.self_attn.q_proj.lora_A.weight",
+        "base_model.model.lm_head.lora_A.weight",
+    ],
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tensors_sort_into_the_order_in_which_a_model_needs_them(model):
+    assert sorted(sorted(MODELS[model]), key=execution_rank) == MODELS[model]
+
+
+@settings(max_examples=300, deadline=None)
+@given(names=st.lists(st.text() | st.text("0123456789.²٣abc"), max_size=6))
+def test_any_names_can_be_ordered_and_no_two_are_equal(names):
+    names = list(dict.fromkeys(names))
+    assert sorted(sorted(names, key=execution_rank), reverse=True) == sorted(names, reverse=True)
+    # 07 and 7 are one number, but 1-place texts differ.
+    ranks = {execution_rank(name) for name in names if "0" not in name}
+    assert len(ranks) == len([name for name in names if "0" not in name])
+
+
+def test_a_name_of_a_million_digits_costs_nothing():
+    assert execution_rank("layers." + "9" * 1_000_000 + ".w") > execution_rank("layers.9.w")
