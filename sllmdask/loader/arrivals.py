@@ -63,6 +63,11 @@ class Arrivals:
         with self._changed:
             return all(self._there[chunk] for chunk in self._plan.chunks_of[tensor])
 
+    def has_chunk(self, chunk: int) -> bool:
+        """Whether chunk number `chunk` is in the buffer."""
+        with self._changed:
+            return bool(self._there[chunk])
+
     @property
     def done(self) -> bool:
         """Whether every chunk has arrived."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -72,6 +72,33 @@ class ChunkSource(Protocol):
 
         Raises :class:`CheckpointCorrupt` where there are fewer, :class:`OSError`, or another :class:`SllmError`. Checksums are
         the caller's.
+        """
+
+
+class Scratch(Protocol):
+    """Where threads that read borrow memory: :class:`Staging` is one."""
+
+    def borrow(self, nbytes: int) -> AbstractContextManager[int]:
+        """The address, a multiple of ``BLOCK``, of at least `nbytes` bytes that are the borrower's alone."""
+
+
+class Outlet(Protocol):
+    """Where one thread of a read leaves its chunks, one after the other."""
+
+    def room(self, chunk: int) -> int:
+        """The address, a multiple of ``BLOCK``, for the decoded bytes of chunk number `chunk`, with room for a direct read."""
+
+    def put(self, chunk: int) -> None:
+        """They are there, checked."""
+
+
+class Sink(Protocol):
+    """Where chunks go that are not to stay in one buffer."""
+
+    def open(self, landed: Callable[[int], None]) -> AbstractContextManager[Outlet]:
+        """An outlet for the thread that asks, which calls `landed` with each chunk once it is where it shall be.
+
+        To leave the context waits for all of them; after an error, until none of them is used any more.
         """
 
 
@@ -360,13 +387,38 @@ class _Copying:
                 libc.copy(address + copy.target, address + copy.source, copy.nbytes)
 
 
+class _Buffer:
+    """The buffer at an address, as a sink."""
+
+    def __init__(self, plan: ReadPlan, address: int) -> None:
+        self.plan, self.address = plan, address
+        self.copying = _Copying(plan)
+
+    def open(self, landed: Callable[[int], None]) -> AbstractContextManager[Outlet]:
+        return nullcontext(_Place(self, landed))
+
+
+class _Place:
+    """A chunk has landed in a buffer when it is there and the copies that waited for it are made."""
+
+    def __init__(self, buffer: _Buffer, landed: Callable[[int], None]) -> None:
+        self._buffer, self._landed = buffer, landed
+
+    def room(self, chunk: int) -> int:
+        return self._buffer.address + self._buffer.plan.chunks[chunk].position
+
+    def put(self, chunk: int) -> None:
+        self._buffer.copying.arrived(chunk, self._buffer.address)
+        self._landed(chunk)
+
+
 class _Reading:
     """What the threads of one read share."""
 
     def __init__(
         self,
         plan: ReadPlan,
-        address: int,
+        target: int | Sink,
         source: ChunkSource,
         arrivals: Arrivals | None,
         tee: Tee | None,
@@ -375,10 +427,10 @@ class _Reading:
         direct_target: bool,
     ) -> None:
         self.error: BaseException | None = None
-        self._plan, self._address, self._source = plan, address, source
+        self._plan, self._source = plan, source
+        self._sink: Sink = _Buffer(plan, target) if isinstance(target, int) else target
         self._arrivals, self._tee, self._on_progress, self._cancel = arrivals, tee, on_progress, cancel
         self._staged = [chunk.codec != "raw" or not direct_target for chunk in plan.chunks]
-        self._copying = _Copying(plan)
         self._pending = deque(range(len(plan.chunks)))
         self._done = 0
         self._lock = threading.Lock()
@@ -388,9 +440,9 @@ class _Reading:
         if resident_nbytes:
             resident = [n for n, chunk in enumerate(self._plan.chunks) if chunk.position + chunk.decoded <= resident_nbytes]
             self._pending = deque(sorted(set(self._pending) - set(resident)))
-            for number in resident:
-                self._copying.arrived(number, self._address)
-                self._finished(number)
+            with self._sink.open(self._finished) as outlet:
+                for number in resident:
+                    outlet.put(number)
 
     @property
     def scratch_nbytes(self) -> int:
@@ -406,14 +458,14 @@ class _Reading:
         if self._arrivals is not None:
             self._arrivals.fail(error)
 
-    def work(self, staging: Staging) -> None:
+    def work(self, staging: Scratch) -> None:
         try:
             with ExitStack() as stack:
                 nbytes = self.scratch_nbytes
                 scratch = stack.enter_context(staging.borrow(nbytes)) if nbytes else 0
+                outlet = stack.enter_context(self._sink.open(self._finished))
                 while (number := self._next()) is not None:
-                    self._bring(number, scratch)
-                    self._finished(number)
+                    self._bring(number, scratch, outlet)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for all
             self.fail(error)
 
@@ -425,10 +477,10 @@ class _Reading:
                 return self._pending.popleft()
         raise Cancelled("the read was called off")
 
-    def _bring(self, number: int, scratch: int) -> None:
+    def _bring(self, number: int, scratch: int, outlet: Outlet) -> None:
         """Chunk `number`, checked and decoded, at its place. A staged chunk stays in the processor's cache until it is there."""
         chunk, staged = self._plan.chunks[number], self._staged[number]
-        target = self._address + chunk.position
+        target = outlet.room(number)
         stored = scratch if staged else target
         self._source.fetch(chunk, stored)
         check(self._plan, number, stored)
@@ -436,7 +488,7 @@ class _Reading:
             self._tee(chunk, stored)
         if staged:
             decode(self._plan, number, stored, target)
-        self._copying.arrived(number, self._address)
+        outlet.put(number)
 
     def _finished(self, number: int) -> None:
         if self._arrivals is not None:
@@ -450,12 +502,12 @@ class _Reading:
 
 def read_chunks(
     plan: ReadPlan,
-    address: int,
+    address: int | Sink,
     *,
     source: ChunkSource | None = None,
     n_threads: int = 4,
     arrivals: Arrivals | None = None,
-    staging: Staging | None = None,
+    staging: Scratch | None = None,
     tee: Tee | None = None,
     on_progress: Callable[[int], None] | None = None,
     cancel: threading.Event | None = None,
@@ -463,6 +515,8 @@ def read_chunks(
     resident_nbytes: int = 0,
 ) -> None:
     """Bring every byte of `plan` to the ``plan.nbytes`` bytes at `address`, a multiple of ``BLOCK``; returns when all are there.
+
+    In place of an address it takes a :class:`Sink`, to which each thread hands its chunks; ``plan.copies`` are then the sink's.
 
     The stored bytes come from `source`, by default the plan's files on this machine. `direct_target` is for private memory on
     huge pages: raw chunks are read straight to their place. Without it, and where chunks are encoded, each goes through scratch
@@ -480,7 +534,7 @@ def read_chunks(
     `source` raises (:class:`OSError` with the file's name and the offset), :class:`Cancelled`. When it returns or raises, no
     thread touches the memory any more.
     """
-    assert address % BLOCK == 0
+    assert not isinstance(address, int) or address % BLOCK == 0
     try:
         with source or LocalFiles(plan) as opened:
             reading = _Reading(plan, address, opened, arrivals, tee, on_progress, cancel, direct_target)
@@ -502,7 +556,7 @@ def read_chunks(
         raise
 
 
-def _run(reading: _Reading, n_threads: int, staging: Staging) -> None:
+def _run(reading: _Reading, n_threads: int, staging: Scratch) -> None:
     """Work on this thread and others; returns when none of them works any more, whatever interrupts this one meanwhile."""
     started: list[threading.Thread] = []
     try:
