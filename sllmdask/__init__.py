@@ -11,6 +11,9 @@ _WHERE = {
     "Client": "sllmdask.client",
     "AsyncClient": "sllmdask.client",
     "serve": "sllmdask.server.service",
+    "load_model": "sllmdask.library",
+    "load_state_dict": "sllmdask.library",
+    "save_model": "sllmdask.library",
 }
 
 __all__ = [*_WHERE, "__version__"]

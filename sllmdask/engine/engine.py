@@ -25,10 +25,12 @@ from sllmdask.batching.blocks import BlockPool
 from sllmdask.batching.scheduler import BatchScheduler, Chunk
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
+from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
+from sllmdask.engine.gating import Wait
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
-from sllmdask.errors import EngineError, InstanceGone, InvalidRequest, SllmError
+from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError
 
 log = logging.getLogger(__name__)
 
@@ -79,23 +81,42 @@ class EngineStats:
         return asdict(self)
 
 
-def build_engine(checkpoint_dir: Path, tensors: Mapping[str, Tensor], settings: EngineSettings) -> LLMEngine:
-    """The engine of the model in `checkpoint_dir` (HF ``config.json``), with `tensors` under their safetensors names.
+def build_engine(
+    checkpoint_dir: Path,
+    tensors: Mapping[str, Tensor],
+    settings: EngineSettings,
+    *,
+    skeleton: Skeleton | None = None,
+    wait: Wait | None = None,
+) -> LLMEngine:
+    """The engine of the model in `checkpoint_dir` (HF ``config.json``), with `tensors` under their names in the checkpoint.
 
     On the CPU the parameters are `tensors` themselves where the dtype agrees: their memory must stay until
     :meth:`LLMEngine.close`. float16 becomes bfloat16 there (float32 where the processor cannot).
 
-    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`.
+    `skeleton`: made before, by :func:`build_skeleton` from the same configuration; the engine's own until it is closed.
+    `wait`: the bytes behind `tensors` are still arriving, and ``wait(names)`` blocks until those of these names are there, or
+    raises what the load has failed of. It is called on another thread, for some tensors at a time, in the order in which a
+    forward pass needs them; who closes the engine ends the load, too, so that it returns. The engine takes requests at once; its
+    first pass follows the bytes layer by layer. Tensors of another dtype are converted as they come. A load that fails makes
+    :meth:`LLMEngine.step` raise its error.
+
+    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`;
+    with `wait` given, what only shows when the first layers run is raised by the first step.
     """
     config = read_config(checkpoint_dir)
+    started = time.perf_counter()
+    made = skeleton or build_skeleton(checkpoint_dir, config)
     runner = ModelRunner(
+        made,
         checkpoint_dir,
-        config,
         tensors,
         device=pick_device(settings.device),
         dtype=settings.dtype,
         block_size=settings.block_size,
         kv_memory=settings.kv_memory,
+        wait=wait,
+        construct_s=time.perf_counter() - started if skeleton is None else 0.0,
     )
     return LLMEngine(runner, settings, read_eos_token_ids(checkpoint_dir, config))
 
@@ -155,8 +176,32 @@ class LLMEngine:
         """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
         return self._scheduler.finish(request_id, FinishReason.ABORT) is not None
 
+    @property
+    def build_times(self) -> BuildTimes:
+        return self._runner.build_times
+
+    def settle(self) -> None:
+        """Check what has arrived, if it has not been checked, and stop waiting for weights that are all there.
+
+        Raises what the load has failed of, or :class:`UnsupportedArchitecture`: the engine is of no use then.
+        """
+        if not self._runner.settled:
+            self._runner.settle()
+
+    def on_arrival(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, on any thread, when weights that were on their way are there, or have failed to come."""
+        self._runner.on_arrival(callback)
+
+    def interrupt(self) -> None:
+        """Make a step that waits for weights raise :class:`Cancelled`; nothing if it does not wait. From any thread."""
+        self._runner.interrupt()
+
     def step(self) -> list[StepOutput]:
-        """Run one batch. A request that fails ends with an error, and the others go on."""
+        """Run one batch. A request that fails ends with an error, and the others go on.
+
+        Raises what :meth:`settle` raises, while weights are on their way.
+        """
+        self.settle()
         started = time.perf_counter()
         plan = self._scheduler.plan()
         outputs: list[StepOutput] = []
@@ -261,18 +306,23 @@ class _Call:
     future: Future[Any]
 
 
+class _Arrived:
+    """The weights that were on their way are there, or will not come."""
+
+
 class _Close:
     """Ends the thread."""
 
 
-_Command = _Submit | _Abort | _Call | _Close
+_Command = _Submit | _Abort | _Call | _Arrived | _Close
 
 
 class EngineThread:
     """Runs an engine and owns it from now on; every method may be called from any thread, and none waits but :meth:`close`.
 
     `on_outputs` and `on_failed` are called in `loop`: the first once per step with everything that the step gave, the second
-    once, if the engine itself has died; every request has had its error by then. A refused request, too, ends by an output.
+    once, if the engine itself has died, or its weights did not arrive; every request has had its error by then. A refused
+    request, too, ends by an output.
     """
 
     def __init__(
@@ -292,10 +342,12 @@ class EngineThread:
         # Guards the one thing that two threads decide on: whether a command still finds somebody who answers it.
         self._gate = threading.Lock()
         self._closed = False
+        self._closing = False
         #: Replaced as a whole by the engine's thread after each step, so that readers never wait.
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._main, name=f"sllmdask-{name}", daemon=True)
         self._thread.start()
+        engine.on_arrival(self._on_arrival)
 
     @property
     def alive(self) -> bool:
@@ -321,9 +373,14 @@ class EngineThread:
         return self._stats.as_wire()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """End after the running step: requests end with :class:`InstanceGone`, the engine is closed, the thread is joined."""
+        """End after the running step: requests end with :class:`InstanceGone`, the engine is closed, the thread is joined.
+
+        A step that waits for weights ends at once.
+        """
+        self._closing = True
         with suppress(InstanceGone):
             self._send(_Close())
+        self._engine.interrupt()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
@@ -333,31 +390,41 @@ class EngineThread:
                 raise InstanceGone(self.name)
             self._commands.put(command)
 
+    def _on_arrival(self) -> None:
+        with suppress(InstanceGone):
+            self._send(_Arrived())
+
     def _main(self) -> None:
         try:
             if self._engine.settings.n_threads:
                 torch.set_num_threads(self._engine.settings.n_threads)
             self._serve()
+        except SllmError as error:
+            if self._closing and isinstance(error, Cancelled):
+                self._end(InstanceGone(self.name))
+            else:
+                log.error("engine ended: instance=%s cause=%s", self.name, error.message)
+                # Made anew: the traceback of this one holds the tensors.
+                self._fail(type(error)(*error.args))
         except Exception as error:
             log.exception("engine died: instance=%s", self.name)
-            failure = EngineError(f"The engine stopped: {error}")
-            self._end(failure)
-            self._deliver(self._on_failed, failure)
+            self._fail(EngineError(f"The engine stopped: {error}"))
         else:
             self._end(InstanceGone(self.name))
 
     def _serve(self) -> None:
         while True:
             outputs: list[StepOutput] = []
-            for command in self._next_commands():
-                if isinstance(command, _Close):
-                    self._deliver_outputs(outputs)
-                    return
-                outputs += self._obey(command)
-            if self._engine.has_work:
-                outputs += self._engine.step()
-            self._stats = self._engine.stats()
-            self._deliver_outputs(outputs)
+            try:
+                for command in self._next_commands():
+                    if isinstance(command, _Close):
+                        return
+                    outputs += self._obey(command)
+                if self._engine.has_work:
+                    outputs += self._engine.step()
+                self._stats = self._engine.stats()
+            finally:
+                self._deliver_outputs(outputs)
 
     def _next_commands(self) -> Iterator[_Command]:
         """All that wait; blocks for one if the engine has nothing to do. What is not asked for stays in the queue."""
@@ -367,7 +434,7 @@ class EngineThread:
             while True:
                 yield self._commands.get_nowait()
 
-    def _obey(self, command: _Submit | _Abort | _Call) -> list[StepOutput]:
+    def _obey(self, command: _Submit | _Abort | _Call | _Arrived) -> list[StepOutput]:
         match command:
             case _Submit(sequence):
                 try:
@@ -386,7 +453,13 @@ class EngineThread:
                         future.set_result(run(self._engine))
                     except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
                         future.set_exception(error)
+            case _Arrived():
+                self._engine.settle()
         return []
+
+    def _fail(self, error: SllmError) -> None:
+        self._end(error)
+        self._deliver(self._on_failed, error)
 
     def _end(self, error: SllmError) -> None:
         """Answer everybody who still waits, once and for all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from sllmdask.engine.construct import SkeletonShelf, build_skeleton
+from sllmdask.engine.engine import build_engine
 from sllmdask.engine.families import inspect_config, read_config
+from sllmdask.engine.warm import warm_up
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, ConfigError, UnsupportedArchitecture
-from tests.engine.models import CONFIGS, TinyModel, drain, make_engine, make_model, prompts, request, write_json
+from tests.engine.models import CONFIGS, VOCAB, TinyModel, drain, make_engine, make_model, prompts, request, settings, write_json
 
 FOUR = ["llama", "qwen2", "opt", "gpt2"]
 
@@ -179,6 +183,133 @@ def test_a_model_that_differs_from_what_we_think_is_found_before_it_answers(llam
     monkeypatch.setattr(LlamaAttention, "forward", lambda _, hidden_states, **__: (hidden_states, None))
     with pytest.raises(UnsupportedArchitecture, match="0 of its 3 layers"):
         make_engine(llama)
+
+
+# --- skeletons -------------------------------------------------------------------------------------------------------
+
+
+def test_a_skeleton_serves_one_engine_after_another_with_other_weights(tmp_path: Path):
+    first, second = (make_model(tmp_path / str(seed), "gemma3", seed=seed) for seed in (0, 1))
+    skeleton = build_skeleton(first.directory)
+    assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+    for model in (first, second, first):
+        engine = build_engine(model.directory, model.tensors, settings(), skeleton=skeleton)
+        assert engine._runner.model is skeleton.model
+        assert engine.build_times.construct_s == 0
+        engine.add(request("a", [1, 2, 3], 8))
+        assert drain(engine) == {"a": model.generate([1, 2, 3], 8)}
+        engine.close()
+        assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+
+
+@pytest.mark.parametrize("wrong", ["shape", "missing", "kv_memory"])
+def test_a_skeleton_that_could_not_be_used_lets_go_of_the_tensors(llama: TinyModel, wrong: str):
+    skeleton = build_skeleton(llama.directory)
+    tensors = dict(llama.tensors)
+    if wrong == "shape":
+        tensors["model.norm.weight"] = torch.ones(3)
+    elif wrong == "missing":
+        del tensors["model.norm.weight"]
+    with pytest.raises((CheckpointCorrupt, ConfigError)):
+        build_engine(llama.directory, tensors, settings(kv_memory=1000 if wrong == "kv_memory" else 2**20), skeleton=skeleton)
+    assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+    engine = build_engine(llama.directory, llama.tensors, settings(), skeleton=skeleton)
+    engine.add(request("a", [1, 2, 3], 4))
+    assert drain(engine) == {"a": llama.generate([1, 2, 3], 4)}
+
+
+def test_the_shelf_gives_out_what_was_put_there_for_the_same_configuration_only(tmp_path: Path):
+    shelf = SkeletonShelf(capacity=2)
+    llama, qwen, opt = (make_model(tmp_path / name, name) for name in ("llama", "qwen2", "opt"))
+    skeleton = shelf.take(llama.directory)
+    assert shelf.take(llama.directory) is not skeleton
+    shelf.put(skeleton)
+    assert shelf.take(qwen.directory) is not skeleton
+    assert shelf.take(llama.directory) is skeleton
+    shelf.put(skeleton)
+    write_json(llama.directory / "config.json", rope_theta=77.0)
+    assert shelf.take(llama.directory) is not skeleton
+    write_json(llama.directory / "config.json", rope_theta=None)
+    others = [shelf.take(model.directory) for model in (qwen, opt)]
+    for other in others:
+        shelf.put(other)
+    assert shelf.take(llama.directory) is not skeleton, "three were kept"
+    assert [shelf.take(model.directory) for model in (qwen, opt)] == others
+
+
+def test_what_is_put_on_the_shelf_holds_no_weights(llama: TinyModel):
+    shelf = SkeletonShelf()
+    skeleton = shelf.take(llama.directory)
+    build_engine(llama.directory, llama.tensors, settings(), skeleton=skeleton)
+    shelf.put(skeleton)
+    assert all(tensor.is_meta for tensor in skeleton.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("llama", [0]), ("gpt2", [0]), ("opt", [0]), ("gemma2", [0, 1]), ("gemma3", [0, 5]), ("smollm3", [0, 3])]
+)
+def test_only_layers_that_differ_are_looked_through(tmp_path: Path, name: str, kinds: list[int]):
+    model = make_model(tmp_path, name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 8})
+    skeleton = build_skeleton(model.directory)
+    assert skeleton.kinds == kinds
+    assert len(skeleton.layers) == 8
+    assert answers_match(model)
+
+
+def test_the_check_touches_no_weights_behind_the_attention_that_it_looks_at(llama: TinyModel):
+    for name in llama.tensors:
+        if not name.startswith(("model.embed_tokens", "model.layers.0.self_attn", "model.layers.0.input_layernorm")):
+            llama.tensors[name].fill_(torch.nan)
+    make_engine(llama)
+    llama.tensors["model.layers.0.self_attn.v_proj.weight"].fill_(torch.nan)
+    with pytest.raises(UnsupportedArchitecture, match="layer 0"):
+        make_engine(llama)
+
+
+def test_the_check_leaves_out_layers_of_a_kind_that_it_has_seen(tmp_path: Path):
+    model = make_model(tmp_path, "gemma3", num_hidden_layers=8)
+    for name in model.tensors:
+        if name.startswith(tuple(f"model.layers.{layer}." for layer in (1, 2, 3, 4, 6, 7))):
+            model.tensors[name].fill_(torch.nan)
+    make_engine(model)
+    model.tensors["model.layers.5.self_attn.v_proj.weight"].fill_(torch.nan)
+    with pytest.raises(UnsupportedArchitecture, match="layer 5"):
+        make_engine(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_weight_that_is_in_the_file_twice_as_one_memory_is_converted_once(tmp_path: Path, dtype: str):
+    model = make_model(tmp_path, "qwen2")
+    tensors = {**model.tensors, "lm_head.weight": model.tensors["model.embed_tokens.weight"].view(VOCAB, -1)}
+    engine = make_engine(replace(model, tensors=tensors), dtype=dtype)
+    found = engine._runner.model
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+def test_heads_that_a_file_says_are_tied_but_differ_stay_two(tmp_path: Path):
+    model = make_model(tmp_path, "qwen2")
+    other = torch.randn(model.tensors["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
+    engine = make_engine(replace(model, tensors={**model.tensors, "lm_head.weight": other}))
+    assert torch.equal(engine._runner.model.lm_head.weight, other)
+    with torch.no_grad():
+        model.reference.lm_head.weight = torch.nn.Parameter(other)
+    engine.add(request("a", [1, 2, 3], 8))
+    assert drain(engine) == {"a": model.generate([1, 2, 3], 8)}
+
+
+def test_the_times_of_building_are_told(llama: TinyModel):
+    times = make_engine(llama).build_times
+    assert times.construct_s > 0 and times.assign_s > 0 and times.check_s is not None and times.check_s > 0
+
+
+def test_warming_up_leaves_torch_as_it_was_and_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    warm_up("cpu", architectures=(("OPTForCausalLM", "opt"), ("LlamaForCausalLM", "llama")))
+    after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert not list(tmp_path.iterdir())
 
 
 # --- families --------------------------------------------------------------------------------------------------------
