@@ -171,6 +171,8 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
+    #: Whether an instance begins to serve while its weights are read: layer by layer, behind the reader.
+    execute_while_loading: bool = True
     #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker
     #: started by hand, which does not know its neighbours.
     n_threads: int = Field(default=0, ge=0)
@@ -184,10 +186,22 @@ class WorkerSettings(Frozen):
     #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the host's memory, which the workers that ``up``
     #: starts share, and which a worker started by hand has alone.
     host_memory: Bytes = Field(default=0, ge=0)
-    #: Where downloaded checkpoints are kept.
+    #: Whether the workers of a host have their host memory in common: one copy of a checkpoint for all, which outlives them.
+    shared_memory: bool = True
+    #: Seconds that shared host memory is kept when no worker of the host is left, for one that is restarted.
+    memory_grace: Seconds = Field(default=60.0, ge=0)
+    #: Whether to have pages ready for a checkpoint of the size that was seen, so that its load need not wait for them.
+    prefault: bool = True
+    #: Where checkpoints that came from elsewhere are kept.
     store_dir: str = "~/.cache/sllmdask"
-    #: Bytes per direct read.
-    chunk_size: Bytes = Field(default=16 * 1024**2, ge=4096)
+    #: Bytes that they may take there; what was used longest ago gives way. 0: what the disk holds.
+    disk_quota: Bytes = Field(default=0, ge=0)
+    #: Servers that checkpoints may be fetched from, ``https://*.example.org`` for instance; http to private hosts is allowed.
+    remote_hosts: tuple[str, ...] = ("https://*",)
+    #: Whether workers supply each other with checkpoints.
+    peers: bool = True
+    #: Bytes per read.
+    chunk_size: Bytes = Field(default=2 * 1024**2, ge=4096)
     #: Threads that read one checkpoint.
     n_readers: int = Field(default=4, ge=1, le=64)
 

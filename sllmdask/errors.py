@@ -125,7 +125,7 @@ class CheckpointCorrupt(CheckpointError):
 
 
 class CheckpointTooNew(CheckpointError):
-    """``CheckpointTooNew(file, version, known)``: `file` is of a later version of our format than `known`, the last that is read."""
+    """``CheckpointTooNew(file, version, known)``: `file` is of a later version of our format than `known`, the last one read."""
 
     code = "checkpoint_too_new"
 

@@ -48,9 +48,9 @@ class ModelHandle:
         self.instance, self.worker = instance, worker
         self._pool = pool
 
-    async def load(self) -> dict[str, Any]:
-        """Make the model ready; returns ``loaded_from``, ``nbytes`` and seconds by phase."""
-        return await self._call("load")
+    async def load(self, peers: list[str]) -> dict[str, Any]:
+        """Make the model ready, from `peers` (``host:port``) if it is not on its node; returns ``loaded_from`` and ``nbytes``."""
+        return await self._call("load", peers)
 
     async def unload(self, forget: bool) -> None:
         """Stop the engine and free the device; `forget` also drops the host copy."""

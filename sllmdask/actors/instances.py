@@ -6,36 +6,33 @@ Everything here runs on the worker's event loop; engines have a thread each and 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distributed.comm import Comm
 
 from sllmdask.actors.streams import Message, Outbox, messages
-from sllmdask.batching.sequence import SamplingParams, Sequence
+from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
+from sllmdask.engine.construct import Skeleton, SkeletonShelf
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
-from sllmdask.errors import EngineError, InstanceGone, SllmError
+from sllmdask.engine.warm import warm_up
+from sllmdask.errors import Cancelled, CheckpointError, CheckpointNotFound, EngineError, InstanceGone, SllmError, Unavailable
 from sllmdask.loader.store import CheckpointStore, HostLease
-from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 
 #: Called with a message for the scheduler: progress of a load, or the loss of an instance.
 Report = Callable[[dict[str, Any]], None]
-
-#: What the first load would otherwise import.
-_WARM = (
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-)
 
 #: Seconds that requests may still run in an instance that is to be unloaded.
 UNLOAD_GRACE_S = 600.0
@@ -51,8 +48,14 @@ class Instance:
         self._registry = registry
         self._lease: HostLease | None = None
         self._engine: EngineThread | None = None
+        self.skeleton: Skeleton | None = None
         self._loading: asyncio.Task[dict[str, Any]] | None = None
         self._building = False
+        #: While the last bytes are on their way to an engine that takes requests already.
+        self._arriving: asyncio.Task[None] | None = None
+        self._began_at = self._reported_at = 0.0
+        #: Seconds of each phase of the load, since it began; overlapping ones overlap.
+        self.times: dict[str, float] = {}
         self.closed = False
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
@@ -62,13 +65,14 @@ class Instance:
 
     # --- life ---
 
-    async def load(self) -> dict[str, Any]:
+    async def load(self, peers: Sequence[str] = ()) -> dict[str, Any]:
         """Bring the checkpoint to the host tier and build the engine over it; asked again, the answer is the same.
 
-        Returns ``loaded_from``, ``nbytes``, and the seconds of ``read`` and ``build``.
+        Returns ``loaded_from`` and ``nbytes`` as soon as requests may be sent: the last bytes may still be on their way, and
+        the first pass goes behind them. `peers` (``host:port``) have the checkpoint, too.
         """
         if self._loading is None:
-            self._loading = asyncio.create_task(self._load())
+            self._loading = asyncio.create_task(self._load(peers))
         try:
             return await asyncio.shield(self._loading)
         except SllmError:
@@ -79,29 +83,13 @@ class Instance:
                 raise InstanceGone(self.id) from None
             raise
 
-    async def _load(self) -> dict[str, Any]:
+    async def _load(self, peers: Sequence[str]) -> dict[str, Any]:
         registry = self._registry
-        began_at = time.monotonic()
-        reported_at = 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal reported_at
-            now = time.monotonic()
-            if done == total or now - reported_at >= REPORT_EVERY_S:
-                reported_at = now
-                registry.report(
-                    {
-                        "kind": "progress",
-                        "instance": self.id,
-                        "done": done,
-                        "total": total,
-                        "tier": str(Tier.DISK),
-                        "bytes_per_s": done / (now - began_at) if now > began_at else 0.0,
-                    }
-                )
-
-        lease = await registry.store.load(self.source, registry.resolve(self.source), progress)
-        started = time.perf_counter()
+        self._began_at = time.monotonic()
+        source = registry.resolve(self.source)
+        lease = await registry.store.load(
+            self.source, source, self._progress, whole=not registry.settings.execute_while_loading, peers=peers
+        )
         self._building = True
         failure: SllmError | None = None
         try:
@@ -116,21 +104,54 @@ class Instance:
             raise failure
         assert self._engine is not None
         if self.closed:  # unloaded while it was being built
-            await asyncio.to_thread(self._engine.close)
             lease.release()
+            await asyncio.to_thread(self._engine.close)
             raise InstanceGone(self.id)
         self._lease = lease
-        build_s = time.perf_counter() - started
+        self.times["ready_s"] = time.monotonic() - self._began_at
+        if lease.arrivals is None:
+            self._loaded(lease)
+        else:
+            self._arriving = asyncio.create_task(self._arrive(lease))
+        return {"loaded_from": str(lease.tier_from), "nbytes": lease.nbytes}
+
+    async def _arrive(self, lease: HostLease) -> None:
+        """Until the last byte is there: only then is the instance loaded for good."""
+        try:
+            await lease.complete()
+        except SllmError as error:
+            self._load_failed(error)
+        else:
+            self._arriving = None
+            self._loaded(lease)
+
+    def _loaded(self, lease: HostLease) -> None:
+        self.times["read_s"] = time.monotonic() - self._began_at if lease.arrivals is not None else lease.seconds
+        phases = " ".join(f"{phase}={seconds:.3f}" for phase, seconds in self.times.items())
         logger.info(
-            "loaded model=%s instance=%s from=%s nbytes=%d read_s=%.3f build_s=%.3f",
-            self.model,
-            self.id,
-            lease.tier_from,
-            lease.nbytes,
-            lease.seconds,
-            build_s,
+            "loaded model=%s instance=%s from=%s nbytes=%d %s", self.model, self.id, lease.tier_from, lease.nbytes, phases
         )
-        return {"loaded_from": str(lease.tier_from), "nbytes": lease.nbytes, "read_s": lease.seconds, "build_s": build_s}
+
+    def _load_failed(self, error: SllmError) -> None:
+        """The load of an instance that serves already: who waits for it is sent elsewhere."""
+        if not self.closed:
+            self.closed = True
+            self._registry.lost(self, error, while_loading=True)
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = now
+            self._registry.report(
+                {
+                    "kind": "progress",
+                    "instance": self.id,
+                    "done": done,
+                    "total": total,
+                    "tier": str(self._registry.store.tier_of_load(self.source)),
+                    "bytes_per_s": done / (now - self._began_at) if now > self._began_at else 0.0,
+                }
+            )
 
     async def close(self, error: SllmError | None = None) -> None:
         """Stop the engine, or the load that would make one; answer who still waits; unpin the host copy."""
@@ -139,21 +160,36 @@ class Instance:
             if not self._building:  # that is short, and its thread cannot be stopped
                 self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            # First, so that an engine that waits for its weights hears of it.
+            arriving.cancel()
+            self._let_go()
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.to_thread(engine.close)
+            self._registry.put_aside(self)
         for request_id in list(self._requests):
             self._answer_error(request_id, error or InstanceGone(self.id))
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
 
     async def until_idle(self) -> None:
         """Until the last request has ended."""
         await self._idle.wait()
 
     def stats(self) -> dict[str, Any]:
-        return {"instance": self.id, "model": self.model, "n_requests": len(self._requests), **self._engine_stats()}
+        return {
+            "instance": self.id,
+            "model": self.model,
+            "n_requests": len(self._requests),
+            "load": self.times,
+            **self._engine_stats(),
+        }
 
     def _engine_stats(self) -> dict[str, Any]:
         return {} if self._engine is None else self._engine.stats()
@@ -167,7 +203,7 @@ class Instance:
         if self._engine is None or self.closed:
             self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
             return
-        sequence = Sequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
+        sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
         self._idle.clear()
         try:
@@ -194,7 +230,9 @@ class Instance:
                 continue
             front_door, epoch = waiting
             if output.error is not None:
-                self._answer_error(output.request_id, output.error)
+                # A load that failed is no fault of the request: it goes back to the queue, or hears why nobody can serve it.
+                failed = self._arriving is not None and isinstance(output.error, CheckpointError | Unavailable | Cancelled)
+                self._answer_error(output.request_id, InstanceGone(self.id) if failed else output.error)
                 continue
             if output.finish_reason is not None:
                 self._forget(output.request_id)
@@ -204,6 +242,9 @@ class Instance:
 
     def on_failed(self, error: SllmError) -> None:
         """The engine's thread died: the instance is lost, the worker is not."""
+        if self._arriving is not None:
+            self._load_failed(error)
+            return
         logger.error("engine failed model=%s instance=%s cause=%s", self.model, self.id, error.message)
         self._registry.lost(self, error)
 
@@ -226,7 +267,8 @@ class InstanceRegistry:
         self, store: CheckpointStore, engine_settings: EngineSettings, report: Report, resolve: Callable[[str], str]
     ) -> None:
         self.store, self.report, self.resolve = store, report, resolve
-        self._settings = engine_settings
+        self.settings = engine_settings
+        self._shelf = SkeletonShelf()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
@@ -240,8 +282,23 @@ class InstanceRegistry:
         return instance
 
     async def warm_up(self) -> None:
-        """Import torch and the modelling code before the worker joins, rather than in its first load."""
-        await asyncio.get_running_loop().run_in_executor(self._builder, _import_engine)
+        """Import torch and the modelling code, and run it once, before the worker joins rather than in its first load."""
+        await asyncio.get_running_loop().run_in_executor(self._builder, partial(warm_up, self.settings.device))
+
+    def prepare(self, path: str) -> None:
+        """Build the structure of a model that may be wanted, so that its first load need not."""
+
+        def build() -> None:
+            with suppress(SllmError):  # told to who loads it
+                self._shelf.put(self._shelf.take(Path(path)))
+
+        self._builder.submit(build)
+
+    def put_aside(self, instance: Instance) -> None:
+        """Keep the structure of a closed instance for the next one of its model."""
+        skeleton, instance.skeleton = instance.skeleton, None
+        if skeleton is not None:
+            self._shelf.put(skeleton)
 
     async def build(self, lease: HostLease, instance: Instance) -> EngineThread:
         """An engine in its own thread over the tensors of `lease`."""
@@ -249,13 +306,24 @@ class InstanceRegistry:
         return await loop.run_in_executor(self._builder, self._build, lease, instance, loop)
 
     def _build(self, lease: HostLease, instance: Instance, loop: asyncio.AbstractEventLoop) -> EngineThread:
-        settings = self._settings if instance.dtype == "auto" else self._settings.model_copy(update={"dtype": instance.dtype})
-        engine = build_engine(Path(lease.path), lease.tensors, settings)
+        settings = self.settings if instance.dtype == "auto" else self.settings.model_copy(update={"dtype": instance.dtype})
+        wait = None if lease.arrivals is None else lease.arrivals.wait
+        path = Path(lease.path)
+        try:
+            skeleton = self._shelf.take(path)
+            engine = build_engine(path, lease.tensors, settings, skeleton=skeleton, wait=wait)
+        except CheckpointNotFound:
+            if path == Path(lease.path):
+                raise
+            # The directory has its final name only now, because a fetch was completed.
+            return self._build(lease, instance, loop)
+        instance.skeleton = skeleton
+        instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 
-    async def preload(self, source: str) -> None:
+    async def preload(self, source: str, peers: Sequence[str] = ()) -> None:
         """Bring a checkpoint to the host tier and leave it there, unpinned. Raises what the store raises."""
-        (await self.store.load(source, self.resolve(source))).release()
+        (await self.store.load(source, self.resolve(source), peers=peers)).release()
 
     async def unload(self, instance_id: str, forget: bool, grace_s: float = UNLOAD_GRACE_S) -> None:
         """Close an instance and keep its checkpoint in the host tier, unless it is to be forgotten; idempotent.
@@ -273,17 +341,18 @@ class InstanceRegistry:
         await instance.close()
         logger.info("unloaded model=%s instance=%s", instance.model, instance_id)
         if forget:
-            self.store.evict(instance.source)
+            await self.store.evict(instance.source)
 
     def discard(self, instance: Instance) -> None:
         """Forget an instance that never came to be."""
         self._instances.pop(instance.id, None)
 
-    def lost(self, instance: Instance, error: SllmError) -> None:
-        """Tell the scheduler that an instance died by itself, and free what it held."""
+    def lost(self, instance: Instance, error: SllmError, *, while_loading: bool = False) -> None:
+        """Tell the scheduler that an instance died by itself, or could not be loaded to the end, and free what it held."""
         self.discard(instance)
-        self.report({"kind": "lost", "instance": instance.id, "model": instance.model, "reason": error.message})
-        task = asyncio.create_task(instance.close(error))
+        kind = "failed" if while_loading else "lost"
+        self.report({"kind": kind, "instance": instance.id, "model": instance.model, "reason": error.message})
+        task = asyncio.create_task(instance.close(None if while_loading else error))
         task.add_done_callback(lambda done: done.exception())
 
     async def drain(self, timeout_s: float) -> None:
@@ -349,9 +418,3 @@ class InstanceRegistry:
         for instance in self._instances.values():
             stats[instance.id] = instance.stats()
         return {**self.store.snapshot(), "instances": dict(stats)}
-
-
-def _import_engine() -> None:
-    """Everything that the first load would import: seconds of Python."""
-    for name in _WARM:
-        importlib.import_module(name)

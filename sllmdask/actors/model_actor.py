@@ -25,8 +25,8 @@ class ModelActor:
         self._instance: Instance = registry.adopt_or_create(instance, model, source, dtype)
 
     @only_ours
-    async def load(self) -> dict[str, Any]:
-        return await self._instance.load()
+    async def load(self, peers: list[str]) -> dict[str, Any]:
+        return await self._instance.load(peers)
 
     @only_ours
     async def unload(self, forget: bool) -> None:

@@ -42,8 +42,10 @@ class Effects:
         on: Callable[[ev.Event], None],
         doors: Mapping[str, Outbox],
         deployment_of: Callable[[str], Deployment],
+        peers_of: Callable[[str, str], list[str]],
     ) -> None:
-        self._scheduler, self._on, self._doors, self._deployment_of = scheduler, on, doors, deployment_of
+        self._scheduler, self._on, self._doors = scheduler, on, doors
+        self._deployment_of, self._peers_of = deployment_of, peers_of
         self._client: Client | None = None
         self._client_lock = asyncio.Lock()
         #: Dask's future of each instance's actor, and the load under way for it, with the worker's address.
@@ -188,7 +190,8 @@ class Effects:
             if future.status != "finished":
                 raise WorkerLost(load.worker)
             async with asyncio.timeout(LOAD_LIMIT_S):
-                done = await ModelHandle(load.instance, load.worker, self.pool).load()
+                peers = self._peers_of(deployment.source, load.worker)
+                done = await ModelHandle(load.instance, load.worker, self.pool).load(peers)
         except WorkerLost:
             # Most likely it has died, and Dask is about to say so, which ends this task: a load has not failed by that.
             await asyncio.sleep(NOTICE_S)

@@ -7,9 +7,12 @@ the truth about itself: it reports at every change, and the same account rides o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
+import secrets
 import signal
+import socket
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 from distributed import Worker
-from distributed.comm import Comm
+from distributed.comm import Comm, get_address_host
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.system import MEMORY_LIMIT
@@ -25,11 +28,12 @@ from distributed.system import MEMORY_LIMIT
 from sllmdask.actors.model_actor import EXTENSION
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.config import Settings
-from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, SllmError
+from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, HostPoolUnavailable, SllmError
 from sllmdask.policy.views import Tier
 
 if TYPE_CHECKING:  # torch is imported after the threads' environment is set, see `setup`
     from sllmdask.actors.instances import InstanceRegistry
+    from sllmdask.loader.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class SllmWorkerPlugin(WorkerPlugin):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.registry: InstanceRegistry | None = None
+        #: Which workers share memory and disk with this one.
+        self.node = secrets.token_hex(8)
         #: Sources whose files were seen here; it only grows, as the account's version counts them.
         self._on_disk: set[str] = set()
 
@@ -69,25 +75,50 @@ class SllmWorkerPlugin(WorkerPlugin):
         # A worker that waits in a spinning OpenMP barrier takes the core of its neighbour: 8-30x slower when oversubscribed.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from sllmdask.actors.instances import InstanceRegistry
-        from sllmdask.loader.store import CheckpointStore
 
         self.host_capacity = self.settings.worker.host_memory or MEMORY_LIMIT // 2
         slots = self.settings.worker.slots
         n_threads = self.settings.engine.n_threads or max(1, (psutil.cpu_count() or 1) // slots)
         engine_settings = self.settings.engine.model_copy(update={"n_threads": n_threads})
-        store = CheckpointStore(self.settings.worker, self.host_capacity)
+        store = await self._open_store(worker)
         self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source)
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect
         worker.handlers["sllm_files"] = self.files
+        worker.handlers["sllm_welcome"] = self.welcome
         worker.handlers["sllm_preload"] = self.preload
+        worker.handlers["sllm_pull"] = self.pull
         worker.handlers["sllm_forget"] = self.forget
         worker.handlers["sllm_unload"] = self.unload
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
         await self.registry.warm_up()
+
+    async def _open_store(self, worker: Worker) -> CheckpointStore:
+        """The store over memory that this worker shares with the others of its node, or, where that cannot be had, its own."""
+        from sllmdask.loader.hostpool import HostPool, PrivatePool, SharedPool
+        from sllmdask.loader.store import CheckpointStore
+
+        settings = self.settings.worker
+        name = _pool_name(settings.store_dir)
+        if settings.shared_memory:
+            pool: HostPool = SharedPool(
+                name, self.host_capacity, member=str(worker.name), grace_s=settings.memory_grace, populate=True
+            )
+            try:
+                await pool.start()
+                self.node = f"{socket.gethostname()}/{name}"
+            except HostPoolUnavailable as error:
+                logger.warning("%s; this worker uses memory of its own", error.message)
+                await pool.close()
+                pool = PrivatePool(self.host_capacity)
+        else:
+            pool = PrivatePool(self.host_capacity)
+        store = CheckpointStore(settings, pool)
+        await store.start()
+        return store
 
     async def teardown(self, worker: Worker) -> None:
         worker.extensions.pop(EXTENSION, None)
@@ -102,7 +133,6 @@ class SllmWorkerPlugin(WorkerPlugin):
             "protocol": PROTOCOL,
             "pid": os.getpid(),
             "slots": self.settings.worker.slots,
-            "host_capacity": self.host_capacity,
             **self.account(),
         }
 
@@ -118,6 +148,8 @@ class SllmWorkerPlugin(WorkerPlugin):
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
             "instances": snapshot["instances"],
+            "node": self.node,
+            "data": self.registry.store.data_address,
         }
 
     def report(self, message: dict[str, Any]) -> None:
@@ -137,16 +169,17 @@ class SllmWorkerPlugin(WorkerPlugin):
         """What a deployment of `source` would be, or ``{"error": ...}``; without `fetch`, only of what is on this disk."""
         assert self.registry is not None
         try:
-            if not fetch and not await self.registry.store.on_disk(resolve_source(source)):
+            on_disk = await self.registry.store.on_disk(resolve_source(source))
+            if not fetch and not on_disk:
                 raise CheckpointNotFound(source, "it is not on this node's disk")
-            info = await self.registry.store.inspect(resolve_source(source))
+            info = await self.registry.store.inspect(source, resolve_source(source))
             from sllmdask.engine.families import inspect_config
 
             family = await asyncio.to_thread(inspect_config, info.config)
             await asyncio.to_thread(_check_tokenizer, source, info.path)
-            if source not in self._on_disk:
-                self._on_disk.add(source)
-                self.report({"kind": "account", "account": self.account()})
+            if on_disk:
+                self._seen_on_disk(source)
+            self.registry.prepare(info.path)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -158,23 +191,56 @@ class SllmWorkerPlugin(WorkerPlugin):
             "max_model_len": family.max_model_len,
         }
 
+    def _seen_on_disk(self, source: str) -> None:
+        if source not in self._on_disk:
+            self._on_disk.add(source)
+            self.report({"kind": "account", "account": self.account()})
+
     async def files(self, source: str) -> dict[str, Any]:
         """Contents by name of the small files of a checkpoint: configuration, tokenizer, chat template."""
         assert self.registry is not None
         try:
-            info = await self.registry.store.inspect(resolve_source(source))
-            return {"files": await asyncio.to_thread(_read_small_files, Path(info.path))}
+            for _ in range(2):  # a directory that was being fetched may get its final name meanwhile
+                info = await self.registry.store.inspect(source, resolve_source(source))
+                if files := await asyncio.to_thread(_read_small_files, Path(info.path)):
+                    break
+            return {"files": files}
         except SllmError as error:
             return error.as_wire()
 
-    async def preload(self, source: str) -> dict[str, Any]:
+    async def welcome(self, token: str) -> dict[str, Any]:
+        """Supply the other workers with checkpoints, and be supplied by them: all who know `token`."""
+        assert self.registry is not None
+        if self.settings.worker.peers:
+            host = get_address_host(self._worker.address)
+            security = self._worker.security
+            await self.registry.store.serve(
+                host,
+                token,
+                listen_tls=security.get_listen_args("worker").get("ssl_context"),
+                connect_tls=security.get_connection_args("worker").get("ssl_context"),
+            )
+        return {}
+
+    async def preload(self, source: str, peers: list[str] | None = None) -> dict[str, Any]:
         """Bring a checkpoint to host memory before anybody asks for it."""
         assert self.registry is not None
         try:
-            await self.registry.preload(source)
+            await self.registry.preload(source, peers or ())
         except SllmError as error:
             return error.as_wire()
         return {}
+
+    async def pull(self, source: str, peers: list[str] | None = None) -> dict[str, Any]:
+        """Bring the files of a checkpoint to this node's disk."""
+        assert self.registry is not None
+        try:
+            path = await self.registry.store.pull(source, resolve_source(source), peers=peers or ())
+            info = await self.registry.store.inspect(source, resolve_source(source))
+        except SllmError as error:
+            return error.as_wire()
+        self._seen_on_disk(source)
+        return {"path": path, "nbytes": info.nbytes}
 
     async def unload(self, instance: str) -> dict[str, Any]:
         """Close an instance that the scheduler does not know."""
@@ -185,7 +251,13 @@ class SllmWorkerPlugin(WorkerPlugin):
     async def forget(self, source: str) -> bool:
         """Drop the host copy of a checkpoint that is not deployed any more."""
         assert self.registry is not None
-        return self.registry.store.evict(source)
+        return await self.registry.store.evict(source)
+
+
+def _pool_name(store_dir: str) -> str:
+    """Those that keep their files in one place have their memory in one place, too."""
+    where = os.path.realpath(Path(store_dir).expanduser())
+    return f"sllmdask-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
 
 
 def _check_tokenizer(source: str, path: str) -> None:

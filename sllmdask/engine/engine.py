@@ -76,6 +76,8 @@ class EngineStats:
     n_prompt_tokens: int
     n_output_tokens: int
     n_preemptions: int
+    #: Seconds of the first step with work, the wait for weights on their way included; ``None`` before it.
+    first_step_s: float | None = None
 
     def as_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,6 +140,7 @@ class LLMEngine:
         )
         self._n_steps = 0
         self._step_s = 0.0
+        self._first_step_s: float | None = None
         self._n_prompt_tokens = 0
         self._n_output_tokens = 0
 
@@ -215,6 +218,8 @@ class LLMEngine:
                     outputs = self._run_one_by_one(plan.chunks)
         self._n_steps += 1
         self._step_s += time.perf_counter() - started
+        if plan.chunks and self._first_step_s is None:
+            self._first_step_s = time.perf_counter() - started
         return outputs
 
     def stats(self) -> EngineStats:
@@ -230,6 +235,7 @@ class LLMEngine:
             n_prompt_tokens=self._n_prompt_tokens,
             n_output_tokens=self._n_output_tokens,
             n_preemptions=self._scheduler.n_preemptions,
+            first_step_s=self._first_step_s,
         )
 
     def close(self) -> None:

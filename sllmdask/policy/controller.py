@@ -10,15 +10,24 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from math import inf
 
-from sllmdask.errors import InsufficientMemory, LoadFailed, ModelNotFound, NoWorker, QueueFull, QueueTimeout, SllmError
+from sllmdask.errors import (
+    InsufficientMemory,
+    InvalidRequest,
+    LoadFailed,
+    ModelNotFound,
+    NoWorker,
+    QueueFull,
+    QueueTimeout,
+    SllmError,
+)
 from sllmdask.policy import events as ev
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.dispatch import least_requests
 from sllmdask.policy.estimate import load_seconds
 from sllmdask.policy.eviction import pinned_bytes
-from sllmdask.policy.placement import free_slots, place, unfit
+from sllmdask.policy.placement import free_slots, neighbours, place, unfit
 from sllmdask.policy.scaling import desired_instances, leaves_at
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, WorkerView
+from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Back-off after a failed load of one model on one worker: doubled from the first to the last, in seconds.
 BACKOFF_S = (1.0, 60.0)
@@ -52,6 +61,11 @@ def _turn(request: RequestView) -> tuple[int, float, str]:
     return -request.priority, request.arrived_at, request.id
 
 
+def _demand(request: RequestView) -> tuple[str, str]:
+    """What one instance would satisfy: a model, and the node if it has to be there."""
+    return request.model, request.node
+
+
 class Controller:
     """The cluster's one decider. Single writer: call :meth:`handle` from one thread, one event after another."""
 
@@ -67,8 +81,8 @@ class Controller:
         self.failures: dict[tuple[str, str], Failure] = {}
         #: Instances that a long-waiting request has closed to newcomers: instance -> that request.
         self._claims: dict[str, str] = {}
-        #: Since when no connected worker may run the model.
-        self._unplaceable_since: dict[str, float] = {}
+        #: Since when no connected worker may run the model, or not where it is wished for.
+        self._unplaceable_since: dict[tuple[str, str], float] = {}
         self._n_instances = 0
         self._wake_at: float | None = None
 
@@ -76,7 +90,7 @@ class Controller:
         """Everything that follows from `event`, in the order in which it must be enacted."""
         decisions = self._fold(event)
         decisions += self._settle(event.at)
-        if isinstance(event, ev.RequestArrived) and len(self.waiting) > self.settings.max_queue:
+        if isinstance(event, ev.RequestArrived) and self._n_queued() > self.settings.max_queue:
             late = self.waiting.get(event.request.id)
             decisions += [self._refuse(late, QueueFull(late.model, self.settings.max_queue))] if late else []
         wake_at = self._next_wake(event.at)
@@ -101,6 +115,23 @@ class Controller:
             return None
         return self._unplaceable(model)
 
+    def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
+        """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
+        placement, _ = place(
+            model,
+            self.workers.values(),
+            self._on_worker(),
+            now=at,
+            may_evict=True,
+            refused={},
+            protected=self._protected(model),
+            min_residency_s=self.settings.min_residency_s,
+        )
+        if placement is not None:
+            return self.workers[placement.worker]
+        fit = [worker for worker in self.workers.values() if unfit(model, worker) is None]
+        return min(fit, key=lambda worker: (load_seconds(model, worker), worker.name), default=None)
+
     # --- events into views ---
 
     def _fold(self, event: ev.Event) -> list[Decision]:
@@ -123,6 +154,11 @@ class Controller:
                 self._end(request_id, event.at)
             case ev.RequestReturned(request=request_id):
                 return self._return(request_id, event.at)
+            case ev.LoadRequested(request=request):
+                self._forget_failures(request.model)
+                return self._admit(request)
+            case ev.UnloadRequested(model=name, node=node):
+                return self._ask_to_leave(name, node)
             case ev.FrontDoorLeft(front_door=front_door):
                 for request in [*self.waiting.values(), *self.running.values()]:
                     if request.front_door == front_door:
@@ -148,6 +184,7 @@ class Controller:
                 residency=event.residency,
                 bytes_per_s=event.bytes_per_s,
                 overhead_s=event.overhead_s,
+                host_capacity=worker.host_capacity if event.host_capacity is None else event.host_capacity,
             )
 
     def _drop_worker(self, address: str) -> list[Decision]:
@@ -176,20 +213,29 @@ class Controller:
         for instance in self.instances_of(model.name):
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
-                self._drain(instance)
+                self._drain(instance, "replaced")
 
-    def _drain(self, instance: InstanceView) -> None:
+    def _drain(self, instance: InstanceView, cause: str) -> None:
         if instance.state is InstanceState.PLANNED:
             self._drop_instance(instance.id)
         else:
-            self.instances[instance.id] = replace(instance, draining=True)
+            self.instances[instance.id] = replace(instance, draining=cause)
+
+    def _ask_to_leave(self, name: str, node: str) -> list[Decision]:
+        """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
+        for instance in self.instances_of(name):
+            if not node or self.workers[instance.worker].name == node:
+                self._drain(instance, "asked for")
+        error = LoadFailed(name, "an operator unloaded it")
+        wishes = [each for each in self.waiting.values() if each.load_only and each.model == name]
+        return [self._refuse(wish, error) for wish in wishes if not node or wish.node == node]
 
     def _delete(self, name: str, replaced: bool) -> list[Decision]:
         self.models.pop(name, None)
         self._forget_failures(name)
-        self._unplaceable_since.pop(name, None)
+        self._unplaceable_since = {key: since for key, since in self._unplaceable_since.items() if key[0] != name}
         for instance in self.instances_of(name):
-            self._drain(instance)
+            self._drain(instance, "replaced" if replaced else "deleted")
         error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
         return [
             self._refuse(request, error or ModelNotFound(name)) for request in [*self.waiting.values()] if request.model == name
@@ -202,6 +248,10 @@ class Controller:
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]
         return []
+
+    def _n_queued(self) -> int:
+        """Requests that wait; what operators wish for takes nobody's place."""
+        return sum(not request.load_only for request in self.waiting.values())
 
     def _end(self, request_id: str, at: float) -> None:
         self.waiting.pop(request_id, None)
@@ -221,7 +271,7 @@ class Controller:
             self._end(request_id, at)
             instance = self.instances.get(request.instance or "")
             if instance:
-                self.instances[instance.id] = replace(instance, draining=True)
+                self.instances[instance.id] = replace(instance, draining="replaced")
             self.waiting[request_id] = replace(request, instance=None)
             self.waiting = dict(sorted(self.waiting.items(), key=lambda item: item[1].arrived_at))
             if request.model not in self.models:
@@ -243,8 +293,9 @@ class Controller:
 
     def _load_failed(self, instance_id: str, reason: str, at: float) -> None:
         instance = self.instances.get(instance_id)
-        # A load that was called off ends as a failed one; its unloading is what counts.
-        if instance and instance.state is InstanceState.LOADING:
+        # An instance may serve while its last bytes are still read. A load that was called off ends as a failed one; its
+        # unloading is what counts.
+        if instance and instance.state in (InstanceState.LOADING, InstanceState.READY):
             self._drop_instance(instance_id)
             n_times = self.failures[instance.model, instance.worker].n_times + 1 if self._failed(instance) else 1
             pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** (n_times - 1))
@@ -279,7 +330,7 @@ class Controller:
             for instance in self.instances.values()
             if instance.draining and (instance.idle or instance.state is InstanceState.LOADING)
         ]
-        return [self._unload(instance, "replaced" if instance.model in self.models else "deleted", at) for instance in drained]
+        return [self._unload(instance, instance.draining, at) for instance in drained]
 
     def _why_waiting(self, model: str) -> str:
         states = {instance.state for instance in self.instances_of(model)}
@@ -296,7 +347,8 @@ class Controller:
         for instance in [instance for instance in self.instances.values() if instance.state is InstanceState.PLANNED]:
             worker = self.workers[instance.worker]
             others = [other for other in on_worker[worker.address] if other.state is not InstanceState.PLANNED]
-            fits = pinned_bytes(others, instance.checkpoint) + instance.nbytes <= worker.host_capacity
+            beside = neighbours(worker, self.workers.values(), on_worker)
+            fits = pinned_bytes([*others, *beside], instance.checkpoint) + instance.nbytes <= worker.host_capacity
             if fits and free_slots(worker, others) >= instance.n_slots:
                 self.instances[instance.id] = replace(instance, state=InstanceState.LOADING, since=at)
                 on_worker = self._on_worker()
@@ -312,10 +364,10 @@ class Controller:
         """
         decisions: list[Decision] = self._dispatch_waiting(at)
         n_claims = len(self._claims)
-        asked: set[str] = set()
+        asked: set[tuple[str, str]] = set()
         for request in sorted(self.waiting.values(), key=_turn):
-            if request.model not in asked:
-                asked.add(request.model)
+            if _demand(request) not in asked:
+                asked.add(_demand(request))
                 decisions += self._obtain(request, at)
         if len(self._claims) < n_claims:
             decisions += self._dispatch_waiting(at)
@@ -325,6 +377,9 @@ class Controller:
         decisions: list[Decision] = []
         full: set[str] = set()
         for request in sorted(self.waiting.values(), key=_turn):
+            if request.load_only:
+                decisions += self._report_loaded(request, at)
+                continue
             if request.model in full:
                 continue
             closed = frozenset(key for key, claimant in self._claims.items() if self._goes_before(claimant, request))
@@ -334,6 +389,34 @@ class Controller:
             else:  # more is closed to those behind it, never less
                 full.add(request.model)
         return decisions
+
+    def _report_loaded(self, request: RequestView, at: float) -> list[Decision]:
+        """The answer to a wish, when an instance is ready where it has to be."""
+        instances = [
+            instance
+            for instance in self._instances_for(request)
+            if instance.state is InstanceState.READY and not instance.draining
+        ]
+        if not instances:
+            return []
+        instance = min(instances, key=lambda instance: instance.id)
+        self._end(request.id, at)
+        return [
+            ReportLoaded(
+                request=request.id,
+                instance=instance.id,
+                node=self.workers[instance.worker].name,
+                waited_s=at - request.arrived_at,
+                loaded_from=_waited_for(instance, request),
+            )
+        ]
+
+    def _instances_for(self, request: RequestView) -> list[InstanceView]:
+        return [
+            instance
+            for instance in self.instances_of(request.model)
+            if not request.node or self.workers[instance.worker].name == request.node
+        ]
 
     def _goes_before(self, claimant: str, request: RequestView) -> bool:
         other = self.waiting.get(claimant)
@@ -345,7 +428,6 @@ class Controller:
         self.instances[instance.id] = replace(instance, n_requests=instance.n_requests + 1, idle_since=None)
         for key in [key for key, claimant in self._claims.items() if claimant == request.id]:
             del self._claims[key]
-        waited_for_it = instance.ready_at is not None and request.arrived_at < instance.ready_at
         return Dispatch(
             request=request.id,
             front_door=request.front_door,
@@ -353,36 +435,42 @@ class Controller:
             worker=instance.worker,
             node=self.workers[instance.worker].name,
             queue_s=at - request.arrived_at,
-            loaded_from=instance.loaded_from if waited_for_it else None,
+            loaded_from=_waited_for(instance, request),
         )
 
     def _obtain(self, request: RequestView, at: float) -> list[Decision]:
-        """No instance can take the oldest request of a model: place one, or refuse, or wait."""
+        """No instance can take the oldest request of its kind: place one, or refuse, or wait."""
         model = self.models[request.model]
-        living = [instance for instance in self.instances_of(model.name) if not instance.draining]
+        if request.node:
+            if model.nodes and request.node not in model.nodes:
+                error = InvalidRequest(f"{model.name} may only run on its nodes {', '.join(model.nodes)} (target_nodes).", "node")
+                return self._refuse_all(request, error)
+            model = replace(model, nodes=(request.node,))
+        living = [instance for instance in self._instances_for(request) if not instance.draining]
         coming = [instance for instance in living if instance.state in (InstanceState.PLANNED, InstanceState.LOADING)]
         if coming:
-            self._unclaim(model.name)
-        if coming or len(living) >= model.max_instances:
+            self._unclaim(request)
+            return []
+        if sum(not instance.draining for instance in self.instances_of(model.name)) >= model.max_instances:
+            if request.load_only and len(elsewhere := self._living(model)) >= model.max_instances:
+                nodes = ", ".join(sorted({self.workers[instance.worker].name for instance in elsewhere}))
+                reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
+                return self._refuse_all(request, LoadFailed(model.name, reason))
             return []
         fit = [worker for worker in self.workers.values() if unfit(model, worker) is None]
         if not fit:
-            return self._refuse_unplaceable(model, at)
-        self._unplaceable_since.pop(model.name, None)
+            return self._refuse_unplaceable(model, request, at)
+        self._unplaceable_since.pop(_demand(request), None)
         refused = self._backing_off(model, at)
         if all(worker.address in refused for worker in fit):
             if living:
                 return []
             reason = self.last_failure(model.name) or "unknown"
-            return [
-                self._refuse(waiting, LoadFailed(model.name, reason), refused)
-                for waiting in [*self.waiting.values()]
-                if waiting.model == model.name
-            ]
+            return self._refuse_all(request, LoadFailed(model.name, reason), refused)
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
         decisions = self._place(model, at, may_evict=not staying, request=request)
         if decisions:
-            self._unclaim(model.name)
+            self._unclaim(request)
         if not decisions and not staying and at >= request.arrived_at + self.settings.patience_s:
             self._claim(request, model)
         return decisions
@@ -442,6 +530,7 @@ class Controller:
             ]
             staying = [instance for instance in instances if instance not in closable[worker.address]]
             n_slots = sum(instance.n_slots for instance in closable[worker.address])
+            staying += neighbours(worker, self.workers.values(), on_worker)
             fits = pinned_bytes(staying, model.checkpoint_key) + model.nbytes <= worker.host_capacity
             if fits and n_slots and free_slots(worker, instances) + n_slots >= model.n_slots:
                 rank = (sum(instance.n_requests for instance in closable[worker.address]), worker.address)
@@ -450,10 +539,10 @@ class Controller:
             for instance in closable[best[1]]:
                 self._claims[instance.id] = request.id
 
-    def _unclaim(self, model: str) -> None:
+    def _unclaim(self, request: RequestView) -> None:
         """Its instance is on its way, and the slots for it are reserved: what was closed for it opens again."""
         for key in [key for key, claimant in self._claims.items() if claimant in self.waiting]:
-            if self.waiting[self._claims[key]].model == model:
+            if _demand(self.waiting[self._claims[key]]) == _demand(request):
                 del self._claims[key]
 
     def _scale(self, at: float) -> list[Decision]:
@@ -461,7 +550,7 @@ class Controller:
         decisions: list[Decision] = []
         load: dict[str, int] = defaultdict(int)
         for request in [*self.waiting.values(), *self.running.values()]:
-            load[request.model] += 1
+            load[request.model] += not request.load_only
         for model in self.models.values():
             living = self._living(model)
             wanted = desired_instances(model, load[model.name])
@@ -530,16 +619,20 @@ class Controller:
             return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")
         return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
-    def _refuse_unplaceable(self, model: ModelView, at: float) -> list[Decision]:
+    def _refuse_unplaceable(self, model: ModelView, request: RequestView, at: float) -> list[Decision]:
         """The worker that could run it may be restarting, so that is waited out."""
-        since = self._unplaceable_since.setdefault(model.name, at)
+        since = self._unplaceable_since.setdefault(_demand(request), at)
         error = self._unplaceable(model)
         why = {worker.address: unfit(model, worker) or "" for worker in self.workers.values()}
         return [
-            self._refuse(request, error, why)
-            for request in [*self.waiting.values()]
-            if request.model == model.name and at >= max(since, request.arrived_at) + self.settings.worker_wait_s
+            self._refuse(waiting, error, why)
+            for waiting in [*self.waiting.values()]
+            if _demand(waiting) == _demand(request) and at >= max(since, waiting.arrived_at) + self.settings.worker_wait_s
         ]
+
+    def _refuse_all(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
+        """Refuse `request` and all that wait for the same."""
+        return [self._refuse(each, error, why) for each in [*self.waiting.values()] if _demand(each) == _demand(request)]
 
     def _refuse(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> Refuse:
         self._end(request.id, 0.0)
@@ -550,7 +643,7 @@ class Controller:
         times = [inf]
         for request in self.waiting.values():
             times.append(request.deadline_at)
-            since = self._unplaceable_since.get(request.model)
+            since = self._unplaceable_since.get(_demand(request))
             if since is not None:
                 times.append(max(since, request.arrived_at) + self.settings.worker_wait_s)
             elif request.id not in self._claims.values():
@@ -569,3 +662,8 @@ class Controller:
                 times.append(instance.ready_at + self.settings.min_residency_s)
         earliest = min(time for time in times if time > at)
         return None if earliest == inf else earliest
+
+
+def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:
+    """The tier that `instance` was loaded from while `request` waited; ``None`` when it was ready already."""
+    return instance.loaded_from if instance.ready_at is not None and request.arrived_at < instance.ready_at else None

@@ -45,8 +45,19 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
+class ReportLoaded:
+    """Tell the operator that what `request` wished for is ready. `loaded_from` is the tier, ``None``: it was ready already."""
+
+    request: str
+    instance: str
+    node: str
+    waited_s: float
+    loaded_from: Tier | None = None
+
+
+@dataclass(frozen=True)
 class Refuse:
-    """Tell the front door that a request will not be served, with the error to answer; ``why`` is by worker address."""
+    """Tell the front door, or the operator, that a request will not be served, and the error; ``why`` is by worker address."""
 
     request: str
     front_door: str
@@ -61,4 +72,4 @@ class WakeAt:
     at: float | None
 
 
-Decision = Load | Unload | Dispatch | Refuse | WakeAt
+Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt

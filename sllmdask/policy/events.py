@@ -24,6 +24,8 @@ class WorkerReported:
     residency: Mapping[str, Tier]
     bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
     overhead_s: Mapping[Tier, float] = field(default_factory=dict)
+    #: ``None``: as before.
+    host_capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,23 @@ class RequestReturned:
 
     at: float
     request: str
+
+
+@dataclass(frozen=True)
+class LoadRequested:
+    """An operator wants an instance to be ready; `request` is `load_only`. The model's back-offs end: somebody has had a look."""
+
+    at: float
+    request: RequestView
+
+
+@dataclass(frozen=True)
+class UnloadRequested:
+    """An operator wants the instances of a model to leave, on one node or (empty) on all: when they are idle, and soon."""
+
+    at: float
+    model: str
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,8 @@ Event = (
     | RequestArrived
     | RequestEnded
     | RequestReturned
+    | LoadRequested
+    | UnloadRequested
     | FrontDoorLeft
     | LoadFinished
     | LoadFailed

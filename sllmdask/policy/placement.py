@@ -38,6 +38,18 @@ def free_slots(worker: WorkerView, instances: Iterable[InstanceView]) -> int:
     return worker.slots - sum(instance.n_slots for instance in instances)
 
 
+def neighbours(
+    worker: WorkerView, workers: Iterable[WorkerView], on_worker: Mapping[str, Sequence[InstanceView]]
+) -> list[InstanceView]:
+    """The instances on the other workers that share host memory with `worker`."""
+    return [
+        instance
+        for other in workers
+        if other.node and other.node == worker.node and other.address != worker.address
+        for instance in on_worker.get(other.address, ())
+    ]
+
+
 def place(
     model: ModelView,
     workers: Iterable[WorkerView],
@@ -54,6 +66,7 @@ def place(
     `on_worker` has the instances by worker address, `refused` workers that are out for now with the reason (back-off),
     `protected` instances that may not be evicted. Returns the placement, or ``None`` with every worker's reason.
     """
+    workers = list(workers)
     best: tuple[tuple[bool, float, float, str], Placement] | None = None
     why: dict[str, str] = {}
     for worker in workers:
@@ -69,6 +82,7 @@ def place(
                 now=now,
                 protected=protected,
                 min_residency_s=min_residency_s,
+                neighbours=neighbours(worker, workers, on_worker),
             )
             if leaving is None:
                 reason = f"its {worker.slots} slots or its memory are taken by instances that stay"

@@ -13,6 +13,7 @@ class Tier(StrEnum):
     DEVICE = "device"
     HOST = "host"
     DISK = "disk"
+    PEER = "peer"
     REMOTE = "remote"
 
 
@@ -50,12 +51,17 @@ class ModelView:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as it last reported itself: `residency` by checkpoint (not listed: remote), bytes, bytes per second by tier."""
+    """A worker as it last reported itself: `residency` by checkpoint (not listed: remote), bytes, bytes per second by tier.
+
+    Workers of one `node` have their host memory in common: `host_capacity` is that of the node, and what one of them pins takes
+    room from all. An empty `node`: a worker by itself.
+    """
 
     address: str
     name: str
     slots: int
     host_capacity: int
+    node: str = ""
     residency: Mapping[str, Tier] = field(default_factory=dict)
     bytes_per_s: Mapping[Tier, float] = field(default_factory=dict)
     #: Seconds that a load from a tier takes whatever its size.
@@ -77,8 +83,9 @@ class InstanceView:
     checkpoint: str = ""
     nbytes: int = 0
     n_requests: int = 0
-    #: No new requests: the model was deleted, or the instance did not answer.
-    draining: bool = False
+    #: Why it gets no new requests and leaves when it is idle: its model was deleted, it was replaced, an operator asked.
+    #: Empty: it stays.
+    draining: str = ""
     ready_at: float | None = None
     idle_since: float | None = None
     loaded_from: Tier | None = None
@@ -90,7 +97,11 @@ class InstanceView:
 
 @dataclass(frozen=True)
 class RequestView:
-    """A request as the controller knows it: no prompt, only what placement needs. Higher `priority` goes first."""
+    """A request as the controller knows it: no prompt, only what placement needs. Higher `priority` goes first.
+
+    An operator's wish that a model be loaded waits in the same queue: `load_only`, since nothing is dispatched when it is its
+    turn, and with a `node` if it has to be there.
+    """
 
     id: str
     model: str
@@ -99,3 +110,5 @@ class RequestView:
     deadline_at: float
     priority: int = 0
     instance: str | None = None
+    load_only: bool = False
+    node: str = ""

@@ -100,7 +100,11 @@ class Processes:
             "1GiB",
             "--threads-per-instance",
             "1",
+            # Host memory is shared by those that keep their files in one place: a place for each test.
+            "--store-dir",
+            str(self.directory / "store"),
             *options,
+            DASK_SLLMDASK__WORKER__MEMORY_GRACE="5",
         )
 
     def start_door(self, name: str = "door") -> str:

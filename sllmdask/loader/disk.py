@@ -1,0 +1,153 @@
+"""The disk tier: copies of checkpoints that came from elsewhere, below one directory that the processes of a node share.
+
+A copy is a directory of its own, complete from the moment in which it has its name (:mod:`sllmdask.loader.tee`). Directories of
+users are read where they are: they count for nothing here, and nothing here removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllmdask.errors import CheckpointNotFound, DiskFull
+from sllmdask.loader.remote import find_fetched, is_remote, local_name
+
+logger = logging.getLogger(__name__)
+
+#: What is being fetched, is on its way out, or was found damaged; a name of a copy ends in none of these.
+PARTIAL, LEAVING, DAMAGED = ".partial", ".leaving", ".damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """One complete copy: `nbytes` on disk; `last_used` in nanoseconds since 1970, kept as the directory's time of change."""
+
+    path: Path
+    nbytes: int
+    last_used: int
+
+
+class DiskTier:
+    """The copies below `root`, of at most `quota` bytes together (0: as many as the disk holds). Any thread may ask."""
+
+    def __init__(self, root: Path, quota: int = 0) -> None:
+        self.root, self.quota = root, quota
+
+    def find(self, source: str) -> Path | None:
+        """Where the files of `source` are on this disk: a directory, or a complete copy; ``None``: they must be fetched.
+
+        Raises :class:`CheckpointNotFound` for what is neither on this disk nor anything that could be fetched.
+        """
+        path = Path(source).expanduser()
+        if source and path.is_dir():
+            return path.absolute()
+        if is_remote(source):
+            return find_fetched(source, self.root)
+        fetched = self.final(source)
+        if source and fetched.is_dir():
+            return fetched
+        raise CheckpointNotFound(source, "there is no such directory, and it is not the id of a model on the hub")
+
+    def final(self, source: str) -> Path:
+        """Where a copy of `source` is kept; a directory of another node has a name of its own, too."""
+        if is_remote(source):
+            return self.root / local_name(source)
+        return self.root / f"node--{Path(source).name}--{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    def owns(self, path: Path) -> bool:
+        """Whether `path` is a copy that was fetched, and may be fetched again."""
+        return path.parent == self.root
+
+    def touch(self, path: Path) -> None:
+        """A copy was used: it leaves later."""
+        if self.owns(path):
+            try:
+                os.utime(path)
+            except OSError:
+                # Its life is shorter than it could be; that is all.
+                logger.debug("cannot note the use of %s", path)
+
+    def copies(self) -> list[DiskCopy]:
+        """All complete copies, the one that was used longest ago first."""
+        found = []
+        for entry in os.scandir(self.root) if self.root.is_dir() else ():
+            if entry.name.endswith((PARTIAL, LEAVING, DAMAGED)) or entry.name.startswith(".") or not entry.is_dir():
+                continue
+            try:
+                found.append(DiskCopy(Path(entry.path), _nbytes_below(entry.path), entry.stat().st_mtime_ns))
+            except OSError:
+                continue  # another process has just removed it
+        return sorted(found, key=lambda copy: (copy.last_used, copy.path))
+
+    @property
+    def used(self) -> int:
+        """Bytes of the complete copies."""
+        return sum(copy.nbytes for copy in self.copies())
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that copies may take: the quota, or what the disk has free beside them."""
+        if self.quota:
+            return self.quota
+        existing = next(parent for parent in (self.root, *self.root.parents) if parent.is_dir())
+        return self.used + shutil.disk_usage(existing).free
+
+    def make_room(self, source: str, nbytes: int, in_use: Collection[Path]) -> list[Path]:
+        """Remove copies, what was used longest ago first, until `nbytes` more fit; returns what was removed.
+
+        Nothing in `in_use` leaves; nothing at all if that would not suffice: :class:`DiskFull`.
+        """
+        if not self.quota:
+            return []
+        copies = self.copies()
+        excess = sum(copy.nbytes for copy in copies) + nbytes - self.quota
+        leaving: list[Path] = []
+        for copy in copies:
+            if excess <= 0:
+                break
+            if copy.path not in in_use:
+                leaving.append(copy.path)
+                excess -= copy.nbytes
+        if excess > 0:
+            free = max(self.quota - sum(copy.nbytes for copy in copies if copy.path in in_use), 0)
+            raise DiskFull(str(self.final(source)), nbytes, free, "the quota of the disk tier is used up (worker.disk_quota)")
+        for path in leaving:
+            self.remove(path)
+        return leaving
+
+    def remove(self, path: Path) -> None:
+        """Remove a copy: gone at once under its name, and then from the disk."""
+        aside = _free_name(path, LEAVING)
+        path.rename(aside)
+        logger.info("removed from disk path=%s", path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def quarantine(self, path: Path, reason: str) -> bool:
+        """Put a damaged copy aside, so that the next load fetches it again; false for what is not ours to move."""
+        if not self.owns(path):
+            return False
+        for old in path.parent.glob(f"{path.name}.*{DAMAGED}"):
+            shutil.rmtree(old, ignore_errors=True)  # one is enough to look at
+        aside = _free_name(path, DAMAGED)
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return True  # another process was faster
+        logger.error("damaged checkpoint put aside path=%s cause=%s", aside, reason)
+        return True
+
+
+def _nbytes_below(directory: str) -> int:
+    """Bytes of the files in a copy, which has no links."""
+    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(directory) for name in names)
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    names = (path.with_name(f"{path.name}.{os.getpid()}-{number}{ending}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
