@@ -32,6 +32,8 @@ from sllmdask import errors
 from sllmdask.errors import SllmError, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8343"
+#: Seconds that loading a model, or fetching it, may take: somewhat more than the server's own limit.
+WORK_LIMIT_S = 7500.0
 
 #: A text, or the messages of a chat.
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -83,6 +85,10 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.CheckpointError,
         errors.CheckpointNotFound,
         errors.CheckpointCorrupt,
+        errors.CheckpointTooNew,
+        errors.CheckpointExists,
+        errors.TensorUnsupported,
+        errors.DiskFull,
         errors.UnsupportedArchitecture,
         errors.InvalidRequest,
         errors.ContextTooLong,
@@ -327,6 +333,29 @@ class AsyncClient:
         """Take the deployment away."""
         await self.call("POST", "/delete", {"model": model})
 
+    async def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
+        """Make a deployed model ready before anybody asks for it, or (`tier` ``"host"``) bring it to a node's host memory.
+
+        Returns when that is done, or at once with ``wait=False``: ``model``, ``tier``, ``state``, ``node``, ``instance``,
+        ``cold_start`` (``"hit"``: it was there), ``seconds``, ``keep_alive``. It goes on if the caller stops waiting. Raises
+        what a request for the model would raise, and :class:`InvalidRequest` where there is no such node.
+        """
+        return dict(await self._work("/admin/load", {"model": model, "node": node, "tier": tier, "wait": wait}))
+
+    async def unload(self, model: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
+        """Take a model from the devices of `node`, or of all; what runs may end first. The host copy stays.
+
+        Returns ``model``, ``state``, ``instances`` (those that left) and ``warnings``.
+        """
+        return dict(await self._work("/admin/unload", {"model": model, "node": node, "wait": wait}))
+
+    async def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
+        """Bring the files of `source`, a deployed model's name, a directory or an id, to the disk of `node`, or of any.
+
+        Returns ``source``, ``state``, ``node``, ``fetched``, ``nbytes``, ``seconds``.
+        """
+        return dict(await self._work("/admin/pull", {"source": source, "node": node, "wait": wait}))
+
     async def status(self) -> dict[str, Any]:
         """``url``, ``ready``, ``reason`` (why not ready), ``workers``, ``models`` and ``requests``, as operators see them."""
         reason = None
@@ -342,6 +371,13 @@ class AsyncClient:
     async def call(self, method: str, path: str, body: Any = None) -> Any:
         """Any route by name: the JSON of its answer; raises :class:`ServerError` or :class:`ServerUnreachable`."""
         async with _reaching(self.url), self._http().request(method, self.url + path, json=body) as response:
+            return await _json_or_raise(response)
+
+    async def _work(self, path: str, body: dict[str, Any]) -> Any:
+        """Post what may take long, with nothing to be heard until it is done."""
+        body = {key: value for key, value in body.items() if value is not None}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout.sock_connect, sock_read=WORK_LIMIT_S)
+        async with _reaching(self.url), self._http().post(self.url + path, json=body, timeout=timeout) as response:
             return await _json_or_raise(response)
 
     def _http(self) -> aiohttp.ClientSession:
@@ -521,6 +557,18 @@ class Client:
     def delete(self, model: str) -> None:
         """Take the deployment away."""
         self._wait(self._client.delete(model))
+
+    def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
+        """See :meth:`AsyncClient.load`."""
+        return self._wait(self._client.load(model, node, tier, wait=wait))
+
+    def unload(self, model: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
+        """See :meth:`AsyncClient.unload`."""
+        return self._wait(self._client.unload(model, node, wait=wait))
+
+    def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
+        """See :meth:`AsyncClient.pull`."""
+        return self._wait(self._client.pull(source, node, wait=wait))
 
     def status(self) -> dict[str, Any]:
         """See :meth:`AsyncClient.status`."""

@@ -49,6 +49,8 @@ class FakeModel:
     cold_start: str = "hit"
     nbytes: int = 4 * 1024**2
     created: int = field(default_factory=lambda: int(time.time()))
+    #: How far its loading is, as ``GET /admin/cluster`` tells it.
+    progress: dict[str, Any] | None = None
     #: What is said while the request waits.
     loading: Sequence[Progress] = ()
     #: Passed after `loading`, before the instance takes the request.
@@ -72,6 +74,8 @@ class FakeGateway:
         #: Every request that came, and the ids of those that were closed before their end.
         self.asked: list[GenerateRequest] = []
         self.closed: list[str] = []
+        #: What operators asked for, in order.
+        self.operated: list[tuple[Any, ...]] = []
         self.n_running = 0
         self.most_running = 0
         self._journals: dict[str, Journal] = {}
@@ -110,12 +114,61 @@ class FakeGateway:
         if self.deployed.pop(model, None) is None:
             raise ModelNotFound(model)
 
+    async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
+        self.operated.append(("load", model, node, tier, wait))
+        await self._tell()
+        held = self.deployed.get(model)
+        if held is None:
+            raise ModelNotFound(model, ["qwen"])
+        if held.refuse is not None:
+            raise held.refuse
+        said = {"model": model, "tier": tier, "keep_alive": 300.0}
+        if not wait:
+            return said | {"state": "loading", "node": node, "instance": None, "cold_start": None, "seconds": None}
+        if held.gate is not None:
+            held.state = "loading"
+            await held.gate.wait()
+        held.state = "ready"
+        here = {"state": "ready", "instance": f"{model}/1"} if tier == "device" else {"state": "host", "instance": None}
+        return said | here | {"node": node or "0", "cold_start": held.cold_start, "seconds": 0.25}
+
+    async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
+        self.operated.append(("unload", model, node, wait))
+        if model not in self.deployed:
+            raise ModelNotFound(model)
+        loaded = self.deployed[model].state == "ready"
+        self.deployed[model].state = "host"
+        gone = [{"instance": f"{model}/1", "node": node or "0"}] if loaded else []
+        return {"model": model, "state": "unloaded" if wait else "unloading", "instances": gone, "warnings": []}
+
+    async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
+        self.operated.append(("pull", model, source, node, wait))
+        said = {"source": model or source, "node": node or "0", "fetched": True}
+        if (source or "").startswith("/missing"):
+            raise CheckpointNotFound(source or "", "there is no such directory")
+        return said | (
+            {"state": "disk", "nbytes": 4 * 1024**2, "seconds": 0.5}
+            if wait
+            else {"state": "fetching", "nbytes": None, "seconds": None}
+        )
+
     def requests(self) -> list[dict[str, Any]]:
         return [journal.as_row() for journal in self._journals.values()]
 
     async def cluster(self) -> dict[str, Any]:
         held = [{"model": name, "state": m.state, "tier": "device", "nbytes": m.nbytes} for name, m in self.deployed.items()]
         worker = {"name": "0", "address": "tcp://127.0.0.1:1", "pid": 1, "slots": 2, "slots_used": len(held), "models": held}
+        worker["instances"] = [
+            {
+                "instance": f"{name}/1",
+                "model": name,
+                "state": model.state,
+                "n_requests": 0,
+                "progress": model.progress,
+                "engine": None,
+            }
+            for name, model in self.deployed.items()
+        ]
         return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}]}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:

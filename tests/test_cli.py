@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +19,9 @@ from typing import Any
 
 import dask.config
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from sllmdask import __version__
 from sllmdask.cli import main
@@ -52,10 +56,11 @@ def test_help_is_quick_and_lists_only_what_exists():
     heavy = "('torch','dask','distributed','aiohttp','pydantic','rich','numpy')"
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    commands = {"up", "serve", "deploy", "delete", "models", "status", "generate", "chat", "version"}
-    assert set(main.commands) == commands
-    for command in commands:
+    commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
+    assert set(main.commands) == commands | {"generate", "chat", "version"}
+    for command in set(main.commands) - {"bench"}:
         assert "--debug" in run(command, "--help").output
+    assert "--debug" in run("bench", "load", "--help").output
 
 
 def test_version_is_told_both_ways():
@@ -99,7 +104,8 @@ def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
 
 def test_a_server_that_is_not_there_is_exit_code_3_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("LLM_SERVER_URL", raising=False)
-    for command in (["models"], ["status"], ["generate", "m", "x"], ["delete", "m"], ["deploy", "m"], ["chat", "m"]):
+    commands = (["models"], ["status"], ["generate", "m", "x"], ["delete", "m"], ["deploy", "m"], ["chat", "m"])
+    for command in (*commands, ["load", "m"], ["unload", "m"], ["pull", "m"]):
         result = run(*command, "--server", "http://127.0.0.1:9", code=3)
         assert "sllmdask up" in result.stderr and "Connection refused" in result.stderr and "Traceback" not in result.stderr
 
@@ -263,6 +269,182 @@ def test_chat_goes_on_after_a_refused_turn_and_ends_with_the_input(serve: Serve)
     result = run("chat", "m", stdin="x" * 80 + "\nshort\n")
     assert result.stdout == "ok\n\n" and "80" not in result.stdout and "maximum context length" in result.stderr
     run("chat", "none", code=1)
+
+
+# --- load, unload, pull ---
+
+
+def test_load_says_where_the_model_is_ready_and_from_where_it_came(serve: Serve):
+    server = serve(m=FakeModel(state="disk", cold_start="peer"), warm=FakeModel(cold_start="hit"))
+    assert run("load", "m", "--node", "1").output == (
+        "m is ready on node 1: loaded from peer in 250 ms; leaves after 5m00s without a request\n"
+    )
+    assert run("load", "warm").output == "warm is ready on node 0 already\n"
+    assert run("load", "m", "--tier", "host").output == "m is in the host memory of node 0: loaded from peer in 250 ms\n"
+    assert run("load", "m", "--no-wait").output == "loading m\n"
+    assert json.loads(run("load", "m", "--json").output)["cold_start"] == "peer"
+    assert server.gateway.operated[:2] == [("load", "m", "1", "device", True), ("load", "warm", None, "device", True)]
+    assert server.gateway.operated[3] == ("load", "m", None, "device", False)
+
+
+def test_load_shows_how_far_it_is_and_what_is_in_its_way(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    gate = asyncio.Event()
+    server = serve(m=FakeModel(state="disk", gate=gate), other=FakeModel())
+    told = iter([None, {"done": 2 * 1024**3, "total": 4 * 1024**3, "tier": "disk", "bytes_per_s": 1024**3}])
+    cluster = server.gateway.cluster
+
+    async def changing() -> dict[str, Any]:
+        model = server.gateway.deployed["m"]
+        if model.progress is None:
+            model.state, model.progress = "unknown", next(told)
+        else:
+            gate.set()
+        model.state = "loading" if model.progress else "disk"
+        return await cluster()
+
+    monkeypatch.setattr(server.gateway, "cluster", changing)
+    result = run("load", "m")
+    assert "waiting for a slot for m, taken by m on node 0" in result.stderr
+    assert "loading m on node 0 50% of 4.0 GiB disk 1.0 GiB/s eta 2.0 s" in result.stderr
+    assert result.stdout.startswith("m is ready on node 0")
+
+
+def test_unload_names_the_nodes_and_says_so_when_there_was_nothing(serve: Serve):
+    server = serve(m=FakeModel())
+    assert run("unload", "m", "--node", "3").output == "unloaded m from node 3\n"
+    assert run("unload", "m").output == "m is not loaded\n"
+    assert run("unload", "m", "--node", "3").output == "m is not loaded on node 3\n"
+    assert json.loads(run("unload", "m", "--json").output)["instances"] == []
+    assert server.gateway.operated[0] == ("unload", "m", "3", True)
+
+
+def test_pull_takes_a_model_or_a_source_and_a_directory_by_its_whole_path(serve: Serve, tmp_path: Path):
+    server = serve()
+    assert run("pull", "org/x", "--node", "1").output == "org/x is on the disk of node 1: 4.0 MiB, fetched in 500 ms\n"
+    assert run("pull", "org/x", "--no-wait").output == "fetching org/x to the disk of node 0\n"
+    run("pull", os.path.relpath(tmp_path))
+    assert [each[2] for each in server.gateway.operated] == ["org/x", "org/x", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["load", "none"], 1, "Did you mean 'qwen'"),
+        (["load", "bad"], 1, "truncated"),
+        (["load", "late"], 4, "busy"),
+        (["load", "m", "--tier", "disk"], 2, "not one of"),
+        (["unload", "none"], 1, "does not exist"),
+        (["pull", "/missing/x"], 1, "no such directory"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_message_and_its_exit_code(serve: Serve, args: list[str], code: int, message: str):
+    late = FakeModel(refuse=QueueTimeout("late", 3.0, "busy"))
+    serve(m=FakeModel(), bad=FakeModel(refuse=LoadFailed("bad", "truncated")), late=late)
+    result = run(*args, code=code)
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_ctrl_c_while_waiting_leaves_the_load_to_the_cluster_and_says_how_to_call_it_off(serve: Serve):
+    server = serve(m=FakeModel(gate=asyncio.Event()))
+    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "load", "m"]
+    env = {**os.environ, "LLM_SERVER_URL": server.url}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None and "loading m" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert "sllmdask unload m" in process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+
+
+# --- checkpoints, without a server ---
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two tensors of half precision, which have a few megabytes and compress."""
+    path = tmp_path / "model"
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(1024, 1024, generator=generator).to(torch.bfloat16) for name in ("a", "b")}
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return path
+
+
+def test_convert_writes_a_checkpoint_that_verifies_and_says_what_it_wrote(checkpoint: Path, tmp_path: Path):
+    target = tmp_path / "fast"
+    result = run("convert", str(checkpoint), str(target), "--compress", "both")
+    assert result.stdout.startswith(f"wrote {target}: 2 tensors, raw 4.0 MiB, split16 ") and result.stderr == ""
+    assert (target / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    assert run("verify", str(target)).stdout.startswith(f"OK {target}: fast format (raw, split16), 2 tensors, ")
+    facts = json.loads(run("verify", str(target), "--json").stdout)
+    assert list(facts) == ["path", "ok", "format", "variants", "n_tensors", "nbytes", "seconds", "problems"]
+    assert "no checksums" in run("verify", str(checkpoint)).stdout
+    assert "--overwrite" in run("convert", str(checkpoint), str(target), code=1).stderr
+    facts = json.loads(run("convert", str(checkpoint), str(target), "--overwrite", "--json").stdout)
+    assert list(facts) == ["path", "n_tensors", "nbytes", "stored_nbytes", "seconds"]
+    assert (facts["nbytes"], list(facts["stored_nbytes"])) == (4 * 1024**2, ["raw"])
+
+
+def test_verify_has_a_line_for_each_bad_place_and_exit_code_1(checkpoint: Path, tmp_path: Path):
+    target = tmp_path / "fast"
+    run("convert", str(checkpoint), str(target))
+    (data,) = target.glob("data-*")
+    with data.open("r+b") as file:
+        for offset in (100, 3 * 1024**2):
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 1]))
+    lines = run("verify", str(target), code=1).stdout.splitlines()
+    assert [line.split("[")[-1] for line in lines[:2]] == ["a]", "b]"]
+    assert all(line.startswith(f"BAD {data}: ") and "checksum" in line for line in lines[:2])
+    facts = json.loads(run("verify", str(target), "--json", code=1).stdout)
+    assert [problem["tensors"] for problem in facts["problems"]] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("command", [["convert", "./nowhere", "x"], ["verify", "nowhere"], ["bench", "load", "nowhere"]])
+def test_no_checkpoint_is_one_message(command: list[str]):
+    result = run(*command, code=1)
+    assert "No checkpoint at" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_ctrl_c_leaves_nothing_of_a_conversion_behind(tmp_path: Path):
+    nbytes = 2 * 1024**3  # sparse, and so large that the signal arrives in the middle
+    header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+    (tmp_path / "source").mkdir()
+    with open(tmp_path / "source" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + nbytes)
+    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "convert", "source", "target"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".target.*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr.splitlines()[-1]) == (130, "Interrupted; nothing was written.")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_bench_load_compares_the_loaders_with_the_limit(checkpoint: Path, tmp_path: Path):
+    (checkpoint / "config.json").unlink()  # two tensors make no model
+    lines = [line.split("\t") for line in run("bench", "load", str(checkpoint), "--repeats", "2").stdout.splitlines()]
+    assert lines[0] == ["LOADER", "SECONDS", "FROM-TO", "GB/S", "TO THE LIMIT"]
+    names = ["direct reads (the limit)", "sllmdask worker", "sllmdask.load_state_dict", "safetensors load_file"]
+    assert [line[0] for line in lines[1:]] == names and lines[1][4] == "1.00"
+    run("bench", "load", str(checkpoint), "--repeats", "3", "--json", str(tmp_path / "out.json"))
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert (facts["nbytes"], facts["repeats"], [len(row["runs"]) for row in facts["loaders"]]) == (4 * 1024**2, 3, [3] * 4)
+
+
+@pytest.mark.slow
+def test_bench_load_makes_a_model_of_its_own_and_removes_it(tmp_path: Path):
+    facts = json.loads(run("bench", "load", "--size", "90MiB", "--dir", str(tmp_path), "--repeats", "1", "--json", "-").stdout)
+    assert [row["name"] for row in facts["loaders"] if row["failed"]] == []
+    assert {"sllmdask.load_model", "transformers from_pretrained"} < {row["name"] for row in facts["loaders"]}
+    assert not list(tmp_path.iterdir())
+    assert "free" in run("bench", "load", "--size", "100000TB", "--dir", str(tmp_path), code=2).stderr
 
 
 # --- up and serve: what they hand to the cluster ---

@@ -51,6 +51,24 @@ def test_a_submitted_prompt_is_a_turn_of_a_chat_and_its_future_has_the_text(serv
     assert response.usage["completion_tokens"] == 27
 
 
+def test_a_model_is_loaded_and_unloaded_and_files_are_pulled(serve: Serve):
+    server = serve(m=FakeModel(state="disk", cold_start="peer"))
+    with Client(server.url) as client:
+        loaded = client.load("m", node="1")
+        assert (loaded["state"], loaded["node"], loaded["cold_start"]) == ("ready", "1", "peer")
+        assert client.load("m", tier="host", wait=False)["state"] == "loading"
+        assert client.unload("m")["instances"] == [{"instance": "m/1", "node": "0"}]
+        assert client.pull("org/x", node="1")["fetched"] is True
+        with pytest.raises(errors.ModelNotFound):
+            client.load("none")
+    assert server.gateway.operated[:4] == [
+        ("load", "m", "1", "device", True),
+        ("load", "m", None, "host", False),
+        ("unload", "m", None, True),
+        ("pull", None, "org/x", "1", True),
+    ]
+
+
 def test_messages_and_raw_prompts_are_prompts_too(serve: Serve):
     server = serve(m=FakeModel(answer=lambda prompt: prompt))
     with Client(server.url + "/v1/") as client:

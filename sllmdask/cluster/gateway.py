@@ -254,6 +254,21 @@ class Gateway:
         for old in [old for old in self._tokenizers if old[0] == model]:
             del self._tokenizers[old]
 
+    async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
+        """Make a model ready on a node (`tier` ``device``), or bring it to a node's host memory (``host``).
+
+        Raises :class:`ModelNotFound`, :class:`InvalidRequest` (no such node), :class:`LoadFailed`, :class:`NoWorker`...
+        """
+        return await self._ask("sllm_load", model=model, node=node, tier=tier, wait=wait)
+
+    async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
+        """Take a model from the devices; what runs may end first."""
+        return await self._ask("sllm_unload", model=model, node=node, wait=wait)
+
+    async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
+        """Bring the files of a model, or of a source that is not deployed, to a node's disk."""
+        return await self._ask("sllm_pull", model=model, source=source, node=node, wait=wait)
+
     async def tokenizer(self, model: str) -> Tokenizer:
         """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""
         key = (model, int(self._row(model)["revision"]))

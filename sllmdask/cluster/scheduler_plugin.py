@@ -11,10 +11,11 @@ import difflib
 import functools
 import itertools
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Scheduler
@@ -31,6 +32,7 @@ from sllmdask.errors import (
     CheckpointNotFound,
     ConfigError,
     EngineError,
+    InvalidRequest,
     ModelNotFound,
     NoWorker,
     SllmError,
@@ -39,7 +41,8 @@ from sllmdask.errors import (
 )
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.decisions import Decision, Refuse, ReportLoaded
+from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -110,16 +113,25 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         #: The last report of each load under way, by instance.
         self._progress: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.TimerHandle | None = None
+        #: What operators wait for: loads by wish, and instances that are to leave.
+        self._wishes: dict[str, asyncio.Future[ReportLoaded]] = {}
+        self._wish_numbers = itertools.count(1)
+        self._departures: dict[asyncio.Future[None], set[str]] = {}
         self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
         # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
         self._revisions = itertools.count(int(1e3 * time.time()))
-        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment)
+        #: What workers prove to each other that they know.
+        self._token = secrets.token_hex(16)
+        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment, self.peers)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
         scheduler.handlers["sllm_delete"] = self.delete
         scheduler.handlers["sllm_files"] = self.files
         scheduler.handlers["sllm_cluster"] = self.cluster
+        scheduler.handlers["sllm_load"] = self.load
+        scheduler.handlers["sllm_unload"] = self.unload
+        scheduler.handlers["sllm_pull"] = self.pull
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
     def on(self, event: ev.Event) -> None:
@@ -133,11 +145,30 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             raise
         for decision in decisions:
             try:
-                self.effects.enact(decision)
+                self.enact(decision)
             except Exception:
                 # The others were decided too, and the controller counts on all of them.
                 logger.exception("cannot enact %r", decision)
+        for gone, instances in list(self._departures.items()):
+            if self.controller.instances.keys().isdisjoint(instances):
+                del self._departures[gone]
+                if not gone.done():
+                    gone.set_result(None)
         self._tell_soon()
+
+    def enact(self, decision: Decision) -> None:
+        """Answer the operator who waits for it here; all else is for the cluster."""
+        wish = self._wishes.pop(decision.request, None) if isinstance(decision, ReportLoaded | Refuse) else None
+        if wish is None:
+            self.effects.enact(decision)
+        elif isinstance(decision, Refuse):
+            logger.info("refuse load=%s cause=%s why=%s", decision.request, decision.error.message, dict(decision.why))
+            if not wish.done():
+                wish.set_exception(decision.error)
+        elif isinstance(decision, ReportLoaded):
+            logger.info("loaded load=%s instance=%s waited_s=%.3f", decision.request, decision.instance, decision.waited_s)
+            if not wish.done():
+                wish.set_result(decision)
 
     # --- Dask's hooks ---
 
@@ -168,7 +199,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             address=worker,
             name=str(state.name),
             slots=facts["slots"],
-            host_capacity=facts["host_capacity"],
+            host_capacity=facts["tiers"]["host"]["capacity"],
+            node=facts["node"],
             residency=residency,
             bytes_per_s=bytes_per_s,
             overhead_s=overhead_s,
@@ -177,6 +209,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
         self._worker_joined.set()
         self.on(ev.WorkerJoined(time.monotonic(), view))
+        self.effects.start(self._welcome(worker))
         # It tells by its next account which of them are on its own disk.
         for source in {deployed.deployment.source for deployed in self.deployed.values()}:
             self.effects.start(self._look_for(worker, source))
@@ -206,6 +239,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 case {"kind": "lost", "instance": instance, "reason": reason}:
                     self.effects.instance_lost(instance)
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
+                case {"kind": "failed", "instance": instance, "reason": reason}:
+                    self.effects.instance_lost(instance)
+                    self.on(ev.LoadFailed(time.monotonic(), instance, reason))
                 case _:
                     logger.warning("unknown report from %s: %r", worker, message)
         except Exception:
@@ -222,7 +258,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))
         if account["version"] > view.version:
-            self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account)))
+            capacity = account["tiers"]["host"]["capacity"]
+            self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account), capacity))
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
@@ -398,6 +435,128 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         raise error
 
     @answer
+    async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
+        """Make an instance of a model ready, or bring its checkpoint to host memory; on `node`, or where it is best placed."""
+        deployed = self._deployed(model)
+        where = self._node(node)
+        view = self.controller.models[model]
+        if where is not None and view.nodes and where.name not in view.nodes:
+            raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "node")
+        if where is not None:
+            view = replace(view, nodes=(where.name,))
+        misfit = self.controller.feasible(view)
+        if misfit is not None:
+            raise misfit
+        said = dict.fromkeys(("model", "tier", "state", "node", "instance", "cold_start", "seconds"))
+        said |= {"model": model, "tier": tier, "keep_alive": self._keep_alive(deployed.deployment)}
+        if tier == Tier.HOST:
+            return said | await self._load_to_host(deployed, view, wait)
+        now = time.monotonic()
+        wish = RequestView(
+            f"load-{next(self._wish_numbers)}", model, "", now, now + FETCH_S, load_only=True, node=where.name if where else ""
+        )
+        logger.info("load asked for model=%s node=%s load=%s", model, node, wish.id)
+        report = self._wishes[wish.id] = asyncio.get_running_loop().create_future()
+        self.on(ev.LoadRequested(now, wish))
+        if not wait and not report.done():
+            report.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return said | {"state": "loading", "node": node}
+        loaded = await report
+        return said | {
+            "state": "ready",
+            "node": loaded.node,
+            "instance": loaded.instance,
+            "cold_start": str(loaded.loaded_from or "hit"),
+            "seconds": loaded.waited_s,
+        }
+
+    async def _load_to_host(self, deployed: Deployed, view: ModelView, wait: bool) -> dict[str, Any]:
+        source = deployed.deployment.source
+        allowed = [worker for worker in self.controller.workers.values() if not view.nodes or worker.name in view.nodes]
+        holding = [worker for worker in allowed if worker.residency.get(source) is Tier.HOST]
+        worker = min(holding, key=lambda worker: worker.name, default=None) or self.controller.best_worker(view, time.monotonic())
+        if worker is None:
+            raise NoWorker(view.name, "no worker is connected")
+        tier_from = worker.residency.get(source, Tier.REMOTE)
+        began_at = time.monotonic()
+        if not wait:
+            self.effects.start(self._preload_on(worker.address, deployed.deployment))
+            return {"state": "loading", "node": worker.name}
+        peers = self.peers(source, worker.address)
+        reply = await self._ask(worker.address, "sllm_preload", FETCH_S, source=source, peers=peers)
+        if "error" in reply:
+            raise from_wire(reply)
+        cold_start = "hit" if tier_from is Tier.HOST else reply.get("loaded_from") or str(tier_from)
+        return {"state": "host", "node": worker.name, "cold_start": cold_start, "seconds": time.monotonic() - began_at}
+
+    @answer
+    async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
+        """Take a model's instances from their devices, on `node` or everywhere; those that work finish first."""
+        deployed = self._deployed(model)
+        where = self._node(node)
+        leaving = {
+            instance.id: self.controller.workers[instance.worker].name
+            for instance in self.controller.instances_of(model)
+            if where is None or instance.worker == where.address
+        }
+        logger.info("unload asked for model=%s node=%s instances=%s", model, node, sorted(leaving))
+        gone = asyncio.get_running_loop().create_future()
+        self._departures[gone] = set(leaving)
+        self.on(ev.UnloadRequested(time.monotonic(), model, where.name if where else ""))
+        n_kept = deployed.deployment.auto_scaling_config.min_instances
+        warnings = [f"min_instances is {n_kept}: another instance is started at once"] if leaving and n_kept else []
+        if wait:
+            try:
+                await gone
+            finally:
+                self._departures.pop(gone, None)
+        return {
+            "model": model,
+            "state": "unloaded" if gone.done() else "unloading",
+            "instances": [{"instance": instance, "node": name} for instance, name in leaving.items()],
+            "warnings": warnings,
+        }
+
+    @answer
+    async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
+        """Bring a checkpoint's files to the disk of `node`, or of one that may run it. `source` may name a deployed model too."""
+        deployed = self._deployed(model) if model is not None else self.deployed.get(source or "")
+        where = self._node(node)
+        view = ModelView(source or "", nbytes=0) if deployed is None else self.controller.models[deployed.deployment.model]
+        source = (source or "") if deployed is None else deployed.deployment.source
+        if where is None:
+            where = self.controller.best_worker(view, time.monotonic())
+            there = [worker for worker in self.controller.workers.values() if source in worker.residency]
+            allowed = [worker for worker in there if not view.nodes or worker.name in view.nodes]
+            where = min(allowed, key=lambda worker: worker.name, default=where)
+        if where is None:
+            raise NoWorker(view.name, "no worker is connected that could hold it")
+        began_at = time.monotonic()
+        reply = await self._ask(where.address, "sllm_inspect", source=source, fetch=False)
+        fetched = "error" in reply and isinstance(from_wire(reply), CheckpointNotFound)
+        said = {"source": source, "node": where.name, "fetched": fetched}
+        if fetched:
+            logger.info("fetch source=%s worker=%s cause=an operator asked", source, where.address)
+            peers = self.peers(source, where.address)
+            fetching = self._ask(where.address, "sllm_pull", FETCH_S, source=source, peers=peers)
+            if not wait:
+                self.effects.start(self._log_fetch(source, where.address, fetching))
+                return said | {"state": "fetching", "nbytes": None, "seconds": None}
+            reply = await fetching
+        if "error" in reply:
+            error = from_wire(reply)
+            near = difflib.get_close_matches(source, self.deployed, n=1)
+            if isinstance(error, CheckpointNotFound) and near:
+                error = CheckpointNotFound(source, f"{error.reason}. Did you mean the deployed model {near[0]!r}?")
+            raise error
+        return said | {"state": "disk", "nbytes": reply["nbytes"], "seconds": time.monotonic() - began_at}
+
+    async def _log_fetch(self, source: str, worker: str, fetching: Awaitable[dict[str, Any]]) -> None:
+        reply = await fetching
+        if "error" in reply:
+            logger.warning("fetch failed source=%s worker=%s cause=%s", source, worker, from_wire(reply).message)
+
+    @answer
     async def cluster(self) -> dict[str, Any]:
         """Workers with their slots, tiers and models."""
         return {"workers": [self._worker_row(view) for view in self.controller.workers.values()]}
@@ -431,12 +590,31 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     "model": instance.model,
                     "state": str(instance.state),
                     "n_requests": instance.n_requests,
+                    "progress": self._progress_of(instance),
                     "engine": account["instances"].get(instance.id),
                 }
                 for instance in here
             ],
             "models": models,
         }
+
+    def _progress_of(self, instance: InstanceView) -> dict[str, Any] | None:
+        """How far a load is: ``done``, ``total`` in bytes, ``tier``, ``bytes_per_s``."""
+        told = self._progress.get(instance.id)
+        if told is None or instance.state is not InstanceState.LOADING:
+            return None
+        return {key: told[key] for key in ("done", "total", "tier", "bytes_per_s")}
+
+    def _node(self, name: str | None) -> WorkerView | None:
+        """The worker of that name; raises :class:`InvalidRequest` with near ones."""
+        if name is None:
+            return None
+        by_name = {worker.name: worker for worker in self.controller.workers.values()}
+        if name in by_name:
+            return by_name[name]
+        near = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:10]
+        known = f"Connected are {', '.join(map(repr, near))}." if near else "None is connected."
+        raise InvalidRequest(f"There is no node {name!r}. {known}", "node")
 
     def _deployed(self, model: str) -> Deployed:
         deployed = self.deployed.get(model)
@@ -485,6 +663,21 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 raise from_wire(reply)
         raise reasons[0]
 
+    async def _welcome(self, worker: str) -> None:
+        """Tell a worker what it shows to the others, so that they supply each other with checkpoints."""
+        await self._ask(worker, "sllm_welcome", token=self._token)
+
+    def peers(self, source: str, worker: str) -> list[str]:
+        """Where `worker` may have the files of `source` from: the other nodes that hold them, those in memory first."""
+        node = self._accounts.get(worker, {}).get("node")
+        found = []
+        for view in self.controller.workers.values():
+            account = self._accounts.get(view.address, {})
+            tier = view.residency.get(source)
+            if view.address != worker and tier in (Tier.HOST, Tier.DISK) and account.get("data") and account["node"] != node:
+                found.append((tier is Tier.DISK, view.name, account["data"]))
+        return [address for *_, address in sorted(found)]
+
     async def _look_for(self, worker: str, source: str) -> None:
         await self._ask(worker, "sllm_inspect", source=source, fetch=False)
 
@@ -518,7 +711,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return warnings
 
     async def _preload_on(self, worker: str, deployment: Deployment) -> None:
-        reply = await self._ask(worker, "sllm_preload", FETCH_S, source=deployment.source)
+        peers = self.peers(deployment.source, worker)
+        reply = await self._ask(worker, "sllm_preload", FETCH_S, source=deployment.source, peers=peers)
         if "error" in reply:
             logger.warning("preload failed model=%s worker=%s cause=%s", deployment.model, worker, from_wire(reply).message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -30,6 +31,12 @@ class Cluster(Protocol):
 
     async def delete(self, model: str) -> None: ...
 
+    async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]: ...
+
+    async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]: ...
+
+    async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]: ...
+
 
 class Admin:
     """The handlers, over one gateway."""
@@ -44,14 +51,33 @@ class Admin:
         return exchange.answer({"status": "ok", **registered})
 
     async def delete(self, request: web.Request) -> web.Response:
-        body = await exchange.read_json(request)
-        model = body.get("model") if isinstance(body, dict) else None
-        if not isinstance(model, str) or not model:
-            raise InvalidRequest("model must be the name of the model to delete.", "model")
-        if unknown := sorted(body.keys() - {"model"}):
-            raise InvalidRequest(f"Unknown field {unknown[0]!r}; a deletion has only 'model'.", unknown[0])
-        await self._gateway.delete(model)
+        (model,) = _read(await exchange.read_json(request), ("model",))
+        await self._gateway.delete(_name(model, "model"))
         return exchange.answer({"status": f"deleted model {model}"})
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Make a model ready, or bring it to host memory, before anybody asks for it."""
+        model, node, tier, wait = _read(await exchange.read_json(request), ("model", "node", "tier", "wait"))
+        if tier not in (None, "device", "host"):
+            raise InvalidRequest(f"tier must be 'device' or 'host', not {tier!r}.", "tier")
+        loaded = await self._gateway.load(_name(model, "model"), _node(node), tier or "device", _flag(wait))
+        return exchange.answer(loaded, status=202 if loaded["state"] == "loading" else 200)
+
+    async def unload(self, request: web.Request) -> web.Response:
+        """Take a model from the devices."""
+        model, node, wait = _read(await exchange.read_json(request), ("model", "node", "wait"))
+        unloaded = await self._gateway.unload(_name(model, "model"), _node(node), _flag(wait))
+        return exchange.answer(unloaded, status=202 if unloaded["state"] == "unloading" else 200)
+
+    async def pull(self, request: web.Request) -> web.Response:
+        """Bring a checkpoint's files to a node's disk."""
+        model, source, node, wait = _read(await exchange.read_json(request), ("model", "source", "node", "wait"))
+        if (model is None) == (source is None):
+            raise InvalidRequest("Give either 'model', the name of a deployed model, or 'source', a directory or an id.", "model")
+        model = None if model is None else _name(model, "model")
+        source = None if source is None else _name(source, "source")
+        pulled = await self._gateway.pull(model, source, _node(node), _flag(wait))
+        return exchange.answer(pulled, status=202 if pulled["state"] == "fetching" else 200)
 
     async def cluster(self, _: web.Request) -> web.Response:
         return exchange.answer(await self._gateway.cluster())
@@ -71,3 +97,33 @@ class Admin:
         if not self._gateway.ready:
             raise Unavailable(self._gateway.not_ready_reason)
         return exchange.answer({"status": "ready"})
+
+
+def _read(body: Any, fields: tuple[str, ...]) -> list[Any]:
+    """The values of `fields`, ``None`` where one is not given; nothing else may be."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    for unknown in sorted(body.keys() - set(fields)):
+        near = difflib.get_close_matches(unknown, fields, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(map(repr, fields))}."
+        raise InvalidRequest(f"Unknown field {unknown!r}. {hint}", unknown)
+    return [body.get(field) for field in fields]
+
+
+def _name(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{field} must be a name, as a text that is not empty.", field)
+    return value
+
+
+def _node(value: Any) -> str | None:
+    """Workers are named by texts that often are numbers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return None if value is None else _name(value, "node")
+
+
+def _flag(value: Any) -> bool:
+    if value not in (None, True, False):
+        raise InvalidRequest("wait must be true or false.", "wait")
+    return value is not False

@@ -154,6 +154,9 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/admin/cluster"), admin.cluster),
             web.get(tolerant("/admin/models"), admin.models),
             web.get(tolerant("/admin/requests"), admin.requests),
+            web.post(tolerant("/admin/load"), admin.load),
+            web.post(tolerant("/admin/unload"), admin.unload),
+            web.post(tolerant("/admin/pull"), admin.pull),
         ]
     )
     return app

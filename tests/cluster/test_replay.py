@@ -14,15 +14,14 @@ import pytest
 
 from sllmdask.batching.sequence import SamplingParams
 from sllmdask.cluster.deploy import local_cluster
-from sllmdask.cluster.effects import Effects
 from sllmdask.cluster.gateway import Gateway
 from sllmdask.cluster.journal import Delta, Finished, GenerateRequest
 from sllmdask.cluster.scheduler_plugin import SllmSchedulerPlugin
 from sllmdask.config import Deployment, EngineSettings, SchedulerSettings, Settings, parse
-from sllmdask.errors import ModelNotFound
+from sllmdask.errors import InvalidRequest, ModelNotFound
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 
 pytestmark = pytest.mark.cluster
 
@@ -88,13 +87,13 @@ async def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) ->
 @pytest.mark.asyncio
 async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_decided(monkeypatch):
     live: list[Decision] = []
-    enact = Effects.enact
+    enact = SllmSchedulerPlugin.enact
 
-    def enact_and_record(self: Effects, decision: Decision) -> None:
+    def enact_and_record(self: SllmSchedulerPlugin, decision: Decision) -> None:
         live.append(decision)
         enact(self, decision)
 
-    monkeypatch.setattr(Effects, "enact", enact_and_record)
+    monkeypatch.setattr(SllmSchedulerPlugin, "enact", enact_and_record)
     async with one_slot() as (plugin, traffic):
         controller = plugin.controller
         await traffic.deploy("demo-llama")
@@ -116,6 +115,14 @@ async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_d
         with pytest.raises(ModelNotFound):
             await refused
         assert await long == 300
+        # An operator who loads under somebody's feet, unloads while it works, and is refused.
+        long = asyncio.create_task(traffic.ask("demo-llama", 300))
+        await until("it runs", lambda: any(r.model == "demo-llama" for r in controller.running.values()))
+        leaving = asyncio.create_task(traffic.gateway.unload("demo-llama", None, True))
+        assert (await traffic.gateway.load("demo-llama", "0", "device", True))["state"] == "ready"
+        assert (await leaving)["state"] == "unloaded" and await long == 300
+        with pytest.raises(InvalidRequest):
+            await traffic.gateway.load("demo-llama", "1", "device", True)
         # A worker that dies with a request on its way, and a time to keep that ends.
         await traffic.deploy("demo-qwen", auto_scaling_config={"keep_alive": 0.1})
         (worker,) = controller.workers
@@ -126,8 +133,8 @@ async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_d
 
     kinds = {type(event) for event in log}
     assert kinds >= {ev.WorkerJoined, ev.WorkerLeft, ev.WorkerReported, ev.ModelDeployed, ev.ModelDeleted, ev.TimerFired}
-    assert kinds >= {ev.RequestArrived, ev.RequestEnded, ev.LoadFinished, ev.UnloadFinished}
-    assert {type(decision) for decision in decided} == {Load, Unload, Dispatch, Refuse, WakeAt}
+    assert kinds >= {ev.RequestArrived, ev.RequestEnded, ev.LoadFinished, ev.UnloadFinished, ev.LoadRequested, ev.UnloadRequested}
+    assert {type(decision) for decision in decided} == {Load, Unload, Dispatch, ReportLoaded, Refuse, WakeAt}
     fresh = Controller(controller.settings)
     again = [decision for event in log for decision in fresh.handle(event)]
     assert list(map(plain, again)) == list(map(plain, decided))

@@ -7,10 +7,18 @@ from random import Random
 
 import pytest
 
-from sllmdask.errors import InsufficientMemory, LoadFailed, ModelNotFound, NoWorker, QueueFull, QueueTimeout
+from sllmdask.errors import (
+    InsufficientMemory,
+    InvalidRequest,
+    LoadFailed,
+    ModelNotFound,
+    NoWorker,
+    QueueFull,
+    QueueTimeout,
+)
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.decisions import Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
 from sllmdask.sim.run import Costs, simulate
 
@@ -39,6 +47,12 @@ def controller_with(*models, workers=(NODE,), **settings) -> Controller:
 def ask(controller, request_id, model, at, deadline_s=100.0, priority=0, front_door="door"):
     request = RequestView(request_id, model, front_door, at, at + deadline_s, priority)
     return acts(controller.handle(ev.RequestArrived(at, request)))
+
+
+def wish(controller, request_id, model, at, node="", deadline_s=100.0):
+    """What an operator's load begins."""
+    request = RequestView(request_id, model, "", at, at + deadline_s, load_only=True, node=node)
+    return acts(controller.handle(ev.LoadRequested(at, request)))
 
 
 def acts(decisions):
@@ -147,6 +161,39 @@ def test_target_nodes_are_the_only_ones_used():
     (load,) = ask(controller, "r1", "a", 1.0)
     assert load.worker == "tcp://two"
     assert load.why["tcp://one"] == "not among the model's nodes 1"
+
+
+def test_what_a_worker_pins_takes_memory_from_the_others_of_its_node_once_for_each_checkpoint():
+    small = replace(NODE, host_capacity=3 * GiB, node="host")
+    twin = replace(small, address="tcp://two", name="1")
+    apart = replace(small, address="tcp://far", name="9", node="elsewhere", bytes_per_s={Tier.DISK: 0.1 * GiB})
+    big = ModelView("big", nbytes=int(2.5 * GiB))
+    for workers, where in (((small, twin), []), ((small, twin, apart), ["tcp://far"])):
+        controller = controller_with(A, replace(A, name="same", checkpoint="a"), big, workers=workers)
+        ask(controller, "r1", "a", at=1.0)
+        [load] = [one for one in ask(controller, "r2", "big", at=1.0) if isinstance(one, Load)] or [None]
+        assert ([load.worker] if load else []) == where
+    controller = controller_with(A, replace(A, name="same", checkpoint="a"), workers=(replace(small, host_capacity=GiB), twin))
+    ask(controller, "r1", "a", at=1.0)
+    assert isinstance(ask(controller, "r2", "same", at=1.0)[0], Load), "the same checkpoint is there already"
+
+
+def test_a_node_that_gets_more_memory_is_believed():
+    controller = controller_with(replace(A, nbytes=9 * GiB))
+    assert ask(controller, "r1", "a", at=1.0) == []
+    report = ev.WorkerReported(2.0, NODE.address, 1, NODE.residency, NODE.bytes_per_s, {}, 16 * GiB)
+    assert [type(decision) for decision in acts(controller.handle(report))] == [Load]
+
+
+def test_a_load_that_fails_while_the_instance_serves_already_is_a_failed_load():
+    controller = controller_with(A)
+    [load] = ask(controller, "r1", "a", at=1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    controller.handle(ev.LoadFailed(3.0, load.instance, "a bit had flipped"))
+    assert controller.instances == {}
+    assert controller.last_failure("a") == "a bit had flipped"
+    [refuse] = acts(controller.handle(ev.RequestReturned(3.0, "r1")))
+    assert isinstance(refuse.error, LoadFailed)
 
 
 def test_an_instance_of_two_slots_waits_for_both():
@@ -475,6 +522,165 @@ def test_higher_priority_is_served_first():
     assert order == ["first", "low"]
 
 
+TWO = (NODE, replace(NODE, address="tcp://two", name="1"))
+
+
+def test_a_wished_load_takes_the_way_of_a_request_and_leaves_the_instance_idle():
+    controller = controller_with(replace(A, keep_alive_s=30.0))
+    (load,) = wish(controller, "w1", "a", 1.0)
+    assert (load.model, load.worker, load.ready_in_s) == ("a", "tcp://one", 1.0)
+    decisions = controller.handle(ev.LoadFinished(2.5, load.instance, Tier.DISK))
+    assert acts(decisions) == [ReportLoaded("w1", load.instance, "0", waited_s=1.5, loaded_from=Tier.DISK)]
+    assert wake(decisions) == 32.5  # its keep-alive runs
+    assert wish(controller, "w2", "a", 3.0) == [ReportLoaded("w2", load.instance, "0", waited_s=0.0)]
+    (dispatch,) = ask(controller, "r1", "a", 4.0)
+    assert (dispatch.instance, dispatch.loaded_from) == (load.instance, None)
+
+
+def test_a_full_instance_is_ready_all_the_same():
+    controller = controller_with(A, max_requests=1)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert wish(controller, "w", "a", 3.0) == [ReportLoaded("w", load.instance, "0", waited_s=0.0)]
+
+
+def test_a_load_wished_for_on_a_node_goes_there_though_the_model_is_ready_elsewhere():
+    controller = controller_with(A, B, workers=TWO)
+    (load,) = wish(controller, "w1", "a", 1.0, node="1")
+    assert load.worker == "tcp://two"
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (load_b,) = ask(controller, "rb", "b", 3.0)
+    controller.handle(ev.LoadFinished(4.0, load_b.instance, Tier.DISK))
+    assert load_b.worker == "tcp://one"
+    assert wish(controller, "w2", "a", 5.0, node="0") == []  # busy with the other model
+    (unload,) = acts(controller.handle(ev.RequestEnded(6.0, "rb")))
+    assert (unload.model, unload.cause) == ("b", "evicted")
+    (second,) = acts(controller.handle(ev.UnloadFinished(6.5, load_b.instance)))
+    assert (second.model, second.worker) == ("a", "tcp://one")
+    (report,) = acts(controller.handle(ev.LoadFinished(7.0, second.instance, Tier.HOST)))
+    assert (report.request, report.node, report.loaded_from) == ("w2", "0", Tier.HOST)
+
+
+def test_loads_wished_for_on_two_nodes_are_two_and_a_request_makes_no_third():
+    controller = controller_with(A, workers=TWO)
+    loads = wish(controller, "w1", "a", 1.0, node="0") + wish(controller, "w2", "a", 1.0, node="1")
+    assert ask(controller, "r", "a", 1.1) == []
+    assert [load.worker for load in loads] == ["tcp://one", "tcp://two"]
+    assert wish(controller, "w3", "a", 1.2, node="1") == []
+    first = acts(controller.handle(ev.LoadFinished(2.0, loads[0].instance, Tier.DISK)))
+    assert {type(decision): decision.request for decision in first} == {ReportLoaded: "w1", Dispatch: "r"}
+    both = acts(controller.handle(ev.LoadFinished(3.0, loads[1].instance, Tier.DISK)))
+    assert [(decision.request, decision.node) for decision in both] == [("w2", "1"), ("w3", "1")]
+
+
+@pytest.mark.parametrize(
+    ("model", "node", "error", "reason"),
+    [
+        (replace(A, nodes=("0",)), "1", InvalidRequest, "only run on its nodes 0"),
+        (replace(A, max_instances=1), "1", LoadFailed, "max_instances is 1, and it is loaded on node 0"),
+    ],
+)
+def test_a_load_that_the_deployment_forbids_is_refused_with_the_reason(model, node, error, reason):
+    controller = controller_with(model, workers=TWO)
+    (load,) = wish(controller, "w0", "a", 1.0, node="0")
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (refuse,) = wish(controller, "w1", "a", 3.0, node=node)
+    assert (refuse.request, type(refuse.error)) == ("w1", error)
+    assert reason in refuse.error.message
+    assert not controller.waiting
+
+
+def test_a_wished_load_that_fails_is_answered_with_the_reason_and_tried_at_once_when_wished_for_again():
+    controller = controller_with(A, workers=TWO)
+    (load,) = wish(controller, "w1", "a", 1.0, node="0")
+    (refuse,) = acts(controller.handle(ev.LoadFailed(2.0, load.instance, "disk on fire")))
+    assert isinstance(refuse.error, LoadFailed) and "disk on fire" in refuse.error.message
+    (again,) = wish(controller, "w2", "a", 2.1, node="0")
+    assert (again.model, again.worker) == ("a", "tcp://one")
+
+
+def test_a_wish_for_a_node_that_has_left_is_refused_after_a_while_and_one_for_an_unknown_model_at_once():
+    controller = controller_with(A, B, workers=TWO, worker_wait_s=20.0)
+    ask(controller, "rb", "b", 0.5)
+    assert wish(controller, "w1", "a", 1.0, node="0") == []
+    assert acts(controller.handle(ev.WorkerLeft(2.0, "tcp://one"))) != []  # the request for b goes to the other node
+    (refuse,) = acts(controller.handle(ev.TimerFired(22.0)))
+    assert (refuse.request, type(refuse.error)) == ("w1", NoWorker)
+    assert "nodes 0 are not connected" in refuse.error.message
+    (refuse,) = wish(controller, "w2", "nobody", 23.0)
+    assert isinstance(refuse.error, ModelNotFound)
+
+
+def test_a_wish_waits_for_its_turn_closes_what_is_in_its_way_and_has_a_deadline():
+    controller = controller_with(A, B, patience_s=5.0)
+    (load,) = ask(controller, "ra", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert wish(controller, "w", "b", 3.0, deadline_s=60.0) == []
+    controller.handle(ev.TimerFired(8.0))
+    assert ask(controller, "ra2", "a", 9.0) == []
+    (refuse,) = acts(controller.handle(ev.TimerFired(63.0)))[:1]
+    assert (refuse.request, type(refuse.error)) == ("w", QueueTimeout)
+
+
+def test_a_wish_takes_no_place_in_the_queue_and_counts_for_no_further_instance():
+    controller = controller_with(replace(A, target=1), B, max_queue=1, workers=(replace(NODE, slots=1), replace(TWO[1], slots=1)))
+    assert len(wish(controller, "w1", "a", 1.0)) == 1
+    assert wish(controller, "w2", "a", 1.0) == []
+    assert [type(decision) for decision in ask(controller, "rb", "b", 1.1)] == [Load]
+
+
+def test_an_idle_model_is_unloaded_when_asked_and_loads_again_on_its_next_request():
+    controller = controller_with(A)
+    (load,) = wish(controller, "w", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert acts(controller.handle(ev.UnloadRequested(3.0, "a"))) == [Unload(load.instance, "a", "tcp://one", "asked for")]
+    assert ask(controller, "r", "a", 3.1) == []
+    (again,) = acts(controller.handle(ev.UnloadFinished(3.2, load.instance)))
+    assert again.model == "a"
+
+
+def test_a_busy_model_gets_no_new_requests_and_is_unloaded_after_its_last_one():
+    controller = controller_with(A, workers=TWO)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert acts(controller.handle(ev.UnloadRequested(3.0, "a"))) == []
+    (other,) = ask(controller, "r2", "a", 3.5)
+    assert (type(other), other.worker) == (Load, "tcp://two")
+    (unload,) = acts(controller.handle(ev.RequestEnded(4.0, "r1")))
+    assert (unload.instance, unload.cause, unload.forget) == (load.instance, "asked for", False)
+
+
+def test_unloading_on_one_node_leaves_the_others_alone():
+    controller = controller_with(A, workers=TWO)
+    loads = wish(controller, "w0", "a", 1.0, node="0") + wish(controller, "w1", "a", 1.0, node="1")
+    for load in loads:
+        controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (unload,) = acts(controller.handle(ev.UnloadRequested(3.0, "a", "1")))
+    assert (unload.instance, unload.worker) == (loads[1].instance, "tcp://two")
+    assert acts(controller.handle(ev.UnloadRequested(4.0, "b"))) == []
+
+
+def test_unloading_calls_off_a_load_and_the_wish_for_it():
+    controller = controller_with(A)
+    (load,) = wish(controller, "w", "a", 1.0)
+    refuse, unload = acts(controller.handle(ev.UnloadRequested(1.5, "a")))
+    assert (refuse.request, type(refuse.error)) == ("w", LoadFailed)
+    assert (unload.instance, unload.cause) == (load.instance, "asked for")
+    assert acts(controller.handle(ev.UnloadFinished(1.6, load.instance))) == []
+
+
+def test_the_best_worker_is_where_a_request_would_go_and_of_busy_ones_the_fastest():
+    fast = replace(TWO[1], bytes_per_s={Tier.DISK: 2.0 * GiB})
+    controller = controller_with(A, B, workers=(NODE, fast))
+    assert controller.best_worker(B, 0.0) == fast
+    (load,) = ask(controller, "ra", "a", 1.0)
+    assert load.worker == fast.address
+    assert controller.best_worker(B, 1.0) == NODE
+    ask(controller, "rb", "b", 1.0)
+    assert controller.best_worker(replace(B, name="c"), 1.0) == fast
+    assert controller.best_worker(replace(B, nbytes=9 * GiB), 1.0) is None
+
+
 def check_invariants(controller: Controller) -> None:
     """Slots are never oversold, counts agree with the requests, nobody is in two places."""
     for worker in controller.workers.values():
@@ -525,6 +731,33 @@ def test_random_traffic_is_all_answered_and_slots_are_never_oversold(seed):
     assert not outcome.refused
     assert not controller.waiting
     assert not controller.running
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic_with_an_operator_who_loads_and_unloads_is_all_answered(seed):
+    rng = Random(seed)
+    workers = [replace(NODE, address=f"tcp://{i}", name=str(i), slots=rng.randint(1, 3)) for i in range(rng.randint(1, 4))]
+    models = [ModelView(name, nbytes=GiB, target=rng.randint(1, 4), keep_alive_s=rng.choice([0.0, 5.0])) for name in "abcd"]
+    controller = controller_with(*models, workers=workers, max_requests=rng.choice([1, 64]), patience_s=3.0)
+    events, wishes, now = [], set(), 0.0
+    for i in range(300):
+        now += rng.expovariate(2.0)
+        name, node = rng.choice("abcd"), rng.choice(["", *(worker.name for worker in workers)])
+        kind = rng.random()
+        if kind < 0.7:
+            events.append(ev.RequestArrived(now, RequestView(f"r{i}", name, "door", now, now + 1e6)))
+        elif kind < 0.9:
+            wishes.add(f"w{i}")
+            events.append(ev.LoadRequested(now, RequestView(f"w{i}", name, "", now, now + 1e6, load_only=True, node=node)))
+        else:
+            events.append(ev.UnloadRequested(now, name, node))
+    outcome = simulate(controller, events, Costs(service_s=lambda _: rng.expovariate(1.0)), check=check_invariants)
+    n_requests = sum(isinstance(event, ev.RequestArrived) for event in events)
+    assert len(outcome.ended_at) == n_requests
+    reported = {decision.request for _, decision in outcome.decisions if isinstance(decision, ReportLoaded)}
+    assert reported | set(outcome.refused) == wishes and not reported & set(outcome.refused)
+    assert all("unloaded it" in refuse.error.message for refuse in outcome.refused.values())
+    assert not controller.waiting and not controller.running
 
 
 def test_the_same_events_give_the_same_decisions():
