@@ -28,6 +28,7 @@ from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import Cancelled, CheckpointError, CheckpointNotFound, EngineError, InstanceGone, SllmError, Unavailable
 from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -321,9 +322,10 @@ class InstanceRegistry:
         instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 
-    async def preload(self, source: str, peers: Sequence[str] = ()) -> None:
-        """Bring a checkpoint to the host tier and leave it there, unpinned. Raises what the store raises."""
-        (await self.store.load(source, self.resolve(source), peers=peers)).release()
+    async def preload(self, source: str, peers: Sequence[str] = ()) -> Tier:
+        """Bring a checkpoint to the host tier, and leave it there unpinned; returns where it was. Raises what the store does."""
+        with await self.store.load(source, self.resolve(source), peers=peers) as lease:
+            return lease.tier_from
 
     async def unload(self, instance_id: str, forget: bool, grace_s: float = UNLOAD_GRACE_S) -> None:
         """Close an instance and keep its checkpoint in the host tier, unless it is to be forgotten; idempotent.

@@ -226,10 +226,10 @@ class SllmWorkerPlugin(WorkerPlugin):
         """Bring a checkpoint to host memory before anybody asks for it."""
         assert self.registry is not None
         try:
-            await self.registry.preload(source, peers or ())
+            loaded_from = await self.registry.preload(source, peers or ())
         except SllmError as error:
             return error.as_wire()
-        return {}
+        return {"loaded_from": str(loaded_from)}
 
     async def pull(self, source: str, peers: list[str] | None = None) -> dict[str, Any]:
         """Bring the files of a checkpoint to this node's disk."""
