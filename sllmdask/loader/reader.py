@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -460,10 +460,9 @@ class _Reading:
 
     def work(self, staging: Scratch) -> None:
         try:
-            with ExitStack() as stack:
-                nbytes = self.scratch_nbytes
-                scratch = stack.enter_context(staging.borrow(nbytes)) if nbytes else 0
-                outlet = stack.enter_context(self._sink.open(self._finished))
+            nbytes = self.scratch_nbytes
+            # No ExitStack: its frame would keep an error that one of these ends with, and so the caller's frames and memory.
+            with staging.borrow(nbytes) if nbytes else nullcontext(0) as scratch, self._sink.open(self._finished) as outlet:
                 while (number := self._next()) is not None:
                     self._bring(number, scratch, outlet)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for all
