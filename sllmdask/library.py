@@ -31,6 +31,7 @@ from sllmdask.errors import CheckpointCorrupt, ConfigError, InsufficientMemory, 
 from sllmdask.loader import tiers
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.convert import write_checkpoint
+from sllmdask.loader.device import load_to_device
 from sllmdask.loader.format import read_index
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
@@ -73,6 +74,8 @@ def load_state_dict(
 
     Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt` (which names file and tensor), :class:`OSError`.
     """
+    if torch.device(device).type == "cuda" and dtype is None:
+        return load_to_device(path, device, n_readers=n_readers, verify=verify, progress=progress)
     with _Reading(path, n_readers, verify, progress) as reading:
         loaded = {}
         for name in list(reading.tensors):

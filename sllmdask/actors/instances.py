@@ -25,8 +25,10 @@ from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
+from sllmdask.engine.runner import pick_device
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import Cancelled, CheckpointError, CheckpointNotFound, EngineError, InstanceGone, SllmError, Unavailable
+from sllmdask.loader.device import CudaDevice, DeviceCopy
 from sllmdask.loader.store import CheckpointStore, HostLease
 from sllmdask.policy.views import Tier
 
@@ -50,6 +52,8 @@ class Instance:
         self._lease: HostLease | None = None
         self._engine: EngineThread | None = None
         self.skeleton: Skeleton | None = None
+        #: What brings the weights to a GPU.
+        self.copying: DeviceCopy | None = None
         self._loading: asyncio.Task[dict[str, Any]] | None = None
         self._building = False
         #: While the last bytes are on their way to an engine that takes requests already.
@@ -167,6 +171,9 @@ class Instance:
             arriving.cancel()
             self._let_go()
         engine, self._engine = self._engine, None
+        if self.copying is not None:
+            await asyncio.to_thread(self.copying.close)
+            self.copying = None
         if engine is not None:
             await asyncio.to_thread(engine.close)
             self._registry.put_aside(self)
@@ -309,16 +316,26 @@ class InstanceRegistry:
     def _build(self, lease: HostLease, instance: Instance, loop: asyncio.AbstractEventLoop) -> EngineThread:
         settings = self.settings if instance.dtype == "auto" else self.settings.model_copy(update={"dtype": instance.dtype})
         wait = None if lease.arrivals is None else lease.arrivals.wait
+        tensors = lease.tensors
         path = Path(lease.path)
+        device = pick_device(settings.device)
+        copying: DeviceCopy | None = None
+        if device.type == "cuda":
+            copying = DeviceCopy(instance.model, lease.index, lease.plan, lease.buffer, CudaDevice(device), lease.arrivals)
+            tensors, wait = copying.tensors, copying.arrived.wait
         try:
             skeleton = self._shelf.take(path)
-            engine = build_engine(path, lease.tensors, settings, skeleton=skeleton, wait=wait)
-        except CheckpointNotFound:
+            engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait)
+        except BaseException as error:
+            if copying is not None:
+                copying.close()
+            if not isinstance(error, CheckpointNotFound):
+                raise
             if path == Path(lease.path):
                 raise
             # The directory has its final name only now, because a fetch was completed.
             return self._build(lease, instance, loop)
-        instance.skeleton = skeleton
+        instance.skeleton, instance.copying = skeleton, copying
         instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from sllmdask.errors import Cancelled, ConfigError, InsufficientMemory
 from sllmdask.loader import libc
 from sllmdask.loader.arrivals import Arrivals
+from sllmdask.loader.buffers import Buffer, address_of
 from sllmdask.loader.fast_format import ALIGNMENT
 from sllmdask.loader.format import CheckpointIndex, read_index
 from sllmdask.loader.plan import BLOCK, ReadPlan, plan_reads, round_up
@@ -619,3 +620,55 @@ def _affordable(plan: ReadPlan, n_threads: int, limit: int | None) -> int:
     """Bytes of the ring for `n_threads` threads, or as many as fit in `limit` bytes."""
     useful = ring_nbytes(plan, max(1, min(n_threads, len(plan.chunks))))
     return useful if limit is None else min(useful, limit // BLOCK * BLOCK)
+
+
+class DeviceCopy:
+    """A checkpoint that follows, from host memory where it is or is still arriving, to a device.
+
+    `tensors` have their places on the device at once; ``arrived`` says which of them may be used. The host memory is locked
+    while the copies run and must stay until :meth:`close` has returned, after which it is not needed any more.
+    """
+
+    def __init__(
+        self, model: str, index: CheckpointIndex, plan: ReadPlan, buffer: Buffer, device: Device, arriving: Arrivals | None
+    ) -> None:
+        """`arriving`: ``None`` if every byte is in `buffer`. Raises :class:`InsufficientMemory` of the device."""
+        layout = lay_out(index, plan)
+        memory = device.allocate(model, layout.nbytes)
+        self.tensors = device_views(index, layout.positions, memory)
+        self.arrived = Arrivals(plan)
+        self._cancel = threading.Event()
+        held = [buffer, memory]
+        self._thread = threading.Thread(
+            target=self._run, args=(plan, layout, held, device, arriving), name=f"to-device-{model}", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, plan: ReadPlan, layout: Layout, held: list[Any], device: Device, arriving: Arrivals | None) -> None:
+        buffer, memory = held
+        held.clear()
+        pins = Pins(device)
+        try:
+            pins.add(address_of(buffer), plan.nbytes, self._cancel)
+            copy_behind(
+                plan, address_of(buffer), layout, memory, device, arriving=arriving, arrived=self.arrived, cancel=self._cancel
+            )
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits for tensors
+            self.arrived.fail(error)
+        finally:
+            pins.close()
+            del buffer, memory
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until the last copy is done, or has failed; false after `timeout_s` seconds."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Call off what is not copied yet; returns when no copy runs and the host memory is locked no more.
+
+        A wait for bytes that are still to be read ends only when their read does: that is called off before.
+        """
+        self._cancel.set()
+        self.arrived.fail(Cancelled("the copy to the device was called off"))
+        self._thread.join()

@@ -31,6 +31,7 @@ from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, BufferPool, address_of
 from sllmdask.loader.device import (
     CudaDevice,
+    DeviceCopy,
     Layout,
     Pins,
     Ring,
@@ -1172,3 +1173,60 @@ class TestGpu:
         del tensors
         gc.collect()
         assert torch.cuda.memory_allocated(gpu.device) == before
+
+
+# --- a copy that an engine follows -----------------------------------------------------------------------------------
+
+
+def test_tensors_on_the_device_can_be_waited_for_while_their_bytes_are_still_read(checkpoint):
+    device, may = FakeDevice(threaded=True), threading.Event()
+    index = read_index(checkpoint)
+    plan = plan_reads(index, CHUNK)
+    buffer = BufferPool(2**30).lease(plan.nbytes)
+    arriving = Arrivals(plan)
+    last = len(plan.chunks) - 1
+    source = Watched(plan, lambda number: None if number < last else assert_set(may))
+    reading = threading.Thread(
+        target=read_chunks, args=(plan, address_of(buffer)), kwargs={"source": source, "arrivals": arriving, "n_threads": 1}
+    )
+    reading.start()
+    copying = DeviceCopy("model", index, plan, buffer, device, arriving)
+    first = min(copying.tensors, key=lambda name: max(plan.chunks_of[name]))
+    copying.arrived.wait([first], 30)
+    assert torch.equal(octets(copying.tensors[first]), octets(layers()[first]))
+    assert not arriving.done
+    may.set()
+    reading.join()
+    assert copying.join(30)
+    assert device.pins == {}
+    assert_same(copying.tensors, layers())
+    copying.close()
+    del copying
+    assert device.is_clean
+
+
+def test_a_copy_that_is_closed_early_leaves_nothing_and_tells_who_waits(checkpoint):
+    device = FakeDevice()
+    index = read_index(checkpoint)
+    plan = plan_reads(index, CHUNK)
+    arriving = Arrivals(plan)
+    copying = DeviceCopy("model", index, plan, BufferPool(2**30).lease(plan.nbytes), device, arriving)
+    arriving.fail(Cancelled("the read was called off"))
+    copying.close()
+    with pytest.raises(Cancelled):
+        copying.arrived.wait(["norm.w"])
+    del copying
+    assert device.is_clean
+
+
+def test_a_device_without_room_says_so_before_anything_is_copied(checkpoint):
+    device = FakeDevice(limit=1000)
+    index = read_index(checkpoint)
+    plan = plan_reads(index, CHUNK)
+    with pytest.raises(InsufficientMemory):
+        DeviceCopy("model", index, plan, host_copy(plan), device, None)
+    assert device.is_clean
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(30)
