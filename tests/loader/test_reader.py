@@ -27,7 +27,8 @@ from sllmdask.loader.kernels import xxh64
 from sllmdask.loader.plan import BLOCK, ChunkRead, ReadPlan, plan_reads, round_up
 from sllmdask.loader.reader import FileSystems, LocalFiles, cached_pages, read_chunks
 from sllmdask.loader.store import read_checkpoint
-from sllmdask.loader.tiers import tensor_views
+from sllmdask.loader.tiers import sources_of, tensor_views
+from sllmdask.loader.writer import write_checkpoint
 
 CHUNK = 64 * 1024
 
@@ -819,3 +820,50 @@ def test_whatever_safetensors_writes_is_read_as_it_reads_it(shards, chunk_size, 
             assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
             if tensor.numel():
                 assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+# --- what is there already, and what is checked by other threads -----------------------------------------------------
+
+
+@pytest.mark.parametrize("compress", ["no", "yes"])
+def test_only_what_is_not_resident_is_read_and_the_rest_is_said_to_be_there(tmp_path, compress, preads):
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"layers.{i}.w": (torch.randn(1024, 700, generator=generator) * 0.02).bfloat16() for i in range(6)}
+    write_checkpoint(sources_of(tensors), tmp_path / "fast", compress=compress)
+    index = read_index(tmp_path / "fast")
+    plan = plan_reads(index, CHUNK)
+    whole = BufferPool(2**30).lease(plan.nbytes)
+    read_chunks(plan, address_of(whole))
+    for n_resident in range(len(plan.chunks) + 1):
+        resident_nbytes = sum(chunk.decoded for chunk in plan.chunks[:n_resident])
+        buffer = BufferPool(2**30).lease(plan.nbytes)
+        buffer[:] = 0xEE
+        buffer[:resident_nbytes] = whole[:resident_nbytes]
+        preads.clear()
+        seen, arrivals = [], Arrivals(plan)
+        read_chunks(plan, address_of(buffer), arrivals=arrivals, on_progress=seen.append, resident_nbytes=resident_nbytes)
+        assert (buffer == whole).all()
+        assert arrivals.done and seen[-1] == plan.payload and seen == sorted(seen)
+        assert (not preads) == (n_resident == len(plan.chunks))
+        wanted = sum(chunk.wanted for chunk in plan.chunks[n_resident:])
+        assert wanted <= sum(nbytes for _, nbytes in preads) <= wanted + BLOCK * len(plan.chunks)
+
+
+def test_a_flipped_bit_in_any_chunk_of_a_run_is_found_by_whoever_checks_it(tmp_path):
+    tensors = {f"layers.{i}.w": torch.full((1024, 700), i, dtype=torch.bfloat16) for i in range(12)}
+    write_checkpoint(sources_of(tensors), tmp_path / "fast")
+    [data] = [tmp_path / "fast" / file.name for file in read_index(tmp_path / "fast").files]
+    sound = data.read_bytes()
+    plan = plan_reads(read_index(tmp_path / "fast"), CHUNK)
+    assert len(plan.chunks) > reader.RUN_NBYTES // (2 * 1024**2), "several runs"
+    for number, chunk in enumerate(plan.chunks):
+        damaged = bytearray(sound)
+        damaged[chunk.offset + chunk.wanted // 3] ^= 4
+        data.write_bytes(damaged)
+        buffer = BufferPool(2**30).lease(plan.nbytes)
+        arrivals = Arrivals(plan)
+        with pytest.raises(CheckpointCorrupt) as caught:
+            read_chunks(plan, address_of(buffer), arrivals=arrivals)
+        assert caught.value.tensor == plan.first_tensor(number)
+        with pytest.raises(CheckpointCorrupt):
+            arrivals.wait_chunk(number)
