@@ -105,7 +105,10 @@ class Arrivals:
 def _fresh(error: BaseException) -> BaseException:
     """`error` again, without its traceback and its causes."""
     try:
-        return copy.copy(error)
+        fresh = copy.copy(error)
     except TypeError:
         # Its class wants other arguments than it keeps.
         return RuntimeError(f"{type(error).__name__}: {error}")
+    # Dask has exceptions copied with their tracebacks.
+    fresh.__traceback__ = fresh.__cause__ = fresh.__context__ = None
+    return fresh

@@ -188,7 +188,8 @@ class _Subscribers:
         return partial(self._callbacks.remove, callback)
 
     def changed(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._callbacks and not self._announced:
+        # Memory may come back when the loop, and who listened on it, is gone.
+        if self._callbacks and not self._announced and not loop.is_closed():
             self._announced = True
             loop.call_soon(self._announce, loop)
 
@@ -441,6 +442,8 @@ class _Link:
 
     def _lose(self) -> None:
         """The keeper is gone, or deaf. Memory stays as long as it is looked at."""
+        if not self._leaving:
+            logger.warning("lost the keeper of this node's host memory; what is not in use is read again, by a new one")
         self.lost = True
         self._loop.remove_reader(self._socket.fileno())
         self._leave()
@@ -548,6 +551,8 @@ class SharedPool:
         self._contribution = capacity
         self._hello = {"op": "hello", "name": member or str(os.getpid()), "grace_s": grace_s, "trim_s": trim_s}
         self._populate = populate
+        self._populating: list[threading.Thread] = []
+        self._stop = threading.Event()
         self._log = log
         self._prefault = 0
         self._link: _Link | None = None
@@ -619,6 +624,9 @@ class SharedPool:
 
     async def close(self) -> None:
         self._closed = True
+        self._stop.set()
+        for thread in self._populating:
+            await asyncio.to_thread(thread.join)
         async with self._joining:
             link, self._link = self._link, None
         if link is not None:
@@ -671,7 +679,10 @@ class SharedPool:
         if self._populate and segment.ready and len(extents) == 1 and grant["segment"] not in link.populated:
             link.populated.add(grant["segment"])
             held = deque([buffer])
-            threading.Thread(target=_populate, args=(held,), name="populate", daemon=True).start()
+            self._populating = [thread for thread in self._populating if thread.is_alive()]
+            thread = threading.Thread(target=_populate, args=(held, self._stop), name="populate", daemon=True)
+            self._populating.append(thread)
+            thread.start()
         return segment
 
 
@@ -686,13 +697,13 @@ def _never_mind(joining: asyncio.Future[tuple[socket.socket, int, int, int]]) ->
         os.close(fd)
 
 
-def _populate(held: deque[Buffer]) -> None:
+def _populate(held: deque[Buffer], stop: threading.Event) -> None:
     """In a thread: map the pages of the buffer in `held`, which is empty afterwards: the executor forgets arguments late."""
     buffer = held.popleft()
     address, end = address_of(buffer), address_of(buffer) + len(buffer)
     # Behind everything else, the building of the model above all.
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    while address < end:
+    while address < end and not stop.is_set():
         # In pieces: what else changes the mappings of this process waits for each.
         libc.populate(address, min(POPULATE_STEP, end - address), write=False)
         address += POPULATE_STEP

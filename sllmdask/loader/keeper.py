@@ -387,8 +387,13 @@ class Pool:
 
     @property
     def capacity(self) -> int:
-        """What members contribute, and what those contributed who left less than the grace time ago."""
-        return min(self._limit, sum(member.capacity for member in self.members) + sum(nbytes for _, nbytes in self._left))
+        """What members contribute, and what those contributed who left less than the grace time ago.
+
+        Not more than three quarters of the memory there is, unless one of them says so alone: two clusters of one machine, each
+        of which may take half, must not take all of it.
+        """
+        shares = [member.capacity for member in self.members] + [nbytes for _, nbytes in self._left]
+        return min(sum(shares), self._limit, max([self._limit * 3 // 4 // GRANULE * GRANULE, *shares]))
 
     @property
     def warm(self) -> int:

@@ -163,11 +163,15 @@ def test_a_successor_takes_the_place_of_who_left_and_not_one_beside_it(book):
     assert book.pool.capacity == 10 * G
 
 
-def test_a_machine_has_no_more_memory_than_it_has():
+@pytest.mark.parametrize(
+    ("shares", "capacity"),
+    [((4, 4), 8), ((6, 6), 9), ((6, 6, 6), 9), ((10, 1), 10), ((10, 10), 10), ((20,), 12), ((20, 20), 12)],
+)
+def test_members_together_take_three_quarters_of_the_memory_and_one_alone_what_it_was_given(shares, capacity):
     book = Book(limit=12 * G)
-    book.member(10 * G)
-    book.member(10 * G)
-    assert book.pool.capacity == 12 * G
+    for share in shares:
+        book.member(share * G)
+    assert book.pool.capacity == capacity * G
 
 
 def test_who_needs_room_makes_the_cheapest_idle_copy_lose_its_end(book):
