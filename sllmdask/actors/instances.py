@@ -27,7 +27,16 @@ from sllmdask.engine.construct import Skeleton, SkeletonShelf
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.warm import warm_up
-from sllmdask.errors import Cancelled, CheckpointError, CheckpointNotFound, EngineError, InstanceGone, SllmError, Unavailable
+from sllmdask.errors import (
+    Cancelled,
+    CheckpointError,
+    CheckpointNotFound,
+    EngineError,
+    InstanceGone,
+    InsufficientMemory,
+    SllmError,
+    Unavailable,
+)
 from sllmdask.loader.device import CudaDevice, DeviceCopy
 from sllmdask.loader.store import CheckpointStore, HostLease
 from sllmdask.policy.views import Tier
@@ -58,6 +67,8 @@ class Instance:
         self._building = False
         #: While the last bytes are on their way to an engine that takes requests already.
         self._arriving: asyncio.Task[None] | None = None
+        #: Every byte of the weights has arrived.
+        self._whole = False
         self._began_at = self._reported_at = 0.0
         #: Seconds of each phase of the load, since it began; overlapping ones overlap.
         self.times: dict[str, float] = {}
@@ -92,9 +103,12 @@ class Instance:
         registry = self._registry
         self._began_at = time.monotonic()
         source = registry.resolve(self.source)
-        lease = await registry.store.load(
-            self.source, source, self._progress, whole=not registry.settings.execute_while_loading, peers=peers
-        )
+        try:
+            lease = await registry.store.load(
+                self.source, source, self._progress, whole=not registry.settings.execute_while_loading, peers=peers
+            )
+        except InsufficientMemory as error:
+            raise InsufficientMemory(self.model, error.needed, error.available) from None
         self._building = True
         failure: SllmError | None = None
         try:
@@ -131,6 +145,7 @@ class Instance:
             self._loaded(lease)
 
     def _loaded(self, lease: HostLease) -> None:
+        self._whole = True
         self.times["read_s"] = time.monotonic() - self._began_at if lease.arrivals is not None else lease.seconds
         phases = " ".join(f"{phase}={seconds:.3f}" for phase, seconds in self.times.items())
         logger.info(
@@ -239,7 +254,7 @@ class Instance:
             front_door, epoch = waiting
             if output.error is not None:
                 # A load that failed is no fault of the request: it goes back to the queue, or hears why nobody can serve it.
-                failed = self._arriving is not None and isinstance(output.error, CheckpointError | Unavailable | Cancelled)
+                failed = not self._whole and isinstance(output.error, CheckpointError | Unavailable | Cancelled)
                 self._answer_error(output.request_id, InstanceGone(self.id) if failed else output.error)
                 continue
             if output.finish_reason is not None:
@@ -250,7 +265,7 @@ class Instance:
 
     def on_failed(self, error: SllmError) -> None:
         """The engine's thread died: the instance is lost, the worker is not."""
-        if self._arriving is not None:
+        if not self._whole:
             self._load_failed(error)
             return
         logger.error("engine failed model=%s instance=%s cause=%s", self.model, self.id, error.message)

@@ -263,6 +263,9 @@ class Controller:
             n_requests = instance.n_requests - 1
             idle_since = at if n_requests == 0 else None
             self.instances[instance.id] = replace(instance, n_requests=n_requests, idle_since=idle_since)
+            # It serves: what went wrong elsewhere, and may be tried again, is over.
+            for key in [key for key, failure in self.failures.items() if key[0] == instance.model and failure.until <= at]:
+                del self.failures[key]
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""

@@ -24,26 +24,30 @@ def victims(
     min_residency_s: float,
     neighbours: Sequence[InstanceView] = (),
 ) -> list[InstanceView] | None:
-    """Idle instances of one worker, least recently used first, without which the others take at most `n_slots` slots, and
-    at most `nbytes` bytes of host memory beside `checkpoint`; ``None``: not to be had.
+    """Idle instances, least recently used first, without which the others of a worker take at most `n_slots` slots, and those
+    of its node at most `nbytes` bytes of host memory beside `checkpoint`; ``None``: not to be had.
 
-    `neighbours`, on other workers of its node, take memory too, and stay. A busy instance is never a victim, nor one that became
-    ready less than `min_residency_s` ago.
+    `instances` are the worker's, `neighbours` those of other workers of its node, which take no slot of it. A busy instance is
+    never a victim, nor one that became ready less than `min_residency_s` ago.
     """
-    idle = [
-        instance
-        for instance in instances
-        if instance.idle and instance.id not in protected and now >= (instance.ready_at or 0.0) + min_residency_s
-    ]
-    idle.sort(key=lambda instance: (instance.idle_since or 0.0, instance.id))
+
+    def may_leave(instance: InstanceView) -> bool:
+        settled = now >= (instance.ready_at or 0.0) + min_residency_s
+        return instance.idle and instance.id not in protected and settled
+
     chosen: list[InstanceView] = []
-    staying = list(instances)
-    while sum(each.n_slots for each in staying) > n_slots or pinned_bytes([*staying, *neighbours], checkpoint) > nbytes:
+    staying, beside = list(instances), list(neighbours)
+    while True:
+        n_missing = sum(each.n_slots for each in staying) - n_slots
+        if n_missing <= 0 and pinned_bytes([*staying, *beside], checkpoint) <= nbytes:
+            return chosen
+        # Slots are the worker's own, memory is the node's.
+        idle = [each for each in (staying if n_missing > 0 else [*staying, *beside]) if may_leave(each)]
         if not idle:
             return None
-        chosen.append(idle.pop(0))
-        staying.remove(chosen[-1])
-    return chosen
+        leaving = min(idle, key=lambda instance: (instance.idle_since or 0.0, instance.id))
+        chosen.append(leaving)
+        (staying if leaving in staying else beside).remove(leaving)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,34 @@ def test_what_a_worker_pins_takes_memory_from_the_others_of_its_node_once_for_ea
     assert isinstance(ask(controller, "r2", "same", at=1.0)[0], Load), "the same checkpoint is there already"
 
 
+def test_an_idle_instance_gives_its_memory_to_another_worker_of_its_node_and_a_busy_one_does_not():
+    one = replace(NODE, host_capacity=3 * GiB, node="host")
+    two = replace(one, address="tcp://two", name="1", residency={})
+    big = ModelView("big", nbytes=int(2.5 * GiB), nodes=("1",))
+    controller = controller_with(A, big, workers=(one, two))
+    [load] = ask(controller, "r1", "a", at=1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    assert ask(controller, "r2", "big", at=3.0) == [], "the memory is in use"
+    [unload] = acts(controller.handle(ev.RequestEnded(4.0, "r1")))
+    assert (unload.instance, unload.worker) == (load.instance, "tcp://one")
+    [placed] = acts(controller.handle(ev.UnloadFinished(5.0, load.instance)))
+    assert (placed.model, placed.worker) == ("big", "tcp://two")
+
+
+def test_what_went_wrong_elsewhere_is_forgotten_once_the_model_has_served_and_may_be_tried_again():
+    two = replace(NODE, address="tcp://two", name="1")
+    controller = controller_with(A, workers=(NODE, two))
+    [load] = ask(controller, "r1", "a", at=1.0)
+    [again] = acts(controller.handle(ev.LoadFailed(2.0, load.instance, "damaged")))
+    assert again.worker != load.worker
+    controller.handle(ev.LoadFinished(2.5, again.instance, Tier.DISK))
+    controller.handle(ev.RequestEnded(2.6, "r1"))
+    assert controller.last_failure("a") == "damaged", "it is not to be tried there yet"
+    ask(controller, "r2", "a", at=9.0)
+    controller.handle(ev.RequestEnded(9.5, "r2"))
+    assert controller.last_failure("a") is None
+
+
 def test_a_node_that_gets_more_memory_is_believed():
     controller = controller_with(replace(A, nbytes=9 * GiB))
     assert ask(controller, "r1", "a", at=1.0) == []
