@@ -298,11 +298,19 @@ def _check_memory(nbytes: int) -> None:
 
 @contextmanager
 def generated(nbytes: int, directory: Path) -> Iterator[Path]:
-    """A Llama checkpoint of about `nbytes` with random bfloat16 weights, in `directory` for as long as the block lasts."""
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise ConfigError(f"{directory} has {format_bytes(free)} free, not {format_bytes(nbytes)}.", "size")
-    with tempfile.TemporaryDirectory(prefix="sllmdask-bench-", dir=directory) as made:
+    """A Llama checkpoint of about `nbytes` with random bfloat16 weights, in `directory` for as long as the block lasts.
+
+    Raises :class:`ConfigError` where `directory` is not there, cannot be written to or has too little room.
+    """
+    try:
+        disk = shutil.disk_usage(directory)
+        # Some file systems count nothing; whether they take it shows when it is written.
+        if disk.total and disk.free < nbytes:
+            raise ConfigError(f"{directory} has {format_bytes(disk.free)} free, not {format_bytes(nbytes)}.", "size")
+        temporary = tempfile.TemporaryDirectory(prefix="sllmdask-bench-", dir=directory)
+    except OSError as error:
+        raise ConfigError(f"No checkpoint can be generated in {directory}: {error.strerror}. Choose a --dir.", "dir") from None
+    with temporary as made:
         _generate(Path(made), nbytes)
         yield Path(made)
 

@@ -88,7 +88,7 @@ def load_state_dict(
 def load_model(
     path: str | os.PathLike[str],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: Mapping[Any, Any] | None = None,
@@ -106,9 +106,9 @@ def load_model(
 
     What it returns is what ``from_pretrained(path, dtype=dtype)`` returns, sooner. `dtype`: as there, ``auto`` being what
     ``config.json`` says, or else what the weights are in. `model_class`: a class of transformers or its name, an ``AutoModel...``
-    too; by default the class that ``config.json`` names. `device_map`, ``auto`` or a dict of modules to devices, spreads the
-    model over several devices by accelerate, within `max_memory`; nothing is put on disk. `verify` and `progress` as in
-    :func:`load_state_dict`. On the CPU parameters are the caller's own memory: it may train them.
+    too; by default the class that ``config.json`` names. All goes to `device`, by default the CPU; or `device_map`, ``auto`` or a
+    dict of modules to devices, spreads the model over several devices by accelerate, within `max_memory`; nothing is put on disk.
+    `verify` and `progress` as in :func:`load_state_dict`. On the CPU parameters are the caller's own memory: it may train them.
 
     The last four are for scripts that were written for ServerlessLLM's function of this name: other names of `dtype` and
     `model_class`, the directory that `path` is in, and whether the model is built while it is read, which it always is.
@@ -159,24 +159,51 @@ def load_model(
     return model
 
 
-def save_model(model: Any, path: str | os.PathLike[str], *, compress: str = "no", overwrite: bool = False) -> None:
+def save_model(
+    model: torch.nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    compress: str = "no",
+    overwrite: bool = False,
+) -> None:
     """Write a transformers model to the directory `path` in our format, with its configuration: :func:`load_model` reads it.
 
-    `compress`: ``no``, ``yes`` (lossless, 16-bit weights get smaller), ``both``. `overwrite` replaces a checkpoint that is there.
+    Of any other module, and of a mapping of names to tensors, the tensors alone are written: :func:`load_state_dict` reads them.
+    `compress`: ``no``, ``yes`` (lossless, 16-bit weights get smaller), ``both``. `overwrite` replaces a checkpoint that is there,
+    unless other files in its directory would be lost.
 
-    Raises :class:`CheckpointExists`, :class:`DiskFull`, :class:`TensorUnsupported` (quantized weights, and those that are not in
-    memory), :class:`ConfigError`. Whatever it raises, nothing is left, and what was at `path` is as it was.
+    Raises :class:`CheckpointExists`, :class:`DiskFull`, :class:`TensorUnsupported` (quantized weights, those that are not in
+    memory, and what is no tensor), :class:`ConfigError`, :class:`CheckpointError` where `path` cannot be written. Whatever it
+    raises, nothing is left, and what was at `path` is as it was.
     """
     if compress not in ("no", "yes", "both"):
         raise ConfigError(f"compress must be 'no', 'yes' or 'both', not {compress!r}", "compress")
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    beside: dict[str, str | os.PathLike[str] | bytes] = {"config.json": config.to_json_string(use_diff=True).encode()}
-    if model.can_generate() and getattr(model, "generation_config", None) is not None:
-        beside["generation_config.json"] = model.generation_config.to_json_string(use_diff=True).encode()
-    sources = tiers.sources_of(model.state_dict())
-    write_checkpoint(sources, path, files_beside=beside, compress=compress, overwrite=overwrite)
+    if isinstance(model, torch.nn.Module):
+        tensors: Mapping[str, Tensor] = model.state_dict()
+        beside = _configuration_of(model)
+    elif isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
+        tensors, beside = model, {}
+    else:
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        known = "a transformers model, another torch.nn.Module, or a mapping of names (str) to tensors"
+        raise ConfigError(f"model must be {known}; this {kind} is none of them", "model")
+    write_checkpoint(tiers.sources_of(tensors), path, files_beside=beside, compress=compress, overwrite=overwrite)
+
+
+def _configuration_of(model: torch.nn.Module) -> dict[str, bytes]:
+    """The files that tell how to build `model` and to generate with it, as far as it says."""
+    beside = {}
+    config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
+    if isinstance(config, transformers.PreTrainedConfig):
+        config = copy.deepcopy(config)
+        if isinstance(model, transformers.PreTrainedModel):
+            config.architectures = [type(model).__name__]
+            config.dtype = str(model.dtype).removeprefix("torch.")
+        beside["config.json"] = config.to_json_string(use_diff=True).encode()
+    generates = not isinstance(model, transformers.PreTrainedModel) or model.can_generate()
+    if generates and isinstance(generation_config, transformers.GenerationConfig):
+        beside["generation_config.json"] = generation_config.to_json_string(use_diff=True).encode()
+    return beside
 
 
 # --- which model, and where it goes ---
@@ -204,25 +231,27 @@ def _class_of(wanted: str | type[Any] | None, config: Any, architecture: str) ->
     return next((candidate for candidate in mapped if candidate.__name__ == architecture), mapped[0])
 
 
-def _check_arguments(device: str | torch.device, dtype: str | torch.dtype, device_map: str | Mapping[str, Any] | None) -> None:
+def _check_arguments(
+    device: str | torch.device | None, dtype: str | torch.dtype, device_map: str | Mapping[str, Any] | None
+) -> None:
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map exclude each other: give one of them", "device_map")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"torch knows no dtype {dtype!r}", "dtype")
     try:
-        wanted = torch.device(device)
+        wanted = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise ConfigError(f"torch knows no device {device!r}: {str(error).splitlines()[0]}", "device") from None
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {str(device)!r}, but torch sees no GPU here", "device")
     if isinstance(device_map, Mapping) and "disk" in device_map.values():
         raise ConfigError("device_map puts modules on disk; this loader keeps every weight in memory", "device_map")
-    if device_map is not None and wanted.type != "cpu":
-        raise ConfigError("device and device_map exclude each other", "device_map")
 
 
-def _device_map(device: str | torch.device, device_map: str | Mapping[str, Any] | None) -> Any:
+def _device_map(device: str | torch.device | None, device_map: str | Mapping[str, Any] | None) -> Any:
     if device_map is not None:
         return device_map if isinstance(device_map, str) else dict(device_map)
-    return None if torch.device(device).type == "cpu" else {"": torch.device(device)}
+    return None if device is None or torch.device(device).type == "cpu" else {"": torch.device(device)}
 
 
 def _generation_config(directory: Path) -> Any:

@@ -23,6 +23,7 @@ from sllmdask.errors import (
     CheckpointNotFound,
     ConfigError,
     SllmError,
+    TensorUnsupported,
     UnsupportedArchitecture,
 )
 from sllmdask.loader.convert import convert
@@ -122,6 +123,68 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, name: str):
     save_model(model, tmp_path / "saved", compress="yes")
     again = load_model(tmp_path / "saved")
     assert_same(again, model)
+
+
+class _WithConfig(torch.nn.Linear):
+    """A module of torch, with what it says of itself."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(3, 2)
+        vars(self).update(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "beside"),
+    [
+        ({}, set()),
+        ({"config": {"n_layers": 2}, "generation_config": None}, set()),
+        ({"config": transformers.LlamaConfig()}, {"config.json"}),
+        (
+            {"config": transformers.LlamaConfig(), "generation_config": transformers.GenerationConfig(max_length=7)},
+            {"config.json", "generation_config.json"},
+        ),
+    ],
+    ids=["none", "another program's", "config", "both"],
+)
+def test_any_module_is_saved_with_what_configuration_of_transformers_it_has(
+    tmp_path: Path, given: dict[str, Any], beside: set[str]
+):
+    model = _WithConfig(**given)
+    save_model(model, tmp_path / "saved")
+    loaded = load_state_dict(tmp_path / "saved")
+    assert loaded.keys() == {"weight", "bias"}
+    assert torch.equal(loaded["weight"], model.weight) and torch.equal(loaded["bias"], model.bias)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == beside | {"index.json", "data-00000.bin"}
+    if "config.json" in beside:
+        config = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
+        assert {**config.to_dict(), "_name_or_path": ""} == given["config"].to_dict()
+    if "generation_config.json" in beside:
+        assert transformers.GenerationConfig.from_pretrained(tmp_path / "saved").max_length == 7
+
+
+def test_tensors_by_name_are_saved(tmp_path: Path):
+    tied = torch.arange(6.0).view(2, 3)
+    tensors = {"a": tied, "b": tied, "c": torch.arange(3), "d": torch.nn.Parameter(torch.ones(2).bfloat16())}
+    save_model(tensors, tmp_path / "saved", compress="both")
+    loaded = load_state_dict(tmp_path / "saved")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+
+
+@pytest.mark.parametrize("what", [None, "model", [torch.ones(1)], torch.ones(1), torch.nn.Linear, {1: torch.ones(1)}], ids=repr)
+def test_what_is_no_model_and_no_tensors_by_name_is_refused(tmp_path: Path, what: Any):
+    with pytest.raises(ConfigError, match=r"torch\.nn\.Module, or a mapping of names") as refused:
+        save_model(what, tmp_path / "saved")
+    assert refused.value.param == "model"
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_value_that_is_no_tensor_is_named(tmp_path: Path):
+    with pytest.raises(TensorUnsupported) as refused:
+        save_model({"weight": torch.ones(1), "epoch": 3}, tmp_path / "saved")
+    assert refused.value.tensor == "epoch"
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_saved_model_is_served_by_the_engine(tmp_path: Path):
@@ -337,6 +400,8 @@ def test_what_is_not_there_is_not_found(tmp_path: Path):
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "device_map"),
         ({"model_class": "NoSuchModel"}, "model_class"),
         ({"dtype": "float13"}, "dtype"),
+        ({"device": "cpu", "device_map": "auto"}, "device_map"),
+        ({"device": torch.device("cuda"), "device_map": {"": "cpu"}}, "device_map"),
     ],
     ids=str,
 )

@@ -58,6 +58,8 @@ def _lock(path: Path, flags: int) -> int | None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o644)
     except FileNotFoundError:
+        if flags & os.O_CREAT:
+            raise  # nobody removed it: no file can be made here
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +95,7 @@ def _escaped(name: str) -> str:
 class NewDirectory:
     """``with NewDirectory(target) as new``: write to ``new.path``, then ``new.publish()``; without that, nothing remains.
 
-    `target`'s parent is made if need be.
+    `target`'s parent is made if need be. Raises :class:`OSError` where nothing can be written.
     """
 
     def __init__(self, target: Path) -> None:
@@ -102,7 +104,10 @@ class NewDirectory:
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
         _remove_left_over(self.target)
         while self._lock is None:
             self.path = self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.partial")

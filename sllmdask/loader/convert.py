@@ -17,7 +17,7 @@ from sllmdask.loader.fast_format import INDEXES
 from sllmdask.loader.format import read_index, variants
 from sllmdask.loader.sources import OpenFiles, TensorSource, from_bytes, index_sources
 from sllmdask.loader.verify import Problem, Verified, verify
-from sllmdask.loader.writer import PARTITION, PICKLED, Written, refuse_target, write_checkpoint
+from sllmdask.loader.writer import PARTITION, PICKLED, Written, refuse_target, write_checkpoint, written_names
 
 __all__ = [
     "Problem",
@@ -115,13 +115,14 @@ def convert(
     of :func:`sllmdask.loader.format.read_index`.
     """
     source = Path(source).absolute()
-    refuse_target(Path(target).absolute(), overwrite)
+    beside = files_beside(source)
+    refuse_target(Path(target).absolute(), overwrite, written_names(compress, beside))
 
     def write(tensors: Mapping[str, TensorSource]) -> Written:
         return write_checkpoint(
             tensors,
             target,
-            files_beside=files_beside(source),
+            files_beside=beside,
             compress=compress,
             overwrite=overwrite,
             partition_nbytes=partition_nbytes,

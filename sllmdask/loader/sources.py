@@ -66,8 +66,8 @@ def read_all(fd: int, target: Buffer, offset: int, path: str, tensor: str | None
         except OSError as error:
             raise CheckpointCorrupt(path, tensor, f"it cannot be read at byte {offset + done}: {error.strerror}") from None
         if n == 0:
-            end = offset + target.size
-            raise CheckpointCorrupt(path, tensor, f"it is truncated: it ends at byte {offset + done}, before {end}")
+            size, end = os.fstat(fd).st_size, offset + target.size
+            raise CheckpointCorrupt(path, tensor, f"it is truncated: it ends at byte {size}, before {end}")
         done += n
 
 

@@ -10,23 +10,36 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import numpy as np
 
 from sllmdask import __version__
-from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointExists, DiskFull, TensorUnsupported
+from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointError, CheckpointExists, DiskFull, TensorUnsupported
 from sllmdask.loader import codec, kernels, libc
 from sllmdask.loader.atomic import NewDirectory, sync
 from sllmdask.loader.buffers import Buffer, address_of
 from sllmdask.loader.fast_format import CHUNK, INDEXES, format_index, found, is_dense, partition_name, place
-from sllmdask.loader.format import BITS, WEIGHTS, ChunkEntry, FileEntry, TensorEntry, execution_rank, tensor_nbytes
+from sllmdask.loader.format import (
+    BITS,
+    SHARDED,
+    WEIGHTS,
+    ChunkEntry,
+    FileEntry,
+    TensorEntry,
+    execution_rank,
+    read_weight_map,
+    tensor_nbytes,
+)
 from sllmdask.loader.plan import BLOCK, round_up
 from sllmdask.loader.sources import TensorSource, memory
 
@@ -37,6 +50,23 @@ COMPRESS: Mapping[str, tuple[str, ...]] = {"no": ("raw",), "yes": ("split16",), 
 
 #: What transformers and peft call pickled weights.
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+#: Weights by the names that transformers, peft and the hub give them.
+_NAMED_WEIGHTS = re.compile(
+    r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors|(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin"
+    r"|(model\.safetensors|pytorch_model\.bin)\.index\.json|tf_model\.h5|flax_model\.msgpack|rust_model\.ot"
+)
+#: Partitions of our own format.
+_PARTITION = re.compile(r"data-\d{5,}(\.split16)?\.bin")
+#: What belongs to a checkpoint beside its weights, at the places where transformers, peft and the hub put it.
+_BESIDE = re.compile(
+    r"([a-z0-9_]*_)?config\.json|params\.json"
+    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|[a-z0-9_.]*\.(tiktoken|model)"
+    r"|chat_template\.(json|jinja)|additional_chat_templates/[^/]*\.jinja"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_[a-z0-9_]*\.py"
+    r"|README\.md|USE_POLICY\.md|(LICENSE|NOTICE)(\.txt|\.md)?|\.gitattributes|\.cache/huggingface/.*"
+)
+#: Files that a refusal names.
+_N_NAMED = 3
 #: What a disk that is full, for this user or for this file, answers.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -351,25 +381,91 @@ class _Pipeline:
                 del failure
 
 
-def _free_nbytes(path: Path) -> int:
-    """Bytes that may still be written where `path` is or would be."""
-    while not path.exists() and path != path.parent:
+def _free_nbytes(path: Path) -> int | None:
+    """Bytes that may still be written where `path` is or would be; ``None`` where nothing is counted, or read-only."""
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    counts = status.f_blocks > 0 and not status.f_flag & os.ST_RDONLY
+    return status.f_bavail * status.f_frsize if counts else None
 
 
-def refuse_target(target: Path, overwrite: bool) -> None:
-    """Raises :class:`CheckpointExists` where something is in the way that may not or must not be replaced."""
+@contextmanager
+def _named_errors(target: Path, needed: int) -> Iterator[None]:
+    """What the system refuses while `target` is written, as an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            why = {errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file may not become so large here"}
+            reason = why.get(error.errno or 0, "the disk is full")
+            raise DiskFull(str(target), needed, _free_nbytes(target) or 0, reason) from None
+        reason, advice = error.strerror or str(error), ""
+        if isinstance(error.filename, str | bytes):
+            where = Path(os.fsdecode(error.filename))
+            # Beside the target lie names that only the writer knows.
+            where = target.parent if where.parent == target.parent and where != target else where
+            reason += f" ({str(where)!r})"
+            advice = " Choose a directory that can be written to." if target.is_relative_to(where) else ""
+        raise CheckpointError(f"The checkpoint {str(target)!r} was not written: {reason}.{advice}") from error
+
+
+def written_names(compress: str, files_beside: Collection[str]) -> set[str]:
+    """The names that are written for `compress` with these `files_beside`, but for the partitions."""
+    return {*files_beside, *(INDEXES[variant] for variant in COMPRESS[compress])}
+
+
+def _weights_of(directory: Path) -> set[str]:
+    """The files that the lists of shards in `directory` name, as far as they can be read."""
+    shards = set[str]()
+    for name, suffix in ((SHARDED, ".safetensors"), ("pytorch_model.bin.index.json", ".bin")):
+        try:
+            shards |= set(read_weight_map(directory / name, suffix).values())
+        except CheckpointError:
+            continue
+    return shards
+
+
+def _foreign(directory: Path, written: Collection[str]) -> Iterator[str]:
+    """What is in the checkpoint `directory` and no part of one, nor among the names that are to be `written`."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    there = found(directory)
+    known = {*written, *(INDEXES[variant] for variant in there), *_weights_of(directory)}
+    for parent, subdirectories, names in os.walk(directory, onerror=refuse):
+        links = [name for name in subdirectories if os.path.islink(os.path.join(parent, name))]
+        subdirectories.sort()
+        for name in sorted(names + links):
+            path = Path(parent, name).relative_to(directory).as_posix()
+            if path in known or _NAMED_WEIGHTS.fullmatch(path) or _BESIDE.fullmatch(path):
+                continue
+            if not (there and _PARTITION.fullmatch(path)):
+                yield path
+
+
+def refuse_target(target: Path, overwrite: bool, written: Collection[str] = ()) -> None:
+    """Raises :class:`CheckpointExists` where something is in the way that may not or must not be replaced.
+
+    What must not be is anything but a checkpoint, and one with files that are no part of it and not among the names that are to
+    be `written`. :class:`CheckpointError` where it cannot be read.
+    """
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise CheckpointExists(str(target), "something is there already; choose another name, or have it overwritten")
-    is_checkpoint = target.is_dir() and (
-        not any(target.iterdir()) or found(target) or any((target / name).exists() for name in (*WEIGHTS, *PICKLED))
-    )
-    if not is_checkpoint:
-        raise CheckpointExists(str(target), "what is there is not a checkpoint, so it is not overwritten")
+    with _named_errors(target, 0):
+        is_checkpoint = target.is_dir() and (
+            not any(target.iterdir()) or found(target) or any((target / name).exists() for name in (*WEIGHTS, *PICKLED))
+        )
+        if not is_checkpoint:
+            raise CheckpointExists(str(target), "what is there is not a checkpoint, so it is not overwritten")
+        foreign = list(islice(_foreign(target, written), _N_NAMED + 1))
+    if foreign:
+        named = ", ".join(map(repr, foreign[:_N_NAMED])) + (" and others" if len(foreign) > _N_NAMED else "")
+        reason = f"it has files that are no part of a checkpoint, and would be lost: {named}"
+        raise CheckpointExists(str(target), f"{reason}. Move them away, or choose another directory")
 
 
 def _write_beside(directory: Path, files_beside: Mapping[str, str | os.PathLike[str] | bytes]) -> None:
@@ -406,22 +502,25 @@ def write_checkpoint(
 
     `compress`: ``no`` for the raw variant, ``yes`` for ``split16``, ``both``. `files_beside` are written as well: contents, or a
     file to copy, by name. `overwrite` replaces a checkpoint, in one step where the system can; nothing but a checkpoint is
-    replaced. `on_progress` is told the tensors' bytes that are done, from any thread, never backwards. Memory: two chunks for
-    each of `n_threads` and one more, and what the tensors' sources and the codec take.
+    replaced, and none with other files in it, which would be lost. `on_progress` is told the tensors' bytes that are done, from
+    any thread, never backwards. Memory: two chunks for each of `n_threads` and one more, and what the tensors' sources and the
+    codec take.
 
     Raises :class:`TensorUnsupported`, :class:`CheckpointExists`, :class:`DiskFull`, :class:`Cancelled`, and what the tensors'
-    sources raise; :class:`OSError` where `target` cannot be written for another reason. Whatever it raises, nothing is left, and
-    what was at `target` is as it was.
+    sources raise; :class:`CheckpointError` with the system's reason where `target` cannot be written for another one. Whatever it
+    raises, nothing is left, and what was at `target` is as it was.
     """
     target = Path(target).absolute()
-    refuse_target(target, overwrite)
-    layout = _Layout(tensors, max(partition_nbytes, CHUNK))
     wanted = COMPRESS[compress]
+    names = written_names(compress, files_beside or {})
+    refuse_target(target, overwrite, names)
+    layout = _Layout(tensors, max(partition_nbytes, CHUNK))
     needed = sum(layout.logical_nbytes) * len(wanted)
-    if "raw" in wanted and _free_nbytes(target) < sum(layout.logical_nbytes):
-        raise DiskFull(str(target), needed, _free_nbytes(target))
     n_threads = n_threads or min(4, os.cpu_count() or 1)
-    try:
+    with _named_errors(target, needed):
+        free = _free_nbytes(target)
+        if "raw" in wanted and free is not None and free < sum(layout.logical_nbytes):
+            raise DiskFull(str(target), needed, free)
         with NewDirectory(target) as new:
             with ExitStack() as open_files:
                 writers = []
@@ -432,12 +531,10 @@ def write_checkpoint(
                 _Pipeline(writers, n_threads, on_progress, cancel or threading.Event()).run(layout.jobs())
                 stored = {writer.variant: writer.finish(creator, dict(info or {})) for writer in writers}
             _write_beside(new.path, files_beside or {})
-            new.publish(replace=overwrite)
-    except FileExistsError as error:
-        raise CheckpointExists(str(target), f"another writer was faster: {error.strerror}") from None
-    except OSError as error:
-        if error.errno in _FULL:
-            why = {errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file may not become so large here"}
-            raise DiskFull(str(target), needed, _free_nbytes(target), why.get(error.errno or 0, "the disk is full")) from None
-        raise
+            if overwrite:
+                refuse_target(target, overwrite, names)  # again: somebody may have put files there meanwhile
+            try:
+                new.publish(replace=overwrite)
+            except FileExistsError as error:
+                raise CheckpointExists(str(target), f"another writer was faster: {error.strerror}") from None
     return Written(str(target), len(tensors), layout.nbytes, stored)

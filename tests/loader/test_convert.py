@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sllmdask.errors import (
     Cancelled,
     CheckpointCorrupt,
+    CheckpointError,
     CheckpointExists,
     CheckpointNotFound,
     DiskFull,
@@ -411,6 +412,89 @@ def test_only_a_checkpoint_is_overwritten(tmp_path, source):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "all of it"
 
 
+def tree_of(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "fast", "pickled"])
+@pytest.mark.parametrize(
+    "name",
+    ["runs/notes.txt", "thesis.tex", "optimizer.pt", "results.json", ".git/HEAD", "style.safetensors", "deep/model.safetensors"],
+)
+def test_a_checkpoint_with_files_that_are_no_part_of_it_is_not_overwritten(tmp_path, source, write_single, kind, name):
+    target = tmp_path / "x"
+    if kind == "safetensors":
+        write_single(target, {"w": torch.ones(3)})
+    elif kind == "fast":
+        convert(source, target, "both")
+    else:
+        target.mkdir()
+        torch.save({"w": torch.ones(3)}, target / "pytorch_model.bin")
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    before = tree_of(target)
+    with pytest.raises(CheckpointExists, match=rf"'{name}'\. Move them away, or choose another directory"):
+        convert(source, target, overwrite=True)
+    assert tree_of(target) == before
+    assert sorted(os.listdir(tmp_path)) == ["source", "x"]
+
+
+def test_a_refusal_names_the_first_few_files_and_links_are_files(tmp_path, source):
+    convert(source, tmp_path / "x")
+    for name in "abcd":
+        (tmp_path / "x" / name).symlink_to(tmp_path)
+    with pytest.raises(CheckpointExists, match="'a', 'b', 'c' and others"):
+        convert(source, tmp_path / "x", overwrite=True)
+
+
+def test_what_belongs_to_a_checkpoint_is_replaced_with_it(tmp_path, source, write_sharded):
+    target = write_sharded(tmp_path / "x", [{"old": torch.ones(3)}, {"other": torch.ones(3)}])
+    shard, index = target / "model-00001-of-00002.safetensors", target / "model.safetensors.index.json"
+    shard.rename(target / "first.safetensors")
+    index.write_text(index.read_text().replace(shard.name, "first.safetensors"))
+    for name in (
+        "adapter_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "modeling_custom.py",
+        "preprocessor_config.json",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "README.md",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "additional_chat_templates/rag.jinja",
+        ".cache/huggingface/download/config.json.metadata",
+    ):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("{}")
+    convert(source, target, "both", overwrite=True)
+    convert(source, target, overwrite=True)
+    convert(source, tmp_path / "y")
+    assert tree_of(target) == tree_of(tmp_path / "y")
+
+
+def test_files_of_any_name_that_are_written_again_are_not_in_the_way(tmp_path, source):
+    (source / "figures").mkdir()
+    (source / "figures" / "loss.svg").write_text("<svg/>")
+    convert(source, tmp_path / "x")
+    convert(source, tmp_path / "x", "yes", overwrite=True)
+    convert(source, source, overwrite=True)
+    for directory in (source, tmp_path / "x"):
+        assert (directory / "figures" / "loss.svg").read_text() == "<svg/>"
+
+
+def test_a_file_that_appears_while_a_checkpoint_is_written_is_not_lost(tmp_path, source):
+    convert(source, tmp_path / "x")
+    before = tree_of(tmp_path / "x")
+    with pytest.raises(CheckpointExists, match=r"'notes\.txt'"):
+        convert(source, tmp_path / "x", "yes", lambda _: (tmp_path / "x" / "notes.txt").write_text("new"), overwrite=True)
+    assert tree_of(tmp_path / "x") == before | {"notes.txt": b"new"}
+    assert sorted(os.listdir(tmp_path)) == ["source", "x"]
+
+
 def test_a_checkpoint_can_be_converted_in_place(tmp_path, source):
     expected = tensors_of(source)
     convert(source, source, "both", overwrite=True)
@@ -537,6 +621,55 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, monk
         write_checkpoint(failing(0), tmp_path / "x")
     assert (caught.value.needed, caught.value.free) == (3 * CHUNK, 1000)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "counted", "flags"), [(0, 0, 0), (0, 1000, os.ST_RDONLY)], ids=["nothing is counted", "read-only"]
+)
+def test_no_room_that_is_counted_is_no_full_disk(tmp_path, monkeypatch, free, counted, flags):
+    real = os.statvfs(tmp_path)
+    told = os.statvfs_result((*real[:2], counted, free, free, *real[5:8], flags, real[9]))
+    monkeypatch.setattr(writer.os, "statvfs", lambda _: told)
+    write_checkpoint({"w": from_bytes("U8", (1,), b"a")}, tmp_path / "x")
+    assert verify(tmp_path / "x").ok
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("/proc/x", "No such file or directory ('/proc')"),
+        ("/proc/x/y", "No such file or directory ('/proc/x')"),
+        ("file/x", "Not a directory ('{root}/file')"),
+        ("file/x/y", "Not a directory ('{root}/file/x')"),
+        ("n" * 256, "File name too long"),
+    ],
+    ids=["proc", "below proc", "file", "below a file", "long"],
+)
+@pytest.mark.parametrize("compress", ["no", "yes"])
+def test_a_place_that_cannot_be_written_is_told_with_the_systems_reason(tmp_path, target, reason, compress):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint({"w": from_bytes("U8", (1,), b"a")}, tmp_path / target, compress=compress)
+    assert not isinstance(caught.value, DiskFull | CheckpointExists)
+    assert f"{str(tmp_path / target)!r} was not written: {reason.format(root=tmp_path)}" in caught.value.message
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_directory_without_permission_is_told_as_such(tmp_path, source):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code = f"""
+        import os
+        from sllmdask.errors import CheckpointError, DiskFull
+        from sllmdask.loader.convert import from_bytes, write_checkpoint
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            write_checkpoint({{"w": from_bytes("U8", (1,), b"a")}}, {str(tmp_path / "locked" / "x")!r})
+        except CheckpointError as error:
+            print(type(error).__name__, error)
+    """
+    told = run(code).stdout
+    assert told.startswith("CheckpointError ") and "Permission denied" in told and "Choose a directory" in told
 
 
 SLOW = """
@@ -699,6 +832,14 @@ def test_a_truncated_and_a_missing_partition_do_not_hide_each_other(layers):
         ("data-00001.bin", ("layers.5.w",)),
         ("data-00001.split16.bin", ("layers.3.w", "layers.4.w", "layers.5.w")),
     ]
+
+
+def test_each_chunk_behind_the_end_of_a_truncated_file_is_told_where_that_is(layers):
+    os.truncate(layers / "data-00000.bin", CHUNK + 5)
+    truncated = [problem.reason for problem in verify(layers).problems if problem.tensors]
+    assert len(truncated) == 2
+    for number, reason in zip((1, 2), truncated, strict=True):
+        assert f"it ends at byte {CHUNK + 5}, before {(number + 1) * CHUNK}" in reason
 
 
 def test_a_damaged_index_does_not_hide_the_other_variant(layers):
