@@ -65,7 +65,8 @@ def convert(source: str, target: Path, compress: str, overwrite: bool, as_json: 
     try:
         written = _work("converting", total, run)
     except CheckpointExists as error:
-        raise click.ClickException(f"{error.message} --overwrite replaces a checkpoint.") from error
+        hint = "" if overwrite else " --overwrite replaces a checkpoint."
+        raise click.ClickException(f"{error.message}{hint}") from error
     seconds = time.monotonic() - began_s
     facts = {
         "path": written.path,
