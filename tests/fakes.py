@@ -55,6 +55,9 @@ class FakeModel:
     loading: Sequence[Progress] = ()
     #: Passed after `loading`, before the instance takes the request.
     gate: asyncio.Event | None = None
+    #: What is said after an instance took the request, and nodes whose instances took it before and died.
+    reading: Sequence[Progress] = ()
+    died: Sequence[str] = ()
     #: Passed when this many tokens were sent.
     pause_after: int = 0
     pause: asyncio.Event | None = None
@@ -122,7 +125,7 @@ class FakeGateway:
             raise ModelNotFound(model, ["qwen"])
         if held.refuse is not None:
             raise held.refuse
-        said = {"model": model, "tier": tier, "keep_alive": 300.0}
+        said = {"model": model, "tier": tier, "keep_alive": 300.0, "progress": held.progress if wait else None}
         if not wait:
             return said | {"state": "loading", "node": node, "instance": None, "cold_start": None, "seconds": None}
         if held.gate is not None:
@@ -198,8 +201,13 @@ class FakeGateway:
         if model.refuse is not None:
             raise model.refuse
         journal.state, journal.node = "running", "0"
+        for node in model.died:
+            journal.path.append(node)
+            yield Started(node, "remote", 0.125)
         journal.path.append("0")
         yield Started("0", model.cold_start, 0.25)
+        for progress in model.reading:
+            yield progress
         text = tokenizer.stream(request.params.stop)
         answer = tokenizer.encode(model.answer(tokenizer.decode(request.prompt_ids)))
         for index, token_id in enumerate(answer[: request.params.max_tokens]):

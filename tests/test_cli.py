@@ -123,6 +123,15 @@ def test_deploy_takes_a_name_and_flags(serve: Serve):
     assert json.loads(run("deploy", "org/other", "--json").output)[0]["model"] == "org/other"
 
 
+def test_deploy_names_a_model_of_a_url_by_the_last_part_of_its_path(serve: Serve):
+    server = serve()
+    for url in ("http://127.0.0.1:1/models/qwen2.5/", "https://h.org/a/b?token=x=y", "https://h.org/c", "mine=http://h.org/d/"):
+        run("deploy", url)
+    assert list(server.gateway.deployed) == ["qwen2.5", "b", "c", "mine"]
+    for url in ("http://h.org/", "http://h.org", "http://[h.org/x", "http://h.org/qwen%201"):
+        assert f"NAME={url}" in run("deploy", url, code=2).stderr
+
+
 def test_deploy_takes_files_and_flags_go_over_them(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     server = serve()
     seen: list[Deployment] = []
@@ -287,6 +296,16 @@ def test_load_says_where_the_model_is_ready_and_from_where_it_came(serve: Serve)
     assert server.gateway.operated[3] == ("load", "m", None, "device", False)
 
 
+def test_load_does_not_call_ready_what_is_still_being_read(serve: Serve):
+    told = {"done": 1, "total": 4 * 1024**2, "tier": "disk", "bytes_per_s": 0.0}
+    server = serve(m=FakeModel(state="disk", cold_start="disk", progress=told))
+    assert run("load", "m").output == (
+        "m takes requests on node 0 after 250 ms; it is being read from disk; leaves after 5m00s without a request\n"
+    )
+    server.gateway.deployed["m"].cold_start = "hit"
+    assert run("load", "m").output == "m takes requests on node 0 already; it is being read from disk\n"
+
+
 def test_load_shows_how_far_it_is_and_what_is_in_its_way(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     gate = asyncio.Event()
     server = serve(m=FakeModel(state="disk", gate=gate), other=FakeModel())
@@ -436,6 +455,16 @@ def test_bench_load_compares_the_loaders_with_the_limit(checkpoint: Path, tmp_pa
     run("bench", "load", str(checkpoint), "--repeats", "3", "--json", str(tmp_path / "out.json"))
     facts = json.loads((tmp_path / "out.json").read_text())
     assert (facts["nbytes"], facts["repeats"], [len(row["runs"]) for row in facts["loaders"]]) == (4 * 1024**2, 3, [3] * 4)
+
+
+@pytest.mark.parametrize(
+    ("directory", "reason"), [("nowhere", "No such file"), ("file", "Not a directory"), ("/proc", "No such")]
+)
+def test_bench_load_says_why_it_can_generate_nothing_in_a_directory(tmp_path: Path, directory: str, reason: str):
+    (tmp_path / "file").touch()
+    stderr = run("bench", "load", "--size", "1MiB", "--dir", str(tmp_path / directory), code=2).stderr
+    assert f"{tmp_path / directory}: {reason}" in stderr and "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Deployments as the command line takes them: a file, ``NAME=SOURCE``, a directory, or the id of a model on the hub."""
+"""Deployments as the command line takes them: a file, ``NAME=SOURCE``, a directory, a URL, or the id of a model on the hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 
 def read_model(text: str) -> Deployment:
-    """A deployment from a file, ``NAME=SOURCE``, a directory, or the id of a model on the hub."""
+    """A deployment from a file, ``NAME=SOURCE``, a directory, a URL, or the id of a model on the hub."""
     from sllmdask.config import Deployment, parse, read_deployment
 
     name, equals, source = text.partition("=")
-    if not equals:
+    if text.startswith(("http://", "https://")):  # there may be a sign of equality in it
+        name, source = _last_part(text), text
+    elif not equals:
         if os.path.isfile(text):
             return read_deployment(text)
         if text.startswith((".", "/", "~")) or text.endswith((".json", ".yaml", ".yml")):
@@ -27,6 +29,20 @@ def read_model(text: str) -> Deployment:
             return parse(Deployment, {"model": text}, f"the model {text!r}")
         name, source = os.path.basename(os.path.abspath(os.path.expanduser(text))), text
     return parse(Deployment, named(name, absolute(source)), f"the model {text!r}")
+
+
+def _last_part(url: str) -> str:
+    """What the model at `url` is called: the last part of its path. Raises :class:`ConfigError` if that is no name."""
+    import re
+    from urllib.parse import urlsplit
+
+    try:
+        name = urlsplit(url).path.rstrip("/").rpartition("/")[2]
+    except ValueError:
+        name = ""
+    if not re.fullmatch(r"\w[\w.:-]*", name, re.ASCII):
+        raise ConfigError(f"The address {url} does not end in the name of a model. Write NAME={url}.")
+    return name
 
 
 def absolute(source: str) -> str:

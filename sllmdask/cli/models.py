@@ -52,7 +52,7 @@ def deploy(
 ) -> None:
     """Make MODEL available, or the models of --config files; flags go over what a file says.
 
-    MODEL is a name (with --source), NAME=SOURCE, a directory, or the id of a model on the hub.
+    MODEL is a name (with --source), NAME=SOURCE, a directory, a URL, or the id of a model on the hub.
     """
     from sllmdask.config import Deployment, parse, read_file
 
@@ -324,9 +324,16 @@ def _loaded_text(loaded: Mapping[str, Any]) -> str:
     if loaded["state"] == "loading":
         return f"loading {model}"
     where = f"ready on node {loaded['node']}" if loaded["state"] == "ready" else f"in the host memory of node {loaded['node']}"
-    if loaded["cold_start"] == "hit":
-        return f"{model} is {where} already"
-    text = f"{model} is {where}: loaded from {loaded['cold_start']} in {format_seconds(loaded['seconds'])}"
+    told, hit = loaded.get("progress"), loaded["cold_start"] == "hit"
+    if told:  # dispatch does not wait for the last byte
+        when = "already" if hit else f"after {format_seconds(loaded['seconds'])}"
+        text = f"{model} takes requests on node {loaded['node']} {when}; it is being read from {told['tier']}"
+    elif hit:
+        text = f"{model} is {where} already"
+    else:
+        text = f"{model} is {where}: loaded from {loaded['cold_start']} in {format_seconds(loaded['seconds'])}"
+    if hit:
+        return text
     if loaded["state"] == "ready" and keep_alive == 0:
         text += "; leaves at once: its keep_alive is 0"
     elif loaded["state"] == "ready" and keep_alive > 0:

@@ -58,7 +58,7 @@ def up(
 ) -> None:
     """Start scheduler, workers and front door on this host, and serve each MODEL until Ctrl-C.
 
-    A MODEL is a deployment file, NAME=SOURCE, a directory with a checkpoint, or the id of a model on the hub.
+    A MODEL is a deployment file, NAME=SOURCE, a directory with a checkpoint, a URL, or the id of a model on the hub.
     """
     configured, file = _read_config(config_file)
     deployments = [*configured, *map(read_model, models)]

@@ -64,6 +64,8 @@ class _Active:
         self.text = text
         self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
         self.n_returns = 0
+        #: Whether it was told last that its instance is being read.
+        self.reading = False
 
 
 class WorkerLink:
@@ -132,6 +134,9 @@ class Gateway:
         self._outbox: Outbox | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._rows: dict[str, dict[str, Any]] = {}
+        #: How far instances are that take requests and are still being read, and which of those have given a token since.
+        self._reading: dict[str, dict[str, Any]] = {}
+        self._answering: set[str] = set()
         self._n_workers = 0
         self._given_up = False
         self._mirrored = asyncio.Event()
@@ -190,6 +195,7 @@ class Gateway:
             outbox, self._outbox = self._outbox, None
             await outbox.close()
             self._n_workers = 0
+            self._show_reading({})
             logger.warning("lost the scheduler at %s; trying again", self._scheduler)
             patience = asyncio.get_running_loop().call_later(self._settings.scheduler.worker_wait, self._give_up)
             pause_s = RECONNECT_S[0]
@@ -353,12 +359,15 @@ class Gateway:
             case ["dispatch", _, instance, worker, node, loaded_from, queue_s]:
                 journal.instance, journal.worker, journal.node, journal.state = instance, worker, node, "running"
                 journal.path.append(node)
+                active.reading = False
                 request = journal.request
                 params = request.params.as_wire()
                 self._link(worker).send(
                     ["submit", active.key, journal.epoch, instance, request.prompt_ids, journal.output_ids, params]
                 )
-                return [Started(node, loaded_from or "hit", queue_s)]
+                return [Started(node, loaded_from or "hit", queue_s), *self._tell_reading(active)]
+            case ["reading", instance] if instance == journal.instance:
+                return self._tell_reading(active)
             case ["refuse", _, error]:
                 journal.state = "refused"
                 raise from_wire(error)
@@ -366,7 +375,19 @@ class Gateway:
                 return self._accept(active, index, list(token_ids), reason)
             case ["error", _, epoch, error] if epoch == journal.epoch:
                 self._fail(active, from_wire(error))
+                return [Progress("queued", f"waiting for {journal.request.model}")]
         return []
+
+    def _tell_reading(self, active: _Active) -> list[GatewayEvent]:
+        """How far the instance is that will give the first token, and once that it is all there."""
+        journal = active.journal
+        told = None if journal.output_ids else self._reading.get(journal.instance or "")
+        if told is None and not active.reading:
+            return []
+        active.reading = told is not None
+        if told is None:
+            return [] if journal.output_ids else [Progress("working", "working")]
+        return [_loading(journal.request.model, told)]
 
     def _accept(self, active: _Active, index: int, token_ids: list[int], reason: str | None) -> list[GatewayEvent]:
         """The next tokens as text. A stop string ends the answer here; what the engine made beyond it is not counted."""
@@ -434,6 +455,8 @@ class Gateway:
                 for row in changed:
                     self._rows[row["model"]] = row
                 self._show_progress([row for row in changed if row["state"] == "loading"])
+            case ["reading", reading]:
+                self._show_reading(reading)
             case ["dispatch" | "refuse", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
@@ -447,10 +470,25 @@ class Gateway:
         for active in self._active.values():
             row = loading.get(active.journal.request.model)
             if row is not None and active.journal.worker is None:
-                done, total = row["done"] or 0, row["nbytes"]
-                percent = f" {100 * done // total}%" if total else ""
-                rate = f" {row['tier']} {format_bytes(row['bytes_per_s'])}/s" if row["bytes_per_s"] else ""
-                active.inbox.put_nowait(["progress", "loading", f"loading {row['model']}{percent}{rate}", done, total])
+                told = {**row, "done": row["done"] or 0, "total": row["nbytes"]}
+                event = _loading(row["model"], told)
+                active.inbox.put_nowait(["progress", event.state, event.detail, event.done, event.total])
+
+    def _show_reading(self, reading: dict[str, dict[str, Any]]) -> None:
+        """Tell who was dispatched to an instance and has no token yet how far it is."""
+        self._answering &= reading.keys()
+        before, self._reading = self._reading, {key: told for key, told in reading.items() if key not in self._answering}
+        changed = {key for key in before.keys() | self._reading.keys() if before.get(key) != self._reading.get(key)}
+        for active in self._active.values():
+            if active.journal.instance in changed and not active.journal.output_ids:
+                active.inbox.put_nowait(["reading", active.journal.instance])
+
+    def _answers(self, instance: str | None) -> None:
+        """A token came: all bytes of its instance are there, whatever was told of it last."""
+        if instance in self._reading:
+            self._answering.add(instance)
+            self._show_reading(self._reading)
+            self._tell(["read", instance])
 
     def from_worker(self, message: Message) -> None:
         """One message of a worker's stream."""
@@ -459,6 +497,8 @@ class Gateway:
                 active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
+                    if message[0] == "tokens" and message[2] == active.journal.epoch:
+                        self._answers(active.journal.instance)
             case ["pong", _]:
                 pass
             case _:
@@ -477,3 +517,11 @@ class Gateway:
         if link is None:
             link = self._links[worker] = WorkerLink(self, worker)
         return link
+
+
+def _loading(model: str, told: dict[str, Any]) -> Progress:
+    """``loading qwen 61% disk 2.9 GiB/s``, from what was told of the load."""
+    done, total = told["done"], told["total"]
+    percent = f" {100 * done // total}%" if total else ""
+    rate = f" {told['tier']} {format_bytes(told['bytes_per_s'])}/s" if told["bytes_per_s"] else ""
+    return Progress("loading", f"loading {model}{percent}{rate}", done, total)

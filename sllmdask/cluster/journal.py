@@ -24,7 +24,11 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class Progress:
-    """Nothing to show yet, and why. `detail` is for people: ``loading qwen 61% disk 2.9 GiB/s``."""
+    """Nothing to show yet, and why. `detail` is for people: ``loading qwen 61% disk 2.9 GiB/s``.
+
+    It may follow :class:`Started`, too: an instance takes requests while it is being read, and one that dies before its first
+    token leaves the request to another.
+    """
 
     state: str
     detail: str
@@ -34,7 +38,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Started:
-    """An instance took the request. `cold_start`: ``hit`` or the tier that the model was loaded from for it."""
+    """An instance took the request. `cold_start`: ``hit`` or the tier that the model was loaded from for it.
+
+    It comes again when that instance is gone before the first token, and another one took the request.
+    """
 
     node: str
     cold_start: str

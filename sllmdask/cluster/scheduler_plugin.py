@@ -110,8 +110,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._strays: set[str] = set()
         #: The newest account of each worker, by address.
         self._accounts: dict[str, dict[str, Any]] = {}
-        #: The last report of each load under way, by instance.
+        #: The last report of each load, by instance: one that takes requests may still be read.
         self._progress: dict[str, dict[str, Any]] = {}
+        #: What the front doors were told last of how far those are.
+        self._told_reading: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.TimerHandle | None = None
         #: What operators wait for: loads by wish, and instances that are to leave.
         self._wishes: dict[str, asyncio.Future[ReportLoaded]] = {}
@@ -137,6 +139,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def on(self, event: ev.Event) -> None:
         """The one way into the controller."""
         self.events.append(event)
+        if isinstance(event, ev.LoadFinished):
+            self._takes_requests(event)
         try:
             decisions = self.controller.handle(event)
         except Exception:
@@ -233,9 +237,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             match message:
                 case {"kind": "account", "account": account}:
                     self._fold_account(worker, account)
-                case {"kind": "progress", "instance": instance}:
-                    self._progress[instance] = message
-                    self._tell_soon()
+                case {"kind": "progress", "instance": instance, "done": _, "total": _, "tier": _, "bytes_per_s": _}:
+                    if not _is_read(self._progress.get(instance)):
+                        self._progress[instance] = message
+                        self._tell_soon()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
                     self.effects.instance_lost(instance)
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
@@ -253,6 +258,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if view is None or account["version"] < view.version:
             return
         self._accounts[address] = account
+        for instance, stats in account["instances"].items():
+            if "read_s" in stats.get("load", {}) or stats.get("n_output_tokens"):
+                self._read(instance)
         for instance in account["instances"].keys() - self.controller.instances.keys() - self._strays:
             # It was called off while nobody could be told, or its unloading went unanswered.
             self._strays.add(instance)
@@ -260,6 +268,20 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if account["version"] > view.version:
             capacity = account["tiers"]["host"]["capacity"]
             self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account), capacity))
+
+    def _takes_requests(self, event: ev.LoadFinished) -> None:
+        """Until a report or an account says more, an instance that was not in memory is one of which nothing is there yet."""
+        instance = self.controller.instances.get(event.instance)
+        if instance is not None and event.loaded_from in (Tier.DISK, Tier.PEER, Tier.REMOTE):
+            told = {"done": 0, "total": instance.nbytes, "tier": str(event.loaded_from), "bytes_per_s": 0.0}
+            self._progress.setdefault(instance.id, told)
+
+    def _read(self, instance: str) -> None:
+        """All bytes of an instance are there: its last report may have been lost, or be late."""
+        told = self._progress.get(instance, {"total": 0, "tier": None, "bytes_per_s": 0.0})
+        if instance in self.controller.instances and not _is_read(told):
+            self._progress[instance] = {**told, "done": told["total"]}
+            self._tell_soon()
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
@@ -288,6 +310,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         outbox = self._doors[front_door] = Outbox(comm)
         logger.info("front door joined front_door=%s", front_door)
         outbox.put(["mirror", list(self._rows.values()), self._n_workers_told])
+        outbox.put(["reading", self._told_reading])
         try:
             async for message in messages(comm):
                 self._receive(front_door, message)
@@ -312,6 +335,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id]:
                 self.on(ev.RequestEnded(now, request_id))
+            case ["read", instance]:
+                self._read(instance)
             case _:
                 logger.warning("unknown message from front door %s: %r", front_door, message[:1])
 
@@ -333,6 +358,15 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             for outbox in self._doors.values():
                 outbox.put(["models", changed, gone, n_workers])
         self._rows, self._n_workers_told = rows, n_workers
+        reading = {
+            instance.id: told
+            for instance in self.controller.instances.values()
+            if instance.state is InstanceState.READY and (told := self._progress_of(instance))
+        }
+        if reading != self._told_reading:
+            for outbox in self._doors.values():
+                outbox.put(["reading", reading])
+        self._told_reading = reading
 
     def _current_rows(self) -> dict[str, dict[str, Any]]:
         self._progress = {key: done for key, done in self._progress.items() if key in self.controller.instances}
@@ -342,8 +376,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         """One model as front doors and users see it."""
         instances = self.controller.instances_of(name)
         loading = [instance for instance in instances if instance.state in (InstanceState.LOADING, InstanceState.PLANNED)]
-        ready = [instance for instance in instances if instance.state is InstanceState.READY]
-        progress = next((self._progress[instance.id] for instance in loading if instance.id in self._progress), {})
+        dispatchable = [instance for instance in instances if instance.state is InstanceState.READY]
+        ready = [instance for instance in dispatchable if self._progress_of(instance) is None]
+        # Requests are dispatched to an instance whose last bytes are on their way, but nobody is answered yet.
+        loading = [instance for instance in dispatchable if instance not in ready] + loading
+        progress = next((told for instance in loading if (told := self._progress_of(instance))), {})
         done, total = progress.get("done", 0), progress.get("total", deployed.nbytes)
         reason = self.controller.last_failure(name)
         if ready:
@@ -447,7 +484,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         misfit = self.controller.feasible(view)
         if misfit is not None:
             raise misfit
-        said = dict.fromkeys(("model", "tier", "state", "node", "instance", "cold_start", "seconds"))
+        said = dict.fromkeys(("model", "tier", "state", "node", "instance", "cold_start", "seconds", "progress"))
         said |= {"model": model, "tier": tier, "keep_alive": self._keep_alive(deployed.deployment)}
         if tier == Tier.HOST:
             return said | await self._load_to_host(deployed, view, wait)
@@ -468,6 +505,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             "instance": loaded.instance,
             "cold_start": str(loaded.loaded_from or "hit"),
             "seconds": loaded.waited_s,
+            "progress": self._progress_of(self.controller.instances.get(loaded.instance)),
         }
 
     async def _load_to_host(self, deployed: Deployed, view: ModelView, wait: bool) -> dict[str, Any]:
@@ -569,11 +607,12 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         taken = [instance for instance in here if instance.state is not InstanceState.PLANNED]
         models = []
         for name, deployed in self.deployed.items():
-            states = [instance.state for instance in here if instance.model == name]
+            states = [self._shown_state(instance) for instance in here if instance.model == name]
             tier = view.residency.get(deployed.deployment.source)
             if states:
                 shown = "device" if InstanceState.READY in states else str(tier or Tier.DISK)
-                models.append({"model": name, "state": str(states[0]), "tier": shown, "nbytes": deployed.nbytes})
+                state = InstanceState.READY if InstanceState.READY in states else states[0]
+                models.append({"model": name, "state": str(state), "tier": shown, "nbytes": deployed.nbytes})
             elif tier is not None:
                 models.append({"model": name, "state": str(tier), "tier": str(tier), "nbytes": deployed.nbytes})
         return {
@@ -598,10 +637,17 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             "models": models,
         }
 
-    def _progress_of(self, instance: InstanceView) -> dict[str, Any] | None:
-        """How far a load is: ``done``, ``total`` in bytes, ``tier``, ``bytes_per_s``."""
-        told = self._progress.get(instance.id)
-        if told is None or instance.state is not InstanceState.LOADING:
+    def _shown_state(self, instance: InstanceView) -> InstanceState:
+        """Its state; one that is still being read is loading for who looks at it, whatever may be dispatched to it."""
+        reading = instance.state is InstanceState.READY and self._progress_of(instance) is not None
+        return InstanceState.LOADING if reading else instance.state
+
+    def _progress_of(self, instance: InstanceView | None) -> dict[str, Any] | None:
+        """How far a load is, ``done``, ``total`` in bytes, ``tier``, ``bytes_per_s``, until its last byte is there."""
+        told = None if instance is None else self._progress.get(instance.id)
+        if instance is None or told is None or instance.state not in (InstanceState.LOADING, InstanceState.READY):
+            return None
+        if instance.state is InstanceState.READY and _is_read(told):
             return None
         return {key: told[key] for key in ("done", "total", "tier", "bytes_per_s")}
 
@@ -718,6 +764,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     async def _forget_on(self, worker: str, source: str) -> None:
         await self._ask(worker, "sllm_forget", source=source)
+
+
+def _is_read(told: dict[str, Any] | None) -> bool:
+    """Whether a report of a load is its last one."""
+    return told is not None and bool(told.get("done", -1) >= told["total"])
 
 
 def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float], dict[Tier, float]]:

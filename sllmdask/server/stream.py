@@ -256,6 +256,7 @@ async def _show(
         if (opening := shape.opening(index)) is not None:
             frames.append(frame(opening))
     if isinstance(event, Delta):
+        sse.status = "working"
         tally.n_tokens[index] += len(event.token_ids)
         if event.text:
             frames.append(frame(shape.piece(index, event.text, openai.usage(*tally.usage()) if running else None)))
@@ -269,13 +270,14 @@ async def _show(
 
 
 async def collect(source: AsyncIterator[Indexed], n_choices: int) -> tuple[list[openai.Choice], Started | None]:
-    """The whole answers of a request that is not streamed, and where the first of them ran."""
+    """The whole answers of a request that is not streamed, and where the first of them ran in the end."""
     texts: list[list[str]] = [[] for _ in range(n_choices)]
     choices: list[openai.Choice | None] = [None] * n_choices
     started: Started | None = None
     async for index, event in source:
         if isinstance(event, Started):
-            started = started or event
+            # Again, if the instance that it was sent to died before its first token.
+            started = event if index == 0 else started
         elif isinstance(event, Delta):
             texts[index].append(event.text)
         elif isinstance(event, Finished):

@@ -36,6 +36,7 @@ async def test_a_load_is_answered_when_it_is_done_or_at_once(open_door: OpenDoor
             "instance": None,
             "cold_start": None,
             "seconds": None,
+            "progress": None,
         },
     )
     waiting = asyncio.create_task(post(door, "/admin/load", {"model": "m"}))

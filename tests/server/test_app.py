@@ -339,6 +339,37 @@ async def test_while_a_model_loads_comments_tell_how_far_it_is(open_door: OpenDo
     assert data[-1] == "[DONE]"
 
 
+async def test_an_instance_that_is_still_read_is_told_of_until_its_first_token(open_door: OpenDoor):
+    pause = asyncio.Event()
+    reading = [Progress("loading", f"loading m {percent}% disk 2.9 GiB/s", percent, 100) for percent in (10, 61)]
+    model = FakeModel(answer=lambda _: "ab", reading=reading, pause=pause, cold_start="disk")
+    door = await open_door(m=model, heartbeat=0.02)
+    async with door.http.post("/v1/completions", json={"model": "m", "prompt": "x", "stream": True}) as response:
+        assert response.headers["x-sllmdask-cold-start"] == "disk"
+        seen = [await response.content.readuntil(b"\n\n") for _ in range(4)]
+        model.pause, model.pause_after = asyncio.Event(), 1
+        pause.set()
+        while (said := await response.content.readuntil(b"\n\n")).startswith(b": "):
+            assert said == seen[3]
+        assert b'"text":"a"' in said
+        assert await response.content.readuntil(b"\n\n") == b": working\n\n"
+        model.pause.set()
+        assert (await read_events(response))[1][-1] == "[DONE]"
+    assert seen[:2] == [b": loading m 10% disk 2.9 GiB/s\n\n", b": loading m 61% disk 2.9 GiB/s\n\n"]
+    assert seen[2:] == seen[1:2] * 2, "the heartbeat repeats what was said last"
+
+
+async def test_the_headers_are_those_of_the_instance_that_answered(open_door: OpenDoor):
+    door = await open_door(m=FakeModel(died=["7", "8"], cold_start="disk"))
+    where = {"x-sllmdask-node": "0", "x-sllmdask-cold-start": "disk", "x-sllmdask-queue-ms": "250"}
+    for prompt in ("x", ["x", "y"]):
+        async with door.http.post("/v1/completions", json={"model": "m", "prompt": prompt}) as response:
+            assert {name: response.headers[name] for name in where} == where
+    async with door.http.post("/v1/completions", json={"model": "m", "prompt": "x", "stream": True}) as response:
+        comments, _ = await read_events(response)
+    assert comments[-3:] == [f"{name}: {where[name]}" for name in sorted(where)]
+
+
 async def test_a_warm_model_needs_no_comments(open_door: OpenDoor):
     door = await open_door(m=FakeModel())
     async with door.http.post("/v1/chat/completions", json={**HI, "stream": True}) as response:
