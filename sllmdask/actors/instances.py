@@ -65,6 +65,8 @@ class Instance:
         self.copying: DeviceCopy | None = None
         self._loading: asyncio.Task[dict[str, Any]] | None = None
         self._building = False
+        #: Why the engine ended while it was still being loaded.
+        self._failure: SllmError | None = None
         #: While the last bytes are on their way to an engine that takes requests already.
         self._arriving: asyncio.Task[None] | None = None
         #: Every byte of the weights has arrived.
@@ -75,6 +77,8 @@ class Instance:
         self.closed = False
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
+        #: Those of them that are on their way to another instance, because the load has failed.
+        self._returning: set[asyncio.Task[None]] = set()
         #: Set while there is none.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -122,10 +126,16 @@ class Instance:
             lease.release()
             raise failure
         assert self._engine is not None
-        if self.closed:  # unloaded while it was being built
+        if self._failure is not None and not self.closed:
+            failure = await _why(lease, self._failure)
+        if failure is not None or self.closed:  # it ended, or was unloaded, while it was being built
+            engine, self._engine = self._engine, None
+            copying, self.copying = self.copying, None
             lease.release()
-            await asyncio.to_thread(self._engine.close)
-            raise InstanceGone(self.id)
+            if copying is not None:
+                await asyncio.to_thread(copying.close)
+            await asyncio.to_thread(engine.close)
+            raise failure or InstanceGone(self.id)
         self._lease = lease
         self.times["ready_s"] = time.monotonic() - self._began_at
         if lease.arrivals is None:
@@ -254,8 +264,12 @@ class Instance:
             front_door, epoch = waiting
             if output.error is not None:
                 # A load that failed is no fault of the request: it goes back to the queue, or hears why nobody can serve it.
-                failed = not self._whole and isinstance(output.error, CheckpointError | Unavailable | Cancelled)
-                self._answer_error(output.request_id, InstanceGone(self.id) if failed else output.error)
+                if not self._whole and isinstance(output.error, CheckpointError | Unavailable | Cancelled):
+                    returning = asyncio.create_task(self._give_back(output.request_id, waiting))
+                    self._returning.add(returning)
+                    returning.add_done_callback(self._returning.discard)
+                else:
+                    self._answer_error(output.request_id, output.error)
                 continue
             if output.finish_reason is not None:
                 self._forget(output.request_id)
@@ -263,8 +277,19 @@ class Instance:
             reason = None if output.finish_reason is None else str(output.finish_reason)
             self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason])
 
+    async def _give_back(self, request_id: str, waiting: tuple[str, int]) -> None:
+        """Send a request elsewhere, once the scheduler was told why: it would send it here again."""
+        if self._lease is not None:
+            with suppress(SllmError):
+                await self._lease.complete()
+        if self._requests.get(request_id) == waiting:
+            self._answer_error(request_id, InstanceGone(self.id))
+
     def on_failed(self, error: SllmError) -> None:
         """The engine's thread died: the instance is lost, the worker is not."""
+        if self._lease is None and not self.closed:
+            self._failure = error  # told by its load, which has not ended
+            return
         if not self._whole:
             self._load_failed(error)
             return
@@ -281,6 +306,15 @@ class Instance:
         front_door, epoch = self._requests[request_id]
         self._forget(request_id)
         self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
+
+
+async def _why(lease: HostLease, failure: SllmError) -> SllmError:
+    """Why an engine that waited for its weights has ended: what became of them says more than `failure`, which it ended with."""
+    try:
+        await lease.complete()
+    except SllmError as error:
+        return type(error)(*error.args)
+    return failure
 
 
 class InstanceRegistry:

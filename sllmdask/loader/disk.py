@@ -6,6 +6,8 @@ users are read where they are: they count for nothing here, and nothing here rem
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import logging
@@ -37,7 +39,7 @@ class DiskTier:
     """The copies below `root`, of at most `quota` bytes together (0: as many as the disk holds). Any thread may ask."""
 
     def __init__(self, root: Path, quota: int = 0) -> None:
-        self.root, self.quota = root, quota
+        self.root, self.quota = root.absolute(), quota
 
     def find(self, source: str) -> Path | None:
         """Where the files of `source` are on this disk: a directory, or a complete copy; ``None``: they must be fetched.
@@ -58,7 +60,7 @@ class DiskTier:
         """Where a copy of `source` is kept; a directory of another node has a name of its own, too."""
         if is_remote(source):
             return self.root / local_name(source)
-        return self.root / f"node--{Path(source).name}--{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+        return self.root / f"node--{Path(source).name[-100:]}--{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def owns(self, path: Path) -> bool:
         """Whether `path` is a copy that was fetched, and may be fetched again."""
@@ -72,6 +74,10 @@ class DiskTier:
             except OSError:
                 # Its life is shorter than it could be; that is all.
                 logger.debug("cannot note the use of %s", path)
+
+    def hold(self, path: Path) -> int | None:
+        """A descriptor; until it is closed no process of the node removes the copy. ``None``: it is not ours to remove."""
+        return _lock(path, fcntl.LOCK_SH) if self.owns(path) and path.suffix != PARTIAL else None
 
     def copies(self) -> list[DiskCopy]:
         """All complete copies, the one that was used longest ago first."""
@@ -101,32 +107,42 @@ class DiskTier:
     def make_room(self, source: str, nbytes: int, in_use: Collection[Path]) -> list[Path]:
         """Remove copies, what was used longest ago first, until `nbytes` more fit; returns what was removed.
 
-        Nothing in `in_use` leaves; nothing at all if that would not suffice: :class:`DiskFull`.
+        Nothing in `in_use` leaves, and nothing that is held; nothing at all if that would not suffice: :class:`DiskFull`.
         """
         if not self.quota:
             return []
+        self._sweep()
         copies = self.copies()
-        excess = sum(copy.nbytes for copy in copies) + nbytes - self.quota
+        kept = sum(copy.nbytes for copy in copies)
         leaving: list[Path] = []
-        for copy in copies:
-            if excess <= 0:
-                break
-            if copy.path not in in_use:
-                leaving.append(copy.path)
-                excess -= copy.nbytes
-        if excess > 0:
-            free = max(self.quota - sum(copy.nbytes for copy in copies if copy.path in in_use), 0)
-            raise DiskFull(str(self.final(source)), nbytes, free, "the quota of the disk tier is used up (worker.disk_quota)")
-        for path in leaving:
-            self.remove(path)
+        with contextlib.ExitStack() as locks:
+            for copy in copies:
+                lock = None if copy.path in in_use else _lock(copy.path, fcntl.LOCK_EX)
+                if lock is None:
+                    continue
+                locks.callback(os.close, lock)
+                if kept + nbytes > self.quota:
+                    leaving.append(copy.path)
+                    kept -= copy.nbytes
+            if kept + nbytes > self.quota:
+                free = max(self.quota - kept, 0)
+                raise DiskFull(str(self.final(source)), nbytes, free, "the quota of the disk tier is used up (worker.disk_quota)")
+            for path in leaving:
+                self.remove(path)
         return leaving
 
     def remove(self, path: Path) -> None:
         """Remove a copy: gone at once under its name, and then from the disk."""
         aside = _free_name(path, LEAVING)
-        path.rename(aside)
-        logger.info("removed from disk path=%s", path)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
+            logger.info("removed from disk path=%s", path)
         shutil.rmtree(aside, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """End what a process that was killed had begun to remove."""
+        for path in self.root.glob(f"*{LEAVING}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def quarantine(self, path: Path, reason: str) -> bool:
         """Put a damaged copy aside, so that the next load fetches it again; false for what is not ours to move."""
@@ -141,6 +157,20 @@ class DiskTier:
             return True  # another process was faster
         logger.error("damaged checkpoint put aside path=%s cause=%s", aside, reason)
         return True
+
+
+def _lock(directory: Path, kind: int) -> int | None:
+    """A descriptor that holds a lock on `directory`; ``None`` if it is not there, or others hold what excludes it."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _nbytes_below(directory: str) -> int:

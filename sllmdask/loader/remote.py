@@ -937,6 +937,7 @@ class Fetch:
         self._origin, self._partial, self.manifest, self.index = origin, partial, manifest, index
         number_of = {file.name: number for number, file in enumerate(manifest.files)}
         self._numbers = [number_of[file.name] for file in index.files]
+        self._resumed = partial.n_held > 0
 
     @classmethod
     def open(cls, origin: Origin, final: Path, *, cancel: threading.Event | None = None) -> Fetch | None:
@@ -956,6 +957,11 @@ class Fetch:
         except BaseException:
             partial.close()
             raise
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier fetch has left something, which does not come from elsewhere."""
+        return self._resumed
 
     @property
     def directory(self) -> Path:
@@ -1004,6 +1010,10 @@ class Fetch:
             self._partial.close()
         else:
             self._partial.remove()
+
+    def leave(self) -> None:
+        """Let go, but of nothing that is on disk: somebody uses the small files."""
+        self._partial.close()
 
     def __enter__(self) -> Self:
         return self
@@ -1084,6 +1094,20 @@ def find_fetched(source: str, store_dir: Path, revision: str | None = None) -> P
     return cached
 
 
+def origin_of(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    access: Access | None = None,
+    limits: Limits | None = None,
+) -> Origin:
+    """Where `source`, an http(s) address or a hub id, is fetched from. Raises :class:`ConfigError`."""
+    if source.startswith(("http://", "https://")):
+        return HttpDirectory(source, access=access, limits=limits, variant=variant)
+    return HubModel(source, revision=revision, access=access, limits=limits, variant=variant)
+
+
 def open_remote(
     source: str,
     store_dir: Path,
@@ -1103,13 +1127,20 @@ def open_remote(
     found = find_fetched(source, store_dir, revision)
     if found is not None:
         return found
-    origin: Origin
-    if source.startswith(("http://", "https://")):
-        origin = HttpDirectory(source, access=access, limits=limits, variant=variant)
-    else:
-        origin = HubModel(source, revision=revision, access=access, limits=limits, variant=variant)
+    origin = origin_of(source, revision=revision, variant=variant, access=access, limits=limits)
     final = store_dir / local_name(source, revision)
     return Fetch.open(origin, final, cancel=cancel) or final
 
 
-__all__ = ["Access", "Fetch", "HttpDirectory", "HubModel", "Limits", "find_fetched", "is_remote", "local_name", "open_remote"]
+__all__ = [
+    "Access",
+    "Fetch",
+    "HttpDirectory",
+    "HubModel",
+    "Limits",
+    "find_fetched",
+    "is_remote",
+    "local_name",
+    "open_remote",
+    "origin_of",
+]

@@ -22,13 +22,14 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Container, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import (
@@ -43,14 +44,15 @@ from sllmdask.errors import (
 )
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.bandwidth import BandwidthMeter
-from sllmdask.loader.buffers import BufferPool, Staging, address_of, lease_nbytes
+from sllmdask.loader.buffers import Buffer, BufferPool, Staging, address_of, lease_nbytes
 from sllmdask.loader.disk import PARTIAL, DiskTier
+from sllmdask.loader.fallback import Fallback
 from sllmdask.loader.format import CheckpointIndex, CheckpointInfo, read_index, read_info, variants
 from sllmdask.loader.hostpool import HostPool, PrivatePool, Segment
 from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import BLOCK, ReadPlan, plan_reads
 from sllmdask.loader.reader import ChunkSource, FileSystems, LocalFiles, read_chunks
-from sllmdask.loader.remote import Access, Fetch, is_remote, open_remote
+from sllmdask.loader.remote import Access, Fetch, Origin, is_remote, open_remote, origin_of
 from sllmdask.loader.tee import Tee
 from sllmdask.loader.tiers import StateDict, tensor_views
 from sllmdask.policy.estimate import PRIOR_BYTES_PER_S, smaller_is_faster
@@ -60,6 +62,12 @@ logger = logging.getLogger(__name__)
 
 #: The variant of our own format beside ``raw``.
 COMPRESSED = "split16"
+
+#: Threads of one store. Most of them wait: for a network, or for another thread or process that fetches the same. The event
+#: loop's own few would all wait one day, and those that they wait for would find no thread.
+_MAX_THREADS = 256
+
+T = TypeVar("T")
 
 #: (bytes so far, bytes in all): never backwards, and equal at the end.
 Progress = Callable[[int, int], None]
@@ -117,6 +125,10 @@ class _Copy:
     #: Done when every byte is there, or with what went wrong.
     whole: asyncio.Future[None]
     n_leases: int = 0
+    #: While it is open no process removes the disk copy.
+    hold: int | None = None
+    #: ``None``: it was given up, and is another's to use.
+    buffer: Buffer | None = None
     #: What others are given of it.
     served: Served | None = None
 
@@ -142,10 +154,25 @@ class _Flight:
     task: asyncio.Task[None] | None = None
     tier_from: Tier = Tier.DISK
     copy: _Copy | None = None
+    #: What it waits for before it reads, see :meth:`unless_called_off`.
+    waiting: asyncio.Future[Any] | None = None
 
     @property
     def wanted(self) -> bool:
         return bool(self.waiters) or (self.copy is not None and self.copy.n_leases > 0)
+
+    def call_off(self) -> None:
+        self.cancel.set()
+        if self.waiting is not None:
+            self.waiting.cancel()
+
+    async def unless_called_off(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which uses no thread and may take as long as others like."""
+        waiting = self.waiting = asyncio.ensure_future(work)
+        try:
+            return await waiting
+        finally:
+            self.waiting = None
 
 
 @dataclass(eq=False)
@@ -154,6 +181,7 @@ class _Record:
     source: str
     #: Anything but HOST, which is the pool's to say.
     state: State = State.ABSENT
+    #: Where its files are, complete.
     path: str | None = None
     pool_key: str | None = None
     nbytes: int = 0
@@ -165,6 +193,11 @@ class _Record:
     @property
     def n_leases(self) -> int:
         return self.copy.n_leases if self.copy else 0
+
+    @property
+    def at_rest(self) -> State:
+        """Its state when nothing is done with it."""
+        return State.DISK if self.path else State.ABSENT
 
 
 class HostLease:
@@ -182,6 +215,7 @@ class HostLease:
         self.seconds = seconds
         self.tensors = dict(copy.tensors)
         self.arrivals = copy.arrivals
+        self.index, self.plan = copy.index, copy.plan
         self._copy: _Copy | None = copy
         self._release: Callable[[], None] | None = partial(store._unpin, record, copy)
 
@@ -190,6 +224,12 @@ class HostLease:
         """Where the files beside the weights are; it changes when a fetch from elsewhere is completed."""
         assert self._copy is not None, "released"
         return self._copy.path
+
+    @property
+    def buffer(self) -> Buffer:
+        """The memory behind `tensors`: uint8 of shape ``(plan.nbytes,)``, laid out as `plan` says. It stays while it is held."""
+        assert self._copy is not None, "released"
+        return self._copy.segment.buffer
 
     async def complete(self) -> None:
         """Until every byte is there and was checked. Raises what ended the load; the tensors are worth nothing then."""
@@ -226,13 +266,18 @@ class CheckpointStore:
         self._pool = pool
         self._records: dict[str, _Record] = {}
         self._flights: set[_Flight] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
         self._closing = threading.Event()
         self._server: DataServer | None = None
         self._token = ""
         self._connect_tls: ssl.SSLContext | None = None
         self._serving = threading.Lock()
         self._from_disk: dict[str, Served] = {}
+        #: Where the files of keys were seen that were not loaded.
+        self._seen: dict[str, str] = {}
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="store")
+        #: Of the fetches that are no loads.
+        self._cancels: set[threading.Event] = set()
         self._disk_turn = asyncio.Lock()
         self._staging = Staging()
         self._file_systems = FileSystems()
@@ -310,7 +355,7 @@ class CheckpointStore:
     async def on_disk(self, source: str) -> bool:
         """Whether the files of `source` are on this node: a directory, or a complete copy of what is elsewhere."""
         try:
-            return await asyncio.to_thread(self._disk.find, source) is not None
+            return await self._in_thread(self._disk.find, source) is not None
         except CheckpointNotFound:
             return False
 
@@ -320,49 +365,69 @@ class CheckpointStore:
         Of what is elsewhere only the small files and the headers are fetched; ``path`` has those. Raises
         :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`SourceUnreachable`.
         """
+
+        def look(fetch: Fetch) -> CheckpointInfo:
+            return read_info(source, str(fetch.directory))
+
         path = await self._directory(source, peers)
-        if path is None:
-            _, fetch = await self._open_fetch(key, source, peers, threading.Event())
-            if isinstance(fetch, Fetch):
-                path = fetch.directory
-                try:
-                    info = await asyncio.to_thread(read_info, source, str(path))
-                finally:
-                    fetch.close()
-                self._expect(info.nbytes)
-                return info
-            path = fetch
-        info = await asyncio.to_thread(read_info, source, str(path))
-        self._expect(info.nbytes)
-        return info
+        found = path if path is not None else await self._fetched(key, source, peers, look)
+        if isinstance(found, Path):
+            found = await self._in_thread(read_info, source, str(found))
+            self._seen[key] = found.path
+        self._expect(found.nbytes)
+        return found
 
     async def pull(self, key: str, source: str, on_progress: Progress | None = None, peers: Sequence[str] = ()) -> str:
         """Bring the files of `source` to this node's disk, and to no memory; returns the directory.
 
         Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`SourceUnreachable`, :class:`DiskFull`.
         """
+        loop, cancel = asyncio.get_running_loop(), threading.Event()
+
+        def advance(done: int, nbytes: int) -> None:
+            if on_progress is not None:
+                loop.call_soon_threadsafe(on_progress, done, nbytes)
+
+        def pull(fetch: Fetch) -> Path:
+            self._free_disk(source, fetch.index.nbytes)
+            return fetch.pull(self._settings.chunk_size, n_threads=self._settings.n_readers, on_progress=advance, cancel=cancel)
+
         path = await self._directory(source, peers)
         if path is None:
-            cancel = threading.Event()
-            _, fetch = await self._open_fetch(key, source, peers, cancel)
-            if not isinstance(fetch, Fetch):
-                return str(fetch)
-            try:
-                with fetch:
-                    await self._make_disk_room(source, fetch.index.nbytes)
-                    pulling = partial(
-                        fetch.pull,
-                        self._settings.chunk_size,
-                        n_threads=self._settings.n_readers,
-                        on_progress=on_progress,
-                        cancel=cancel,
-                    )
-                    path = await asyncio.to_thread(pulling)
-            except asyncio.CancelledError:
-                cancel.set()
-                raise
+            path = await self._fetched(key, source, peers, pull, cancel)
             await self._look_at_disk()
+        self._seen[key] = str(path)
         return str(path)
+
+    async def _fetched(
+        self,
+        key: str,
+        source: str,
+        peers: Sequence[str],
+        use: Callable[[Fetch], T],
+        cancel: threading.Event | None = None,
+    ) -> T | Path:
+        """What `use`, called in a thread, makes of a fetch of `source`; or where another process has completed one meanwhile."""
+        cancel = cancel or threading.Event()
+
+        def work() -> T | Path:
+            _, fetch = self._open_fetch(key, source, peers, cancel)
+            if not isinstance(fetch, Fetch):
+                return fetch
+            # Closed by the thread that uses it: whoever waits may be cancelled.
+            with fetch:
+                if cancel.is_set():
+                    raise Cancelled("nobody waits for it any more")
+                return use(fetch)
+
+        self._cancels.add(cancel)
+        try:
+            return await self._in_thread(work)
+        except OSError as error:
+            raise LoadFailed(key, str(error)) from None
+        finally:
+            cancel.set()
+            self._cancels.discard(cancel)
 
     # --- loading -----------------------------------------------------------------------------------------------------
 
@@ -390,6 +455,8 @@ class CheckpointStore:
         if copy is not None and (copy.arrivals is None or not whole):
             if on_progress is not None:
                 on_progress(record.nbytes if copy.arrivals is None else record.done, record.nbytes)
+                if record.flight is not None:
+                    record.flight.listeners.append(on_progress)
             return self._pin(record, copy, started, hit=copy.arrivals is None)
 
         flight = record.flight or self._take_off(record, peers)
@@ -397,7 +464,7 @@ class CheckpointStore:
         flight.waiters.add(waiter)
         if on_progress is not None:
             flight.listeners.append(on_progress)
-            if record.state is State.READING:
+            if flight.copy is not None:
                 on_progress(record.done, record.nbytes)
         try:
             return await waiter.lease
@@ -417,7 +484,10 @@ class CheckpointStore:
         record = self._records.get(key)
         if record is not None and record.copy is not None:
             return False
-        pool_keys = [pool_key for pool_key, meta in self._pool.resident().items() if meta["key"] == key]
+        pool_keys = {pool_key for pool_key, meta in self._pool.resident().items() if meta["key"] == key}
+        if record is not None and record.pool_key is not None:
+            # What has lost its last bytes is not resident, but it is there.
+            pool_keys.add(record.pool_key)
         evicted = any([await self._pool.evict(pool_key) for pool_key in pool_keys])
         if evicted:
             self._changed()
@@ -427,15 +497,27 @@ class CheckpointStore:
         """Stop all reads and leave the pool. Loads end with :class:`LoadFailed`."""
         self._closed = True
         self._closing.set()
+        for cancel in self._cancels:
+            cancel.set()
         for flight in self._flights:
-            flight.cancel.set()
+            flight.call_off()
         while tasks := [*self._tasks, *(flight.task for flight in self._flights if flight.task is not None)]:
             await asyncio.wait(tasks)
-        if self._server is not None:
-            await asyncio.to_thread(self._server.close)
-        for served in self._from_disk.values():
-            served.close()
+        server, self._server = self._server, None
+        if server is not None:
+            await self._in_thread(server.close)
+        for record in self._records.values():
+            copy = record.copy
+            if copy is not None and copy.served is not None:
+                copy.served.close()
+                copy.served = None
+            if copy is not None and copy.hold is not None:
+                os.close(copy.hold)
+                copy.hold = None
+        while self._from_disk:
+            self._from_disk.popitem()[1].close()
         await self._pool.close()
+        self._threads.shutdown(wait=False)
 
     # --- giving away -------------------------------------------------------------------------------------------------
 
@@ -457,7 +539,7 @@ class CheckpointStore:
             self._token, self._connect_tls = token, connect_tls
             self._server = DataServer(host, 0, token, self._lookup, tls=listen_tls)
             if old is not None:
-                await asyncio.to_thread(old.close)
+                await self._in_thread(old.close)
             self._changed()
 
     def _lookup(self, key: str) -> Served | None:
@@ -465,17 +547,44 @@ class CheckpointStore:
         with self._serving:
             record = self._records.get(key)
             copy = None if record is None else (record.flight.copy if record.flight else None) or record.copy
-            if copy is not None:
-                if copy.served is None:
-                    buffer = copy.segment.buffer
-                    copy.served = Served(copy.index, plan=copy.plan, buffer=buffer, arrivals=copy.arrivals, on_disk=False)
-                return copy.served
-            served = self._from_disk.get(key)
-            if record is None or record.path is None:
-                return served
-            if served is None:
-                served = self._from_disk[key] = Served(read_index(record.path))
-            return served
+            found = None if copy is None else self._served_from_memory(copy)
+            if found is not None:
+                return found
+            return self._served_from_disk(key, record.path if record and record.path else self._seen.get(key))
+
+    def _served_from_memory(self, copy: _Copy) -> Served | None:
+        buffer, index = copy.buffer, copy.index
+        if copy.served is not None or buffer is None:
+            return copy.served
+        complete = not index.directory.endswith(PARTIAL)
+        try:
+            served = copy.served = Served(index, plan=copy.plan, buffer=buffer, arrivals=copy.arrivals, on_disk=complete)
+        except OSError as error:
+            if copy.index is not index:
+                # The directory has its final name only now.
+                return self._served_from_memory(copy)
+            logger.info("cannot be given away path=%s cause=%s", index.directory, str(error))
+            return None
+        if copy.buffer is None:
+            # It was given up meanwhile, by the event loop, which has not seen this.
+            copy.served = None
+            served.close()
+            return None
+        return served
+
+    def _served_from_disk(self, key: str, path: str | None) -> Served | None:
+        old = self._from_disk.pop(key, None)
+        served = None
+        try:
+            index = None if path is None else read_index(path)
+            if index is not None:
+                served = old if old is not None and old.fingerprint == index.fingerprint else Served(index)
+                self._from_disk[key] = served
+        except (CheckpointError, OSError) as error:
+            logger.info("cannot be given away any more key=%s cause=%s", key, str(error))
+        if old is not None and old is not served:
+            old.close()
+        return served
 
     # --- one key -----------------------------------------------------------------------------------------------------
 
@@ -516,12 +625,15 @@ class CheckpointStore:
 
     def _give_up(self, copy: _Copy) -> None:
         """Let go of the memory: unpinned, if it is whole, or discarded."""
-        copy.tensors = {}
+        copy.tensors, copy.buffer = {}, None
         served, copy.served = copy.served, None
         copy.segment.release()
+        hold, copy.hold = copy.hold, None
+        if hold is not None:
+            os.close(hold)
         if served is not None:
             # It waits for who is being fed.
-            self._background(asyncio.to_thread(served.close))
+            self._background(self._in_thread(served.close))
 
     # --- one flight --------------------------------------------------------------------------------------------------
 
@@ -536,12 +648,11 @@ class CheckpointStore:
         """Somebody has left; a flight that nobody wants is called off."""
         if record.flight is not flight or flight.wanted:
             return
-        flight.cancel.set()
+        flight.call_off()
         if flight.copy is not None and flight.copy.arrivals is not None:
             flight.copy.arrivals.fail(Cancelled("the load was called off"))
         record.flight = record.copy = None
-        record.state = State.DISK if record.path else State.ABSENT
-        record.done = 0
+        record.state, record.done = record.at_rest, 0
         self._changed()
 
     async def _fly(self, record: _Record, flight: _Flight, peers: Sequence[str]) -> None:
@@ -551,6 +662,8 @@ class CheckpointStore:
             failure = None
         except (Cancelled, asyncio.CancelledError):
             flight.cancel.set()
+            if record.flight is not flight:
+                failure = Cancelled("the load was called off")
         except SllmError as error:
             # Made anew: the traceback of this one holds the buffer of the failed read.
             failure = type(error)(*error.args)
@@ -567,30 +680,47 @@ class CheckpointStore:
         """Bring `record`'s checkpoint to host memory, from the first of its places that can supply it."""
         path = await self._directory(record.source, peers)
         if path is not None:
+            if record.flight is flight:
+                record.path = str(path)
             try:
                 await self._bring_from_disk(record, flight, path)
                 return
             except CheckpointCorrupt as error:
-                # Somebody may build upon these tensors already; then the next load finds another place.
-                if not await asyncio.to_thread(self._disk.quarantine, path, error.message) or flight.copy is not None:
+                if not await self._in_thread(self._disk.quarantine, path, error.message):
                     raise
                 record.path = None
+                # Somebody may build upon these tensors already; then the next load finds another place.
+                if not self._start_over(record, flight):
+                    raise
         await self._bring_from_afar(record, flight, peers)
 
+    def _start_over(self, record: _Record, flight: _Flight) -> bool:
+        """Give up the copy that `flight` was to fill, unless somebody has a lease on it."""
+        copy = flight.copy
+        if copy is None:
+            return True
+        if copy.n_leases:
+            return False
+        flight.copy = None
+        if record.copy is copy:
+            record.copy = None
+        self._give_up(copy)
+        return True
+
     async def _bring_from_disk(self, record: _Record, flight: _Flight, path: Path) -> None:
-        index = await asyncio.to_thread(self._read_index, path)
+        index = await self._in_thread(self._read_index, path, self._pool.resident())
         plan = plan_reads(index, self._settings.chunk_size)
-        if record.flight is flight:
-            record.path = index.directory
         self._move(record, flight, State.DISK)
         await self._into_memory(record, flight, index, plan, Tier.DISK)
 
-    def _read_index(self, path: Path) -> CheckpointIndex:
-        """The index of the checkpoint at `path`; where it is there compressed, too, of the variant that is loaded sooner."""
+    def _read_index(self, path: Path, resident: Container[str]) -> CheckpointIndex:
+        """The index of the checkpoint at `path`; where it is there compressed, too, of the variant that is loaded sooner.
+
+        Of keys of the pool those are `resident`.
+        """
         if len(variants(path)) < 2:
             return read_index(path)
         raw, smaller = (read_index(path, variant) for variant in ("raw", COMPRESSED))
-        resident = self._pool.resident()
         for index in (raw, smaller):
             if self._pool_key(index) in resident:
                 return index
@@ -602,26 +732,26 @@ class CheckpointStore:
     async def _bring_from_afar(self, record: _Record, flight: _Flight, peers: Sequence[str]) -> None:
         """Fetch the checkpoint to host memory, and to disk beside; or find that another worker of the node has done so."""
         self._move(record, flight, State.FETCHING)
-        tier, fetch = await self._open_fetch(record.key, record.source, peers, flight.cancel)
+        tier, fetch = await self._in_thread(self._open_fetch, record.key, record.source, peers, flight.cancel)
         if not isinstance(fetch, Fetch):
             await self._bring_from_disk(record, flight, fetch)
             return
         teeing = False
         try:
             _give_up_if(flight)
-            await self._make_disk_room(record.source, fetch.index.nbytes)
+            await self._in_thread(self._free_disk, record.source, fetch.index.nbytes)
             plan = plan_reads(fetch.index, self._settings.chunk_size)
-            if record.flight is flight:
-                record.path = str(fetch.directory)
             teeing = await self._into_memory(record, flight, fetch.index, plan, tier, fetch)
         finally:
             if not teeing:
-                await asyncio.to_thread(fetch.close)
+                await self._in_thread(fetch.close)
 
     async def _directory(self, source: str, peers: Sequence[str]) -> Path | None:
         """Where the files are on this disk; ``None``: elsewhere. Raises :class:`CheckpointNotFound`: nowhere."""
+        if self._closed:
+            raise Cancelled("the worker's store is closed")
         try:
-            path = await asyncio.to_thread(self._disk.find, source)
+            path = await self._in_thread(self._disk.find, source)
         except CheckpointNotFound:
             if not peers:
                 raise
@@ -630,22 +760,22 @@ class CheckpointStore:
             self._disk.touch(path)
         return path
 
-    async def _open_fetch(
-        self, key: str, source: str, peers: Sequence[str], cancel: threading.Event
-    ) -> tuple[Tier, Fetch | Path]:
-        """A fetch of `source`, from a peer if one can supply it; or where another process has completed one meanwhile."""
+    def _open_fetch(self, key: str, source: str, peers: Sequence[str], cancel: threading.Event) -> tuple[Tier, Fetch | Path]:
+        """In a thread: a fetch of `source`, from a peer if one can supply it; or where another process has completed one."""
         failure: SllmError | None = None
+        access = Access(self._settings.remote_hosts)
         if peers and self._server is not None:
             final = self._disk.final(source)
             try:
-                origin = PeerOrigin(peers, self._token, key, server=self._server, tls=self._connect_tls)
-                return Tier.PEER, await asyncio.to_thread(Fetch.open, origin, final, cancel=cancel) or final
+                origin: Origin = PeerOrigin(peers, self._token, key, server=self._server, tls=self._connect_tls)
+                if is_remote(source):
+                    origin = Fallback(origin, lambda variant: origin_of(source, variant=variant, access=access))
+                return Tier.PEER, Fetch.open(origin, final, cancel=cancel) or final
             except (CheckpointError, SourceUnreachable) as error:
                 logger.info("peers cannot supply it model=%s cause=%s", key, error.message)
                 failure = error
         if is_remote(source):
-            access = Access(self._settings.remote_hosts)
-            return Tier.REMOTE, await asyncio.to_thread(open_remote, source, self._disk.root, access=access, cancel=cancel)
+            return Tier.REMOTE, open_remote(source, self._disk.root, access=access, cancel=cancel)
         raise failure or CheckpointNotFound(source, "no such directory, and no worker that could supply it")
 
     async def _into_memory(
@@ -672,33 +802,44 @@ class CheckpointStore:
             "checkpoint_nbytes": index.nbytes,
             "reload_s": seconds or index.nbytes / PRIOR_BYTES_PER_S[tier_from],
         }
-        waited = partial(self._heard, record, flight)
-        try:
-            segment = await self._pool.acquire(pool_key, plan.nbytes, meta, on_progress=waited)
-        except InsufficientMemory as error:
-            raise InsufficientMemory(record.key, error.needed, error.available) from None
+        segment = await self._acquire(record, flight, pool_key, plan.nbytes, meta)
         copy = flight.copy = self._copy_in(segment, index, plan, tier_from)
         flight.tier_from = copy.tier_from
+        copy.hold = self._disk.hold(Path(copy.path))
         if copy.arrivals is None:
             return False
         tee = None if fetch is None else fetch.tee(plan, segment.buffer)
         try:
             self._placed(record, flight, copy)
             if fetch is None:
-                async with self._disk_turn:
-                    await self._timed_read(record, flight, plan, copy, None, None)
+                await flight.unless_called_off(self._disk_turn.acquire())
+                try:
+                    await self._timed_read(record, flight, plan, copy)
+                finally:
+                    self._disk_turn.release()
             else:
-                await self._timed_read(record, flight, plan, copy, fetch.chunks(flight.cancel), tee)
+                await self._timed_read(record, flight, plan, copy, fetch, tee)
         except BaseException:
             if tee is not None:
-                await asyncio.shield(asyncio.to_thread(tee.close))
-            segment.discard()
+                await asyncio.shield(self._in_thread(tee.close))
             raise
         segment.publish()
         if fetch is None or tee is None:
             return False
         self._start_tee(record, fetch, tee, copy)
         return True
+
+    async def _acquire(self, record: _Record, flight: _Flight, pool_key: str, nbytes: int, meta: dict[str, Any]) -> Segment:
+        waited = partial(self._heard, record, flight)
+        while True:
+            try:
+                return await flight.unless_called_off(self._pool.acquire(pool_key, nbytes, meta, on_progress=waited))
+            except InsufficientMemory as error:
+                ending = [other.task for other in self._flights if other.task is not None and other.cancel.is_set()]
+                if not ending or flight.cancel.is_set():
+                    raise InsufficientMemory(record.key, error.needed, error.available) from None
+            # What was called off has its memory until its threads have stopped.
+            await flight.unless_called_off(_any_of(ending))
 
     def _copy_in(self, segment: Segment, index: CheckpointIndex, plan: ReadPlan, tier_from: Tier) -> _Copy:
         """What `segment` holds, or will hold; no local name has its tensors, which the traceback of a failure would keep."""
@@ -714,6 +855,7 @@ class CheckpointStore:
             Tier.HOST if segment.ready else tier_from,
             None if segment.ready else Arrivals(plan),
             whole,
+            buffer=segment.buffer,
         )
 
     async def _timed_read(
@@ -722,16 +864,21 @@ class CheckpointStore:
         flight: _Flight,
         plan: ReadPlan,
         copy: _Copy,
-        source: ChunkSource | None,
-        tee: Tee | None,
+        fetch: Fetch | None = None,
+        tee: Tee | None = None,
     ) -> None:
         _give_up_if(flight)
-        self._move(record, flight, State.READING)
+        # While it comes from elsewhere its files are not complete: nobody may count on them.
+        self._move(record, flight, State.READING if fetch is None else State.FETCHING)
         started = time.perf_counter()
-        local = LocalFiles(plan, self._file_systems) if source is None else None
-        await asyncio.to_thread(self._read, record, flight, plan, copy, local or source, tee)
+        source = LocalFiles(plan, self._file_systems) if fetch is None else fetch.chunks(flight.cancel)
+        await self._in_thread(self._read, record, flight, plan, copy, source, tee)
         # What came from the page cache, or was there from the last time, tells nothing of the tier.
-        if copy.segment.resident_nbytes == 0 and (local is None or not local.cached_nbytes):
+        if isinstance(source, LocalFiles):
+            cached = source.cached_nbytes > 0
+        else:
+            cached = fetch is not None and fetch.resumed
+        if copy.segment.resident_nbytes == 0 and not cached:
             self._bandwidth.observe(_kind(copy.tier_from, copy.index), copy.nbytes, time.perf_counter() - started)
 
     def _read(
@@ -740,40 +887,62 @@ class CheckpointStore:
         flight: _Flight,
         plan: ReadPlan,
         copy: _Copy,
-        source: ChunkSource | None,
+        source: ChunkSource,
         tee: Tee | None,
     ) -> None:
         """In a thread."""
         loop = self._loop
         assert loop is not None
+        # Until no thread writes to it, whatever the event loop has given up meanwhile.
+        buffer = copy.segment.buffer
 
         def advance(done: int) -> None:
             copy.segment.progress(done)
             loop.call_soon_threadsafe(self._advance, record, flight, done)
 
-        read_chunks(
-            plan,
-            address_of(copy.segment.buffer),
-            source=source,
-            n_threads=self._settings.n_readers,
-            arrivals=copy.arrivals,
-            staging=self._staging,
-            tee=tee,
-            on_progress=advance,
-            cancel=flight.cancel,
-            direct_target=isinstance(self._pool, PrivatePool),
-            resident_nbytes=copy.segment.resident_nbytes,
-        )
+        try:
+            read_chunks(
+                plan,
+                address_of(buffer),
+                source=source,
+                n_threads=self._settings.n_readers,
+                arrivals=copy.arrivals,
+                staging=self._staging,
+                tee=tee,
+                on_progress=advance,
+                cancel=flight.cancel,
+                direct_target=isinstance(self._pool, PrivatePool),
+                resident_nbytes=copy.segment.resident_nbytes,
+            )
+        finally:
+            # The traceback of a failure lives longer.
+            del buffer
 
     # --- the disk ----------------------------------------------------------------------------------------------------
 
-    async def _make_disk_room(self, source: str, nbytes: int) -> None:
-        in_use = {Path(record.path) for record in self._records.values() if record.path and (record.flight or record.copy)}
-        await asyncio.to_thread(self._disk.make_room, source, nbytes, in_use)
+    def _free_disk(self, source: str, nbytes: int) -> None:
+        """In a thread: room for a copy of `source`. Raises :class:`DiskFull`."""
+        records = list(self._records.values())
+        in_use = {Path(record.path) for record in records if record.path and (record.flight or record.copy)}
+        removed = set(map(str, self._disk.make_room(source, nbytes, in_use)))
+        with self._serving:
+            for record in records:
+                if record.path in removed:
+                    # Open files would keep its room on the disk.
+                    self._served_from_disk(record.key, None)
 
     async def _look_at_disk(self) -> None:
         """Learn what the disk tier holds: for the account, which must not wait for a disk."""
-        self._disk_used, self._disk_capacity = await asyncio.to_thread(lambda: (self._disk.used, self._disk.capacity))
+        paths = {record.path for record in self._records.values() if record.path}
+
+        def look() -> tuple[int, int, set[str]]:
+            return self._disk.used, self._disk.capacity, {path for path in paths if not os.path.isdir(path)}
+
+        self._disk_used, self._disk_capacity, gone = await self._in_thread(look)
+        for record in self._records.values():
+            if record.path in gone:
+                record.path = None
+                record.state = record.at_rest if record.state is State.DISK else record.state
         self._changed()
 
     def _start_tee(self, record: _Record, fetch: Fetch, tee: Tee, copy: _Copy) -> None:
@@ -783,17 +952,22 @@ class CheckpointStore:
     async def _finish_tee(self, record: _Record, fetch: Fetch, tee: Tee, copy: _Copy) -> None:
         buffer = copy.segment.buffer
         try:
-            path = await asyncio.to_thread(tee.finish, self._closing)
+            path = await self._in_thread(tee.finish, self._closing)
             if path is not None:
                 record.path = copy.path = str(path)
+                copy.index = replace(copy.index, directory=str(path))
+                record.state = record.at_rest if record.state is State.ABSENT else record.state
+                if copy.buffer is not None:
+                    copy.hold = self._disk.hold(path)
         except Cancelled:
             logger.info("disk copy not completed source=%s", record.source)
         except SllmError as error:
             # The bytes in memory were checked as far as that goes; those of the next fetch may be right.
             logger.warning("disk copy given up source=%s cause=%s", record.source, error.message)
         finally:
-            await asyncio.to_thread(tee.close)
-            await asyncio.to_thread(fetch.close)
+            await self._in_thread(tee.close)
+            # A model that is about to be built over its tensors needs its configuration, whatever became of the disk copy.
+            await self._in_thread(fetch.leave if copy.n_leases else fetch.close)
             del buffer
             await self._look_at_disk()
 
@@ -809,10 +983,11 @@ class CheckpointStore:
     def _advance(self, record: _Record, flight: _Flight, done: int) -> None:
         if record.flight is not flight:
             return
-        record.done = done
+        # What another process had brought when it died has to be read again, which is nothing new to who listens.
+        record.done = max(done, record.done)
         for listener in flight.listeners:
             # Each by itself: one that raises must not keep the others from hearing.
-            asyncio.get_running_loop().call_soon(listener, done, record.nbytes)
+            asyncio.get_running_loop().call_soon(listener, record.done, record.nbytes)
 
     def _heard(self, record: _Record, flight: _Flight, done: int, _total: int) -> None:
         """Another process of the node brings it."""
@@ -822,7 +997,7 @@ class CheckpointStore:
         """A checkpoint of so many bytes may be wanted: have memory ready whose pages need not be found first."""
         if self._settings.prefault and nbytes > self._largest:
             self._largest = nbytes
-            self._pool.prefault(min(nbytes + BLOCK, self._pool.capacity))
+            self._pool.prefault(min(lease_nbytes(nbytes + BLOCK), self._pool.capacity))
 
     def _pool_key(self, index: CheckpointIndex) -> str:
         """The same for the same bytes: in the same directory, which keeps its key when a fetch is completed, and unchanged."""
@@ -849,10 +1024,12 @@ class CheckpointStore:
             if copy is not None and failure is None:
                 self._give_up(copy)
             return
+        if failure is None and record.done < record.nbytes:
+            self._advance(record, flight, record.nbytes)
         record.flight = None
         if failure is None:
             assert copy is not None
-            record.copy, record.state, record.done = copy, State.DISK, record.nbytes
+            record.copy, record.state, record.done = copy, record.at_rest, record.nbytes
             for waiter in waiters:
                 waiter.lease.set_result(self._pin(record, copy, waiter.started, hit=False))
             if not copy.n_leases:
@@ -870,11 +1047,14 @@ class CheckpointStore:
     async def _drop(self, pool_key: str) -> None:
         await self._pool.evict(pool_key)
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Awaitable[None]) -> None:
         """Do something that :meth:`close` waits for."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _in_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -895,6 +1075,10 @@ class CheckpointStore:
 def _kind(tier: Tier, index: CheckpointIndex) -> str:
     """What the speed of a load is kept under: a compressed checkpoint has a speed of its own."""
     return f"{tier}/{COMPRESSED}" if any(c.codec != "raw" for file in index.files for c in file.chunks) else str(tier)
+
+
+async def _any_of(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _give_up_if(flight: _Flight) -> None:

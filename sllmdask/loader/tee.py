@@ -184,6 +184,12 @@ class Partial:
 
     # --- ranges, by any thread -------------------------------------------------------------------------------------------
 
+    @property
+    def n_held(self) -> int:
+        """Ranges that have arrived."""
+        with self._mutex:
+            return len(self._held)
+
     def holds(self, file: int, offset: int, nbytes: int) -> bool:
         """Whether this range of file number `file` of the manifest has arrived."""
         with self._mutex:
@@ -514,5 +520,6 @@ class Tee:
             if self._failed:
                 return
             self._failed = True
-        logger.warning("no disk copy path=%s cause=%s; the load goes on from memory", self._partial.final, error)
+        # As text: whoever keeps what was logged must not keep the traceback, and with it the buffer.
+        logger.warning("no disk copy path=%s cause=%s; the load goes on from memory", self._partial.final, str(error))
         self._partial.forget_data()

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import safetensors.torch
 import torch
 
+from sllmdask.config import WorkerSettings
 from sllmdask.loader import libc
+from sllmdask.loader.buffers import lease_nbytes
+from sllmdask.loader.format import read_index
+from sllmdask.loader.hostpool import PrivatePool, SharedPool
+from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.store import CheckpointStore
+from tests.loader.serving import Site
+from tests.loader.stores import CHUNK, Gate, N
 
 Tensors = dict[str, torch.Tensor]
 
@@ -87,6 +97,68 @@ def preads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(libc, "pread", counting)
     return seen
+
+
+@pytest.fixture
+def cold() -> Callable[[Path], Path]:
+    """``cold(directory)``: what is in its files is not in the page cache any more."""
+
+    def forget(directory: Path) -> Path:
+        for path in directory.iterdir():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        return directory
+
+    return forget
+
+
+@pytest.fixture
+def models(tmp_path: Path, write_single: Callable[[Path, Tensors], Path]) -> dict[str, Path]:
+    """Directories of three models of one size, by name; the tensor of each says which it is: 0, 1 or 2."""
+    return {name: write_single(tmp_path / name, {"w": torch.full((N,), float(i))}) for i, name in enumerate("abc")}
+
+
+@pytest.fixture
+def size(models: dict[str, Path]) -> int:
+    """Bytes of a pool that each of the models takes."""
+    return lease_nbytes(plan_reads(read_index(models["a"]), CHUNK).nbytes)
+
+
+@pytest_asyncio.fixture(params=["private", "shared"])
+async def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[CheckpointStore]]]:
+    """``await new_store(capacity)``: a store over either pool, closed after the test. All of one test share a pool, or none."""
+    name, stores = f"test-{uuid.uuid4()}", []
+
+    async def new(capacity: int, **settings: object) -> CheckpointStore:
+        settings = {"chunk_size": CHUNK, "n_readers": 2, "store_dir": str(tmp_path / "store"), **settings}
+        pool = PrivatePool(capacity) if request.param == "private" else SharedPool(name, capacity, grace_s=0.0, trim_s=0.0)
+        stores.append(CheckpointStore(WorkerSettings.model_validate(settings), pool))
+        await stores[-1].start()
+        return stores[-1]
+
+    yield new
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Every read of tensor data comes by here."""
+    gate = Gate()
+    monkeypatch.setattr(libc, "pread", gate.pread)
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A hub that this process asks, without models, and without a cache of what it had before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with Site(tmp_path / "hub", hub=True) as site:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", site.url)
+        yield site
 
 
 @pytest.fixture
