@@ -875,7 +875,7 @@ class CheckpointStore:
         await self._in_thread(self._read, record, flight, plan, copy, source, tee)
         # What came from the page cache, or was there from the last time, tells nothing of the tier.
         if isinstance(source, LocalFiles):
-            cached = source.cached_nbytes > 0
+            cached = source.cached_nbytes > copy.nbytes // 10
         else:
             cached = fetch is not None and fetch.resumed
         if copy.segment.resident_nbytes == 0 and not cached:
