@@ -11,6 +11,13 @@ from tests.checkpoints import make_checkpoint
 from tests.cluster.harness import Processes, post, until, workers
 
 
+@pytest.fixture(autouse=True)
+def a_store_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts without a word about it shares files and host memory with no other test."""
+    monkeypatch.setenv("DASK_SLLMDASK__WORKER__STORE_DIR", str(tmp_path / "store"))
+    monkeypatch.setenv("DASK_SLLMDASK__WORKER__MEMORY_GRACE", "0")
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two random models, ``a`` (Llama) and ``b`` (Qwen2)."""
