@@ -72,6 +72,9 @@ class Instance:
         #: Every byte of the weights has arrived.
         self._whole = False
         self._began_at = self._reported_at = 0.0
+        #: Bytes of the load, so far and in all, and the report of them that is due.
+        self._read = (0, 0)
+        self._reporting: asyncio.TimerHandle | None = None
         #: Seconds of each phase of the load, since it began; overlapping ones overlap.
         self.times: dict[str, float] = {}
         self.closed = False
@@ -169,19 +172,32 @@ class Instance:
             self._registry.lost(self, error, while_loading=True)
 
     def _progress(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._reported_at >= REPORT_EVERY_S:
-            self._reported_at = now
-            self._registry.report(
-                {
-                    "kind": "progress",
-                    "instance": self.id,
-                    "done": done,
-                    "total": total,
-                    "tier": str(self._registry.store.tier_of_load(self.source)),
-                    "bytes_per_s": done / (now - self._began_at) if now > self._began_at else 0.0,
-                }
-            )
+        """Told to the scheduler now and then, and always in the end: also of bytes after which none come for a while."""
+        self._read = (done, total)
+        wait_s = self._reported_at + REPORT_EVERY_S - time.monotonic()
+        if done == total or wait_s <= 0:
+            self._report_progress()
+        elif self._reporting is None:
+            self._reporting = asyncio.get_running_loop().call_later(wait_s, self._report_progress)
+
+    def _report_progress(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+        if self.closed:
+            return
+        done, total = self._read
+        now = self._reported_at = time.monotonic()
+        self._registry.report(
+            {
+                "kind": "progress",
+                "instance": self.id,
+                "done": done,
+                "total": total,
+                "tier": str(self._registry.store.tier_of_load(self.source)),
+                "bytes_per_s": done / (now - self._began_at) if now > self._began_at else 0.0,
+            }
+        )
 
     async def close(self, error: SllmError | None = None) -> None:
         """Stop the engine, or the load that would make one; answer who still waits; unpin the host copy."""

@@ -296,13 +296,17 @@ class Controller:
 
     def _load_failed(self, instance_id: str, reason: str, at: float) -> None:
         instance = self.instances.get(instance_id)
-        # An instance may serve while its last bytes are still read. A load that was called off ends as a failed one; its
-        # unloading is what counts.
-        if instance and instance.state in (InstanceState.LOADING, InstanceState.READY):
+        if instance is None:
+            return
+        # An instance may serve, and be on its way out, while its last bytes are still read. A load that was called off ends as a
+        # failed one, too, and tells nothing of the model.
+        if instance.state is InstanceState.UNLOADING and instance.ready_at is None:
+            return
+        if instance.state is not InstanceState.UNLOADING:
             self._drop_instance(instance_id)
-            n_times = self.failures[instance.model, instance.worker].n_times + 1 if self._failed(instance) else 1
-            pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** (n_times - 1))
-            self.failures[instance.model, instance.worker] = Failure(reason, at + pause_s, n_times)
+        n_times = self.failures[instance.model, instance.worker].n_times + 1 if self._failed(instance) else 1
+        pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** (n_times - 1))
+        self.failures[instance.model, instance.worker] = Failure(reason, at + pause_s, n_times)
 
     def _failed(self, instance: InstanceView) -> bool:
         return (instance.model, instance.worker) in self.failures

@@ -178,6 +178,17 @@ def test_what_a_worker_pins_takes_memory_from_the_others_of_its_node_once_for_ea
     assert isinstance(ask(controller, "r2", "same", at=1.0)[0], Load), "the same checkpoint is there already"
 
 
+def test_a_load_that_fails_after_its_request_came_back_is_not_begun_again_at_once():
+    controller = controller_with(A)
+    [load] = ask(controller, "r1", "a", at=1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    [unload] = acts(controller.handle(ev.RequestReturned(3.0, "r1")))
+    assert unload.instance == load.instance
+    [refuse] = acts(controller.handle(ev.LoadFailed(3.1, load.instance, "a bit had flipped")))
+    assert isinstance(refuse.error, LoadFailed) and "a bit had flipped" in refuse.error.message
+    assert acts(controller.handle(ev.UnloadFinished(3.2, load.instance))) == []
+
+
 def test_an_idle_instance_gives_its_memory_to_another_worker_of_its_node_and_a_busy_one_does_not():
     one = replace(NODE, host_capacity=3 * GiB, node="host")
     two = replace(one, address="tcp://two", name="1", residency={})
