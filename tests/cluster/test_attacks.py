@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from tests.cluster.harness import BIN, Stream, free_port, get, post, until, workers
+from tests.loader.serving import Gate, Site
 
 pytestmark = pytest.mark.cluster
 
@@ -60,7 +61,7 @@ def begin(url: str, model: str) -> tuple[Stream, Iterator[dict[str, Any]]]:
     return stream, chunks
 
 
-def deploy(url: str, model: str, path: Path, **settings: Any) -> dict[str, Any]:
+def deploy(url: str, model: str, path: Path | str, **settings: Any) -> dict[str, Any]:
     return post(url, "/register", {"model": model, "backend_config": {"pretrained_model_name_or_path": str(path)}, **settings})
 
 
@@ -83,19 +84,14 @@ def idle(url: str) -> bool:
     return not busy and not requests(url, "queued") and not requests(url, "running")
 
 
-def slow_to_load(source: Path, path: Path, nbytes: int = 600 * 1024**2) -> Path:
-    """The checkpoint at `source` with `nbytes` more that nobody needs, and that are read before its layers."""
-    shutil.copytree(source, path)
-    raw = (source / "model.safetensors").read_bytes()
-    n_header = int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8 : 8 + n_header]), raw[8 + n_header :]
-    header["embedding.padding"] = {"dtype": "U8", "shape": [nbytes], "data_offsets": [len(data), len(data) + nbytes]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + data)
-        file.truncate(file.tell() + nbytes)
-    return path
+@pytest.fixture
+def held(checkpoints: dict[str, Path], tmp_path: Path) -> Iterator[tuple[str, Gate]]:
+    """The address of model ``a`` at a server that gives no weights away before the gate is opened."""
+    shutil.copytree(checkpoints["a"], tmp_path / "site" / "slow")
+    with Site(tmp_path / "site") as site:
+        gate = site.on_data = Gate()
+        yield f"{site.url}/slow", gate
+        gate.open()
 
 
 # --- clients -----------------------------------------------------------------------------------------------------------
@@ -160,8 +156,8 @@ def test_a_client_that_leaves_the_queue_costs_nobody_a_model(url):
     assert [each["instance"] for each in instances(url)] == [before["instance"]]
 
 
-def test_a_client_that_leaves_while_its_model_loads_leaves_nothing_behind(url, checkpoints, tmp_path):
-    assert deploy(url, "slow", slow_to_load(checkpoints["a"], tmp_path / "slow"))["status"] == "ok"
+def test_a_client_that_leaves_while_its_model_loads_leaves_nothing_behind(url, held):
+    assert deploy(url, "slow", held[0])["status"] == "ok"
     stream = Stream(url, {"model": "slow", **SHORT})
     lines = stream.lines()
     until("it loads", lambda: in_loading(url))
@@ -251,11 +247,13 @@ def test_a_model_that_is_deployed_anew_while_it_runs_ends_its_streams_and_then_a
     post(url, "/delete", {"model": "changing"})
 
 
-def test_a_model_that_is_deleted_while_it_loads_or_waits_refuses_who_waits_and_frees_the_slot(url, checkpoints, tmp_path):
-    assert deploy(url, "slow", slow_to_load(checkpoints["a"], tmp_path / "slow"))["status"] == "ok"
+def test_a_model_that_is_deleted_while_it_loads_or_waits_refuses_who_waits_and_frees_the_slot(url, checkpoints, held):
+    source, gate = held
+    assert deploy(url, "slow", source)["status"] == "ok"
     loading = Asked(url, "slow")
     until("it loads", lambda: in_loading(url))
     post(url, "/delete", {"model": "slow"})
+    gate.open()
     # Who was sent to the instance already may finish.
     answer = loading.answer()
     assert "choices" in answer or answer["error"]["code"] == "model_not_found"
@@ -299,11 +297,13 @@ def test_a_model_that_is_not_kept_serves_bursts_and_leaves_after_each(url, check
 # --- deaths ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_waits_through_the_death_of_the_worker_that_loads_its_model(url, checkpoints, tmp_path):
-    assert deploy(url, "slow", slow_to_load(checkpoints["a"], tmp_path / "slow"))["status"] == "ok"
+def test_a_request_waits_through_the_death_of_the_worker_that_loads_its_model(url, held):
+    source, gate = held
+    assert deploy(url, "slow", source)["status"] == "ok"
     asked = Asked(url, "slow")
     until("it loads", lambda: in_loading(url))
     os.kill(workers(url)[0]["pid"], signal.SIGKILL)
+    gate.open()
     assert asked.answer()["choices"][0]["text"] == ask(url, "a")
     post(url, "/delete", {"model": "slow"})
 
