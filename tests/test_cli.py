@@ -83,7 +83,7 @@ def test_models_are_a_table_on_a_terminal(serve: Serve):
     server = serve(qwen=FakeModel())
     ours, theirs = pty.openpty()
     env = {**os.environ, "LLM_SERVER_URL": server.url, "COLUMNS": "120", "TERM": "xterm"}
-    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "models"]
+    command = [sys.executable, "-c", MAIN, "models"]
     subprocess.run(command, stdout=theirs, env=env, check=True, timeout=20)
     shown = os.read(ours, 10_000).decode()
     os.close(theirs)
@@ -363,9 +363,13 @@ def test_what_cannot_be_loaded_is_one_message_and_its_exit_code(serve: Serve, ar
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+#: As from a terminal: a process that a shell put into the background ignores Ctrl-C, and so do its children.
+MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sllmdask.cli import main; main()"
+
+
 def test_ctrl_c_while_waiting_leaves_the_load_to_the_cluster_and_says_how_to_call_it_off(serve: Serve):
     server = serve(m=FakeModel(gate=asyncio.Event()))
-    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "load", "m"]
+    command = [sys.executable, "-c", MAIN, "load", "m"]
     env = {**os.environ, "LLM_SERVER_URL": server.url}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None and "loading m" in process.stderr.readline()
@@ -434,7 +438,7 @@ def test_ctrl_c_leaves_nothing_of_a_conversion_behind(tmp_path: Path):
     with open(tmp_path / "source" / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + nbytes)
-    command = [sys.executable, "-c", "from sllmdask.cli import main; main()", "convert", "source", "target"]
+    command = [sys.executable, "-c", MAIN, "convert", "source", "target"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".target.*")):

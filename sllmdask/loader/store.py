@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import ssl
 import threading
@@ -68,6 +69,9 @@ COMPRESSED = "split16"
 _MAX_THREADS = 256
 
 T = TypeVar("T")
+
+#: Seconds within which the memory of a load that was called off is free again once its threads have stopped.
+SETTLE_S = 1.0
 
 #: (bytes so far, bytes in all): never backwards, and equal at the end.
 Progress = Callable[[int, int], None]
@@ -287,6 +291,8 @@ class CheckpointStore:
         self._version = 0
         self._announcing = False
         self._closed = False
+        #: When the last load that was called off has ended.
+        self._called_off_at = -math.inf
         self._disk_used = self._disk_capacity = 0
         #: Bytes of the largest checkpoint that was seen.
         self._largest = 0
@@ -674,6 +680,8 @@ class CheckpointStore:
             failure = LoadFailed(record.key, f"{type(error).__name__}: {error}")
         finally:
             self._flights.discard(flight)
+            if flight.cancel.is_set():
+                self._called_off_at = time.monotonic()
             self._land(record, flight, failure)
 
     async def _bring(self, record: _Record, flight: _Flight, peers: Sequence[str]) -> None:
@@ -836,10 +844,11 @@ class CheckpointStore:
                 return await flight.unless_called_off(self._pool.acquire(pool_key, nbytes, meta, on_progress=waited))
             except InsufficientMemory as error:
                 ending = [other.task for other in self._flights if other.task is not None and other.cancel.is_set()]
-                if not ending or flight.cancel.is_set():
+                settling = time.monotonic() < self._called_off_at + SETTLE_S
+                if not (ending or settling) or flight.cancel.is_set():
                     raise InsufficientMemory(record.key, error.needed, error.available) from None
-            # What was called off has its memory until its threads have stopped.
-            await flight.unless_called_off(_any_of(ending))
+            # What was called off has its memory until its threads have stopped, and the pool has heard of it.
+            await flight.unless_called_off(_any_of(ending) if ending else asyncio.sleep(SETTLE_S / 50))
 
     def _copy_in(self, segment: Segment, index: CheckpointIndex, plan: ReadPlan, tier_from: Tier) -> _Copy:
         """What `segment` holds, or will hold; no local name has its tensors, which the traceback of a failure would keep."""
