@@ -43,7 +43,7 @@ class Arrivals:
         """What is missing will not come, for this reason. The first failure counts."""
         with self._changed:
             # A copy: the traceback of the error itself would keep the frames of the read, and their memory, alive.
-            self._error = self._error or _fresh(error)
+            self._error = self._error or fresh(error)
             self._changed.notify_all()
 
     def wait(self, tensors: Iterable[str], timeout_s: float | None = None) -> None:
@@ -99,10 +99,10 @@ class Arrivals:
     def _check(self) -> None:
         if self._error is not None:
             # Made anew: several threads must not add their frames to one traceback.
-            raise _fresh(self._error)
+            raise fresh(self._error)
 
 
-def _fresh(error: BaseException) -> BaseException:
+def fresh(error: BaseException) -> BaseException:
     """`error` again, without its traceback and its causes."""
     try:
         fresh = copy.copy(error)

@@ -11,7 +11,6 @@ along. What changes at the source during a load ends the load.
 
 from __future__ import annotations
 
-import copy
 import errno
 import fnmatch
 import hashlib
@@ -49,6 +48,7 @@ from sllmdask.errors import (
     SourceUnreachable,
 )
 from sllmdask.loader import fast_format
+from sllmdask.loader.arrivals import fresh
 from sllmdask.loader.buffers import Buffer
 from sllmdask.loader.format import (
     ADAPTER,
@@ -666,7 +666,7 @@ class _Spool:
             if self._front < chunk.offset + chunk.wanted:
                 assert self._error is not None
                 # Made anew: several threads must not add their frames to one traceback.
-                raise copy.copy(self._error)
+                raise fresh(self._error)
         if not self._partial.pread(self._number, chunk.offset, chunk.wanted, address):
             raise CheckpointCorrupt(self._file.name, None, "its disk copy was cut while it was filled")
         self._partial.note(self._number, chunk.offset, chunk.wanted, address)
