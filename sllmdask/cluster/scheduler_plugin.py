@@ -41,7 +41,7 @@ from sllmdask.errors import (
 )
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Decision, Refuse, ReportLoaded
+from sllmdask.policy.decisions import Decision, Dispatch, Refuse, ReportLoaded
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def enact(self, decision: Decision) -> None:
         """Answer the operator who waits for it here; all else is for the cluster."""
         wish = self._wishes.pop(decision.request, None) if isinstance(decision, ReportLoaded | Refuse) else None
+        if isinstance(decision, Dispatch) and decision.instance not in self._told_reading:
+            instance = self.controller.instances.get(decision.instance)
+            if self._progress_of(instance) is not None:
+                self._tell()  # how far the instance is, before a token can come from there
         if wish is None:
             self.effects.enact(decision)
         elif isinstance(decision, Refuse):

@@ -52,15 +52,20 @@ json_values = st.recursive(
 
 def bounded(nbytes: int, parse) -> CheckpointIndex | None:
     """What `parse` makes of an input of `nbytes`; ``None`` for a named error. Any other error, or much memory, fails the test."""
-    tracemalloc.start()
-    try:
-        return parse()
-    except CheckpointError:
-        return None
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < PER_BYTE * nbytes + AT_LEAST
+    for again in (True, True, False):
+        tracemalloc.start()
+        try:
+            index = parse()
+        except CheckpointError:
+            index = None
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        # Other threads of this process are counted, too: what is the parser's own is there each time.
+        if peak < PER_BYTE * nbytes + AT_LEAST:
+            break
+        assert again, f"{peak} bytes for an input of {nbytes}"
+    return index
 
 
 def assert_sound(index: CheckpointIndex) -> None:
