@@ -125,7 +125,7 @@ class FakeGateway:
             raise ModelNotFound(model, ["qwen"])
         if held.refuse is not None:
             raise held.refuse
-        said = {"model": model, "tier": tier, "keep_alive": 300.0, "progress": held.progress if wait else None}
+        said = {"model": model, "tier": tier, "keep_alive": 300.0, "progress": None}
         if not wait:
             return said | {"state": "loading", "node": node, "instance": None, "cold_start": None, "seconds": None}
         if held.gate is not None:

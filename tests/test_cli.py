@@ -296,16 +296,6 @@ def test_load_says_where_the_model_is_ready_and_from_where_it_came(serve: Serve)
     assert server.gateway.operated[3] == ("load", "m", None, "device", False)
 
 
-def test_load_does_not_call_ready_what_is_still_being_read(serve: Serve):
-    told = {"done": 1, "total": 4 * 1024**2, "tier": "disk", "bytes_per_s": 0.0}
-    server = serve(m=FakeModel(state="disk", cold_start="disk", progress=told))
-    assert run("load", "m").output == (
-        "m takes requests on node 0 after 250 ms; it is being read from disk; leaves after 5m00s without a request\n"
-    )
-    server.gateway.deployed["m"].cold_start = "hit"
-    assert run("load", "m").output == "m takes requests on node 0 already; it is being read from disk\n"
-
-
 def test_load_shows_how_far_it_is_and_what_is_in_its_way(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     gate = asyncio.Event()
     server = serve(m=FakeModel(state="disk", gate=gate), other=FakeModel())

@@ -324,11 +324,8 @@ def _loaded_text(loaded: Mapping[str, Any]) -> str:
     if loaded["state"] == "loading":
         return f"loading {model}"
     where = f"ready on node {loaded['node']}" if loaded["state"] == "ready" else f"in the host memory of node {loaded['node']}"
-    told, hit = loaded.get("progress"), loaded["cold_start"] == "hit"
-    if told:  # dispatch does not wait for the last byte
-        when = "already" if hit else f"after {format_seconds(loaded['seconds'])}"
-        text = f"{model} takes requests on node {loaded['node']} {when}; it is being read from {told['tier']}"
-    elif hit:
+    hit = loaded["cold_start"] == "hit"
+    if hit:
         text = f"{model} is {where} already"
     else:
         text = f"{model} is {where}: loaded from {loaded['cold_start']} in {format_seconds(loaded['seconds'])}"

@@ -33,6 +33,7 @@ from sllmdask.errors import (
     ConfigError,
     EngineError,
     InvalidRequest,
+    LoadFailed,
     ModelNotFound,
     NoWorker,
     SllmError,
@@ -119,6 +120,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._wishes: dict[str, asyncio.Future[ReportLoaded]] = {}
         self._wish_numbers = itertools.count(1)
         self._departures: dict[asyncio.Future[None], set[str]] = {}
+        #: Those who wait for the last byte of an instance, by instance.
+        self._readings: dict[str, asyncio.Future[None]] = {}
         self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
         # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
@@ -158,6 +161,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 del self._departures[gone]
                 if not gone.done():
                     gone.set_result(None)
+        self._end_readings()
         self._tell_soon()
 
     def enact(self, decision: Decision) -> None:
@@ -244,11 +248,14 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 case {"kind": "progress", "instance": instance, "done": _, "total": _, "tier": _, "bytes_per_s": _}:
                     if not _is_read(self._progress.get(instance)):
                         self._progress[instance] = message
+                        self._end_readings()
                         self._tell_soon()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
+                    self._reading_failed(instance, reason)
                     self.effects.instance_lost(instance)
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
                 case {"kind": "failed", "instance": instance, "reason": reason}:
+                    self._reading_failed(instance, reason)
                     self.effects.instance_lost(instance)
                     self.on(ev.LoadFailed(time.monotonic(), instance, reason))
                 case _:
@@ -285,7 +292,27 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         told = self._progress.get(instance, {"total": 0, "tier": None, "bytes_per_s": 0.0})
         if instance in self.controller.instances and not _is_read(told):
             self._progress[instance] = {**told, "done": told["total"]}
+            self._end_readings()
             self._tell_soon()
+
+    async def _until_read(self, instance: str) -> None:
+        """Until the last byte of an instance is there, or it is gone; raises :class:`LoadFailed`."""
+        view = self.controller.instances.get(instance)
+        if self._progress_of(view) is not None:
+            read = self._readings.setdefault(instance, asyncio.get_running_loop().create_future())
+            await asyncio.shield(read)
+
+    def _end_readings(self) -> None:
+        for instance, read in list(self._readings.items()):
+            if self._progress_of(self.controller.instances.get(instance)) is None:
+                del self._readings[instance]
+                read.set_result(None)
+
+    def _reading_failed(self, instance: str, reason: str) -> None:
+        view, read = self.controller.instances.get(instance), self._readings.pop(instance, None)
+        if read is not None:
+            read.set_exception(LoadFailed(view.model if view is not None else instance, reason))
+            read.exception()  # whoever waited may have gone
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
@@ -503,13 +530,16 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             report.add_done_callback(lambda done: done.cancelled() or done.exception())
             return said | {"state": "loading", "node": node}
         loaded = await report
+        if wait:
+            await self._until_read(loaded.instance)
+        progress = self._progress_of(self.controller.instances.get(loaded.instance))
         return said | {
-            "state": "ready",
+            "state": "loading" if progress else "ready",
             "node": loaded.node,
             "instance": loaded.instance,
             "cold_start": str(loaded.loaded_from or "hit"),
-            "seconds": loaded.waited_s,
-            "progress": self._progress_of(self.controller.instances.get(loaded.instance)),
+            "seconds": time.monotonic() - now,
+            "progress": progress,
         }
 
     async def _load_to_host(self, deployed: Deployed, view: ModelView, wait: bool) -> dict[str, Any]:

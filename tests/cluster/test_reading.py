@@ -89,10 +89,13 @@ def instances(url: str) -> list[dict[str, Any]]:
 
 def test_a_model_is_loading_for_who_looks_at_it_until_its_last_byte_is_there(url: str, site: Site, tap: Tap):
     deploy(url, "held", site)
-    loaded = post(url, "/admin/load", {"model": "held"})
-    total = loaded["progress"]["total"]
-    assert (loaded["state"], loaded["cold_start"], loaded["progress"]["tier"]) == ("ready", "remote", "remote")
-    assert 0 <= loaded["progress"]["done"] < total
+    at_once = {"model": "held", "wait": False}
+    assert post(url, "/admin/load", at_once)["state"] == "loading"
+    told = until("it takes requests", lambda: post(url, "/admin/load", at_once)["progress"])
+    total = told["total"]
+    assert told["tier"] == "remote" and 0 <= told["done"] < total
+    executor = ThreadPoolExecutor(1)
+    loaded = executor.submit(post, url, "/admin/load", {"model": "held"})
 
     lines = Stream(url, {"model": "held", **ASK}).lines()
     first = next(line for line in lines if line.startswith(": loading held"))
@@ -108,7 +111,10 @@ def test_a_model_is_loading_for_who_looks_at_it_until_its_last_byte_is_there(url
     percent = 100 * row["done"] // total
     moved = next(line for line in lines if line.startswith(": loading held") and f" {percent}% " not in line and line != first)
     assert moved.endswith("/s") and " remote " in moved
+    assert not loaded.done()
     tap.open()
+    assert loaded.result(30)["state"] == "ready" and loaded.result()["progress"] is None
+    executor.shutdown()
     rest = list(lines)
     assert rest[-1] == "data: [DONE]" and sum(line.startswith("data: {") for line in rest) >= 1
     tokens = next(i for i, line in enumerate(rest) if line.startswith("data: "))
@@ -116,7 +122,7 @@ def test_a_model_is_loading_for_who_looks_at_it_until_its_last_byte_is_there(url
     row = until("it is ready", lambda: (row := row_of(url, "held"))["state"] == "ready" and row)
     assert (row["instances"], row["progress"], row["done"], row["tier"]) == (1, None, None, None)
     assert [instance["progress"] for instance in instances(url)] == [None]
-    assert post(url, "/admin/load", {"model": "held"})["progress"] is None
+    assert post(url, "/admin/load", at_once)["state"] == "ready"
 
 
 def test_the_headers_of_a_request_whose_first_worker_died_are_those_of_the_second(url: str, site: Site, tap: Tap):
@@ -160,7 +166,7 @@ async def test_an_answer_ends_the_loading_of_its_instance_also_if_the_last_repor
     monkeypatch.setattr(SllmSchedulerPlugin, "worker_report", lose_the_last)
     async with one_slot() as (_, traffic):
         await traffic.deploy("demo-llama")
-        assert (await traffic.gateway.load("demo-llama", None, "device", True))["progress"] is not None
+        assert (await traffic.gateway.load("demo-llama", None, "device", False))["state"] == "loading"
         await until_async("it is told as loading", lambda: traffic.gateway.models()[0]["state"] == "loading")
         assert await traffic.ask("demo-llama", 5) == 5
         await until_async("it is ready", lambda: traffic.gateway.models()[0]["state"] == "ready", 5)
