@@ -140,6 +140,7 @@ class Instance:
             await asyncio.to_thread(engine.close)
             raise failure or InstanceGone(self.id)
         self._lease = lease
+        lease.on_damage(self._load_failed)
         self.times["ready_s"] = time.monotonic() - self._began_at
         if lease.arrivals is None:
             self._loaded(lease)

@@ -13,12 +13,13 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from sllmdask.errors import CheckpointNotFound, DiskFull
 from sllmdask.loader.remote import find_fetched, is_remote, local_name
+from sllmdask.loader.tee import JOURNAL
 
 logger = logging.getLogger(__name__)
 
@@ -107,21 +108,28 @@ class DiskTier:
     def make_room(self, source: str, nbytes: int, in_use: Collection[Path]) -> list[Path]:
         """Remove copies, what was used longest ago first, until `nbytes` more fit; returns what was removed.
 
-        Nothing in `in_use` leaves, and nothing that is held; nothing at all if that would not suffice: :class:`DiskFull`.
+        Nothing in `in_use` leaves, and nothing that is held; nothing at all if that would not suffice: :class:`DiskFull`. What
+        is being fetched counts with all its bytes; what was left of a fetch leaves first.
         """
         if not self.quota:
             return []
         self._sweep()
         copies = self.copies()
-        kept = sum(copy.nbytes for copy in copies)
         leaving: list[Path] = []
         with contextlib.ExitStack() as locks:
-            for copy in copies:
-                lock = None if copy.path in in_use else _lock(copy.path, fcntl.LOCK_EX)
-                if lock is None:
-                    continue
-                locks.callback(os.close, lock)
-                if kept + nbytes > self.quota:
+
+            def lock(path: Path) -> bool:
+                found = None if path in in_use else _lock(path, fcntl.LOCK_EX)
+                if found is not None:
+                    locks.callback(os.close, found)
+                return found is not None
+
+            kept, left = self._fetches(self.final(source), lock)
+            kept += sum(copy.nbytes for copy in copies)
+            for copy in (*left, *copies):
+                if kept + nbytes <= self.quota:
+                    break
+                if copy in left or lock(copy.path):
                     leaving.append(copy.path)
                     kept -= copy.nbytes
             if kept + nbytes > self.quota:
@@ -130,6 +138,20 @@ class DiskTier:
             for path in leaving:
                 self.remove(path)
         return leaving
+
+    def _fetches(self, own: Path, lock: Callable[[Path], bool]) -> tuple[int, list[DiskCopy]]:
+        """What fetches take but that of `own`: bytes, all that it will take of one under way; and what was left of others."""
+        taken, left = 0, []
+        for path in self.root.glob(f"*{PARTIAL}"):
+            if path == own.with_name(own.name + PARTIAL):
+                continue
+            with contextlib.suppress(OSError):  # its fetch has just ended
+                journal = path / JOURNAL
+                under_way = not lock(path) and journal.exists()
+                taken += _nbytes_below(path, on_disk=not under_way)
+                if not under_way and journal.exists() and journal.stat().st_size:
+                    left.append(DiskCopy(path, _nbytes_below(path, on_disk=True), path.stat().st_mtime_ns))
+        return taken, left
 
     def remove(self, path: Path) -> None:
         """Remove a copy: gone at once under its name, and then from the disk."""
@@ -173,9 +195,10 @@ def _lock(directory: Path, kind: int) -> int | None:
     return fd
 
 
-def _nbytes_below(directory: str) -> int:
-    """Bytes of the files in a copy, which has no links."""
-    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(directory) for name in names)
+def _nbytes_below(directory: str | Path, *, on_disk: bool = False) -> int:
+    """Bytes of the files in a copy, which has no links; `on_disk`: of those that are there, holes apart."""
+    files = [os.lstat(os.path.join(parent, name)) for parent, _, names in os.walk(directory) for name in names]
+    return sum(512 * file.st_blocks if on_disk else file.st_size for file in files)
 
 
 def _free_name(path: Path, ending: str) -> Path:

@@ -973,6 +973,10 @@ class Fetch:
         inner = self._origin.chunks(self.index, self._partial, self._numbers, cancel or threading.Event())
         return Resumed(inner, self._partial, self._numbers)
 
+    def without_disk(self) -> None:
+        """Make no disk copy: there is no room for one. What has arrived of one is given back."""
+        self._partial.forget_data()
+
     def tee(self, plan: ReadPlan, buffer: Buffer) -> Tee:
         """What brings the chunks of `plan`, a plan of `index` that is read to `buffer`, to disk beside."""
         return Tee(self._partial, plan, self._numbers, self.chunks, buffer)

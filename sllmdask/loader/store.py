@@ -38,6 +38,7 @@ from sllmdask.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
+    DiskFull,
     InsufficientMemory,
     LoadFailed,
     SllmError,
@@ -135,6 +136,9 @@ class _Copy:
     buffer: Buffer | None = None
     #: What others are given of it.
     served: Served | None = None
+    #: Set when it has turned out that bytes which had come from elsewhere are not the model's, and who is told then.
+    damage: CheckpointCorrupt | None = None
+    on_damage: list[Callable[[SllmError], None]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -243,6 +247,11 @@ class HostLease:
             except SllmError as error:
                 # Made anew: the traceback of the first one would hold on to who waited before.
                 raise type(error)(*error.args) from None
+
+    def on_damage(self, callback: Callable[[SllmError], None]) -> None:
+        """Call `callback` if the bytes turn out to be wrong: the hash of a file that was fetched is compared behind the load."""
+        if self._copy is not None:
+            self._copy.on_damage.append(callback)
 
     def release(self) -> None:
         """Unpin the copy, which stays until its room is needed; doing it twice does nothing."""
@@ -430,7 +439,7 @@ class CheckpointStore:
         try:
             return await self._in_thread(work)
         except OSError as error:
-            raise LoadFailed(key, str(error)) from None
+            raise LoadFailed(key, self._why(error)) from None
         finally:
             cancel.set()
             self._cancels.discard(cancel)
@@ -628,6 +637,8 @@ class CheckpointStore:
         if record.copy is copy:
             record.copy = None
         self._give_up(copy)
+        if copy.damage is not None and record.pool_key is not None:
+            self._background(self._drop(record.pool_key))
 
     def _give_up(self, copy: _Copy) -> None:
         """Let go of the memory: unpinned, if it is whole, or discarded."""
@@ -674,7 +685,7 @@ class CheckpointStore:
             # Made anew: the traceback of this one holds the buffer of the failed read.
             failure = type(error)(*error.args)
         except OSError as error:
-            failure = LoadFailed(record.key, str(error))
+            failure = LoadFailed(record.key, self._why(error))
         except Exception as error:
             logger.exception("load failed model=%s source=%s", record.key, record.source)
             failure = LoadFailed(record.key, f"{type(error).__name__}: {error}")
@@ -747,7 +758,11 @@ class CheckpointStore:
         teeing = False
         try:
             _give_up_if(flight)
-            await self._in_thread(self._free_disk, record.source, fetch.index.nbytes)
+            try:
+                await self._in_thread(self._free_disk, record.source, fetch.index.nbytes)
+            except DiskFull as error:
+                logger.warning("no disk copy source=%s cause=%s; the load goes on from memory", record.source, error.message)
+                await self._in_thread(fetch.without_disk)
             plan = plan_reads(fetch.index, self._settings.chunk_size)
             teeing = await self._into_memory(record, flight, fetch.index, plan, tier, fetch)
         finally:
@@ -970,6 +985,9 @@ class CheckpointStore:
                     copy.hold = self._disk.hold(path)
         except Cancelled:
             logger.info("disk copy not completed source=%s", record.source)
+        except CheckpointCorrupt as error:
+            logger.error("wrong bytes were fetched, and are dropped source=%s cause=%s", record.source, error.message)
+            self._damaged(record, copy, CheckpointCorrupt(*error.args))
         except SllmError as error:
             # The bytes in memory were checked as far as that goes; those of the next fetch may be right.
             logger.warning("disk copy given up source=%s cause=%s", record.source, error.message)
@@ -979,6 +997,16 @@ class CheckpointStore:
             await self._in_thread(fetch.leave if copy.n_leases else fetch.close)
             del buffer
             await self._look_at_disk()
+
+    def _damaged(self, record: _Record, copy: _Copy, error: CheckpointCorrupt) -> None:
+        """The next load fetches it again; who uses these bytes hears of it."""
+        copy.damage = error
+        record.reason = error.message
+        if not copy.n_leases and record.pool_key is not None:
+            self._background(self._drop(record.pool_key))
+        for callback in copy.on_damage:
+            # Each by itself, and none inside of what it may end.
+            asyncio.get_running_loop().call_soon(callback, error)
 
     def _placed(self, record: _Record, flight: _Flight, copy: _Copy) -> None:
         """Every tensor has its place: who does not wait for the bytes has its lease."""
@@ -1052,6 +1080,11 @@ class CheckpointStore:
             for waiter in waiters:
                 waiter.lease.set_exception(type(failure)(*failure.args))
         self._changed()
+
+    def _why(self, error: OSError) -> str:
+        """What the system said, and whose directory it was."""
+        below = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(self._disk.root)
+        return f"{error}; worker.store_dir is {str(self._disk.root)!r}" if below else str(error)
 
     async def _drop(self, pool_key: str) -> None:
         await self._pool.evict(pool_key)

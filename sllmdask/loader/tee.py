@@ -36,7 +36,7 @@ from sllmdask.loader.reader import ChunkSource, check
 
 logger = logging.getLogger(__name__)
 
-_STATE, _JOURNAL = ".fetch.json", ".fetch.ranges"
+_STATE, JOURNAL = ".fetch.json", ".fetch.ranges"
 #: File number, offset, nbytes, XXH64 of the range; then the CRC-32 of these.
 _RANGE, _CRC = struct.Struct("<IQQQ"), struct.Struct("<I")
 #: Bytes of one read while a file is hashed.
@@ -97,7 +97,7 @@ def check_name(source: str, name: str) -> None:
     """Raise :class:`CheckpointCorrupt` unless `name` is that of a file inside a directory, told by `source`."""
     parts = PurePosixPath(name)
     bad = parts.is_absolute() or ".." in parts.parts or "\\" in name or str(parts) != name or name == "."
-    if bad or not name.isprintable() or name in (_STATE, _JOURNAL) or len(name) > 1024:
+    if bad or not name.isprintable() or name in (_STATE, JOURNAL) or len(name) > 1024:
         raise CheckpointCorrupt(source, None, f"{name!r} is not the name of a file inside a directory")
 
 
@@ -168,7 +168,7 @@ class Partial:
             (self.path / _STATE).write_text(json.dumps(state), encoding="utf-8")
         self._manifest = manifest
         self._held = self._read_journal(manifest)
-        self._journal = os.open(self.path / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._journal = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         for number, file in enumerate(manifest.files):
             (self.path / file.name).parent.mkdir(parents=True, exist_ok=True)
             fd = self._fds[number] = os.open(self.path / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -265,7 +265,7 @@ class Partial:
             self.remove()
             return self.final
         _sync_directory(self.final.parent)
-        for name in (_STATE, _JOURNAL):
+        for name in (_STATE, JOURNAL):
             (self.final / name).unlink(missing_ok=True)
         self.close()
         return self.final
@@ -277,7 +277,7 @@ class Partial:
             self.given_up = True
             self._held.clear()
             if self._journal is not None:
-                os.ftruncate(self._journal, 0)
+                (self.path / JOURNAL).unlink(missing_ok=True)
                 os.close(self._journal)
                 self._journal = None
         for number, file in enumerate(self._manifest.files):
@@ -321,7 +321,7 @@ class Partial:
 
     def _read_journal(self, manifest: Manifest) -> dict[tuple[int, int, int], int]:
         try:
-            text = (self.path / _JOURNAL).read_bytes()
+            text = (self.path / JOURNAL).read_bytes()
         except FileNotFoundError:
             return {}
         held, size, good = dict[tuple[int, int, int], int](), _RANGE.size + _CRC.size, 0
@@ -334,7 +334,7 @@ class Partial:
                 held[file, offset, nbytes] = found
             good = start + size
         # What comes behind a torn record would never be read.
-        os.truncate(self.path / _JOURNAL, good)
+        os.truncate(self.path / JOURNAL, good)
         return held
 
     def _check_sha256(self, number: int, cancel: threading.Event) -> None:
@@ -411,7 +411,7 @@ class Tee:
     ) -> None:
         self._partial, self._plan, self._numbers, self._again, self._buffer = partial, plan, numbers, again, buffer
         self._base = address_of(buffer)
-        self._failed = False
+        self._failed = partial.given_up
         self._mutex = threading.Lock()
         #: Chunk, address, and the slot that it is in.
         self._queue: queue.SimpleQueue[tuple[ChunkRead, int, bytearray | None] | None] = queue.SimpleQueue()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from sllmdask.errors import CheckpointNotFound, DiskFull
 from sllmdask.loader.disk import DiskTier
+from sllmdask.loader.tee import JOURNAL
 
 
 @pytest.fixture
@@ -122,6 +124,7 @@ def test_what_is_held_by_this_or_another_process_stays(root, put):
     again = disk.hold(b)
     code = """
 import sys; from pathlib import Path; from sllmdask.loader.disk import DiskTier
+from sllmdask.loader.tee import JOURNAL
 fd = DiskTier(Path(sys.argv[1]), 300).hold(Path(sys.argv[2])); print(fd is not None, flush=True); sys.stdin.read()
 """
     command = [sys.executable, "-c", code, str(root), str(a)]
@@ -138,6 +141,29 @@ fd = DiskTier(Path(sys.argv[1]), 300).hold(Path(sys.argv[2])); print(fd is not N
         with pytest.raises(DiskFull):
             disk.make_room("d", 300, ())
     assert disk.make_room("d", 300, ()) == [a]
+
+
+def test_a_fetch_under_way_counts_with_all_its_bytes_and_what_was_left_of_one_leaves_first(root, put):
+    kib = 1024
+    disk = DiskTier(root, quota=1000 * kib)
+    put("copy", 100 * kib, age=9)
+    put("left.partial", 500 * kib)
+    (root / "left.partial" / JOURNAL).write_bytes(b"ranges")
+    for name, nbytes in (("headers", 300 * kib), ("under_way", 600 * kib)):
+        with (put(f"{name}.partial", 10) / "weights").open("wb") as file:
+            file.truncate(nbytes)
+        (root / f"{name}.partial" / JOURNAL).touch()
+    held = os.open(root / "under_way.partial", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert disk.make_room("d", 250 * kib, ()) == [root / "left.partial"]
+    assert disk.make_room("d", 350 * kib, ()) == [root / "copy"]
+    with pytest.raises(DiskFull) as caught:
+        disk.make_room("d", 450 * kib, ())
+    assert 390 * kib < caught.value.free < 400 * kib
+    os.close(held)
+    assert disk.make_room("d", 950 * kib, ()) == []
+    assert disk.make_room("under_way", 950 * kib, ()) == []
+    assert names(root) == ["headers.partial", "under_way.partial"]
 
 
 def test_only_copies_are_held(tmp_path, root, put):

@@ -112,6 +112,44 @@ async def test_a_hub_model_is_fetched_once_for_all_and_then_read_from_disk(new_s
 
 
 @pytest.mark.asyncio
+async def test_bytes_of_which_the_hash_turns_out_wrong_are_used_no_more_and_who_uses_them_hears_of_it(
+    new_store, hub, models, tmp_path, downloads
+):
+    shutil.copytree(models["b"], tmp_path / "hub" / "org" / "b")
+    hub.lies["model.safetensors"] = "0" * 64
+    store = await new_store(ROOM)
+    lease, heard = await store.load("x", "org/b"), asyncio.get_running_loop().create_future()
+    lease.on_damage(heard.set_result)
+    error = await asyncio.wait_for(heard, 30)
+    assert isinstance(error, CheckpointCorrupt) and error.file == "model.safetensors" and "SHA-256" in error.message
+    lease.release()
+    await until(store, lambda: not used(store))
+    assert downloads() == []
+    hub.lies.clear()
+    assert (await store.load("x", "org/b")).tier_from == "remote"
+    await complete(store, "x")
+
+
+@pytest.mark.asyncio
+async def test_a_quota_that_is_too_small_for_a_copy_is_no_reason_not_to_load(new_store, site, downloads):
+    store = await new_store(ROOM, disk_quota=N)
+    lease = await store.load("a", f"{site.url}/a")
+    assert lease.tensors["w"].eq(0).all() and "config.json" in os.listdir(lease.path)
+    assert not await store.on_disk(f"{site.url}/a")
+    with pytest.raises(DiskFull):
+        await store.pull("a", f"{site.url}/a")
+
+
+@pytest.mark.asyncio
+async def test_a_store_directory_that_cannot_be_made_is_named_with_its_setting(new_store, site, tmp_path):
+    (tmp_path / "file").touch()
+    store = await new_store(ROOM, store_dir=str(tmp_path / "file" / "store"))
+    for refused in (store.load("a", f"{site.url}/a"), store.pull("a", f"{site.url}/a")):
+        with pytest.raises(LoadFailed, match=r"worker.store_dir is '.*/file/store'"):
+            await refused
+
+
+@pytest.mark.asyncio
 async def test_to_inspect_what_is_elsewhere_fetches_no_data_and_has_memory_made_ready(new_store, site, tmp_path):
     store = await new_store(ROOM)
     asked = []
