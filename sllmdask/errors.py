@@ -45,6 +45,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def _bytes(nbytes: int) -> str:
+    from sllmdask.units import format_bytes  # which raises our errors
+
+    return format_bytes(nbytes)
+
+
 class SllmError(Exception):
     """Base of all errors that may leave an actor. ``http_status``, ``type`` and ``code`` are its answer over HTTP."""
 
@@ -180,10 +186,8 @@ class DiskFull(CheckpointError):
 
     @property
     def message(self) -> str:
-        return (
-            f"The checkpoint {self.path!r} was not written: {self.reason}. It needs {self.needed} bytes, {self.free} are free. "
-            "Make room, or choose another disk."
-        )
+        sizes = f"It needs {_bytes(self.needed)}, {_bytes(self.free)} are free."
+        return f"The checkpoint {self.path!r} was not written: {self.reason}. {sizes} Make room, or choose another disk."
 
 
 class UnsupportedArchitecture(CheckpointError):
@@ -365,7 +369,7 @@ class InsufficientMemory(Unavailable):
     @property
     def message(self) -> str:
         return (
-            f"Model {self.model!r} needs {self.needed} bytes of memory, but a worker has {self.available}. "
+            f"Model {self.model!r} needs {_bytes(self.needed)} of memory, but a worker has {_bytes(self.available)}. "
             "Add a larger worker, or raise worker.host_memory."
         )
 

@@ -172,11 +172,15 @@ def _work(
     run: Callable[[Callable[[int], None], threading.Event], T],
     interrupted: str = "nothing was written",
 ) -> T:
-    """`run` in a thread, with its bytes on stderr; Ctrl-C calls it off and waits until it has cleaned up."""
+    """`run` in a thread, with its bytes on stderr; Ctrl-C, or a kill, calls it off and waits until it has cleaned up."""
+    import signal
     import threading
     from concurrent.futures import ThreadPoolExecutor, wait
 
-    cancel = threading.Event()
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cancel, default = threading.Event(), signal.signal(signal.SIGTERM, stop)
     with bytes_bar(what, total) as show, ThreadPoolExecutor(1) as executor:
         done = 0
 
@@ -195,5 +199,7 @@ def _work(
             executor.shutdown()
         except OSError as error:
             raise click.ClickException(f"{os.fsdecode(error.filename or what)}: {error.strerror or error}") from error
+        finally:
+            signal.signal(signal.SIGTERM, default)
     click.echo(f"Interrupted; {interrupted}.", err=True)
     sys.exit(INTERRUPTED)

@@ -57,7 +57,7 @@ async def everything(
 
 
 async def _until_stopped(stack: AsyncExitStack, begin: Callable[[AsyncExitStack], Any]) -> None:
-    """Run `begin`, then wait for SIGINT or SIGTERM; a signal while it starts stops it too."""
+    """Run `begin`, then wait for SIGINT, SIGTERM, or the end of its terminal; a signal while it starts stops it too."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -69,7 +69,9 @@ async def _until_stopped(stack: AsyncExitStack, begin: Callable[[AsyncExitStack]
         if starting:
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Who started it with nohup wants it to outlive the terminal.
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         loop.add_signal_handler(number, stop)
     try:
         async with stack:

@@ -151,7 +151,7 @@ def test_deleting_a_model_frees_its_memory(url, tmp_path):
         ("missing", 400, "checkpoint_not_found", "no such directory"),
         ("truncated", 400, "checkpoint_corrupt", "model.safetensors"),
         ("unknown architecture", 400, "unsupported_architecture", "MambaForCausalLM"),
-        ("too large", 503, "insufficient_memory", "bytes of memory"),
+        ("too large", 503, "insufficient_memory", "of memory, but a worker has"),
         ("no tokenizer", 400, "checkpoint_not_found", "tokenizer"),
     ],
 )
