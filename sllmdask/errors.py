@@ -10,11 +10,14 @@
     │   ├── CheckpointExists
     │   ├── TensorUnsupported
     │   ├── DiskFull
+    │   ├── AdapterUnsupported
     │   └── UnsupportedArchitecture
     ├── RequestError                the caller: the same request will fail again
     │   ├── InvalidRequest
     │   ├── ContextTooLong
     │   ├── ModelNotFound
+    │   ├── AdapterNotFound
+    │   ├── WrongTask
     │   ├── RouteNotFound
     │   ├── MethodNotAllowed
     │   ├── UnsupportedMediaType
@@ -204,6 +207,20 @@ class UnsupportedArchitecture(CheckpointError):
         return f"The architecture {self.architecture!r} cannot be served: {self.reason}"
 
 
+class AdapterUnsupported(CheckpointError):
+    """``AdapterUnsupported(adapter, reason)``: this LoRA adapter cannot be used with this base model."""
+
+    code = "unsupported_adapter"
+
+    def __init__(self, adapter: str, reason: str) -> None:
+        super().__init__(adapter, reason)
+        self.adapter, self.reason = adapter, reason
+
+    @property
+    def message(self) -> str:
+        return f"The LoRA adapter {self.adapter!r} cannot be used: {self.reason}."
+
+
 class RequestError(SllmError):
     """The caller's fault; trying again will not help."""
 
@@ -249,6 +266,42 @@ class ModelNotFound(RequestError):
     def message(self) -> str:
         hint = f" Did you mean {', '.join(map(repr, self.near))}?" if self.near else " GET /v1/models lists what is deployed."
         return f"Could not find the model {self.model!r}: it does not exist here.{hint}"
+
+
+class AdapterNotFound(RequestError):
+    """``AdapterNotFound(model, adapter, near=())``: `model` has no LoRA adapter of that name; `near` are similar names."""
+
+    http_status, code = 404, "adapter_not_found"
+    param = "lora_adapter_name"
+
+    def __init__(self, model: str, adapter: str, near: Sequence[str] = ()) -> None:
+        super().__init__(model, adapter, list(near))
+        self.model, self.adapter, self.near = model, adapter, list(near)
+
+    @property
+    def message(self) -> str:
+        hint = f" Did you mean {', '.join(map(repr, self.near))}?" if self.near else " GET /v1/models lists what is deployed."
+        return f"Could not find the adapter {self.adapter!r} of the model {self.model!r}: it does not exist here.{hint}"
+
+
+class WrongTask(RequestError):
+    """``WrongTask(model, task)``: `model` is for `task`, ``embed`` or ``generate``, and was asked for the other."""
+
+    code = "wrong_task"
+    param = "model"
+
+    def __init__(self, model: str, task: str) -> None:
+        super().__init__(model, task)
+        self.model, self.task = model, task
+
+    @property
+    def message(self) -> str:
+        if self.task == "embed":
+            return f"{self.model!r} is an embedding model: it answers POST /v1/embeddings, and generates no text."
+        return (
+            f"{self.model!r} generates text, and was deployed without pooling, so it makes no embeddings. Deploy it with "
+            '"task": "embed" in backend_config for that, under another name if it is to do both.'
+        )
 
 
 class RouteNotFound(RequestError):

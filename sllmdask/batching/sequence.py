@@ -72,7 +72,7 @@ class Sequence:
 
     `output_ids` may be non-empty at the start: a request that continues elsewhere brings what was already accepted, and
     goes on at index ``len(output_ids)``. `n_computed` counts the tokens of ``prompt_ids + output_ids`` whose KV is in
-    `block_table`.
+    `block_table`. `salt` names what besides the tokens decides their KV: the weights of an adapter, empty without one.
     """
 
     request_id: str
@@ -85,6 +85,7 @@ class Sequence:
     n_computed: int = 0
     n_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    salt: bytes = b""
 
     @property
     def n_tokens(self) -> int:

@@ -263,13 +263,16 @@ class SkeletonShelf:
     def take(self, checkpoint_dir: Path, config: Mapping[str, Any] | None = None) -> Skeleton:
         """A skeleton from the shelf, or a new one; it is the caller's alone. Raises what :func:`build_skeleton` raises."""
         config = read_config(checkpoint_dir) if config is None else config
-        key = _config_key(config)
+        return self.spare(_config_key(config)) or build_skeleton(checkpoint_dir, config)
+
+    def spare(self, key: str) -> Skeleton | None:
+        """The skeleton of that key from the shelf, if there is one; it is the caller's alone."""
         with self._lock:
             for skeleton in self._spare:
                 if skeleton.key == key:
                     self._spare.remove(skeleton)
                     return skeleton
-        return build_skeleton(checkpoint_dir, config)
+        return None
 
     def put(self, skeleton: Skeleton) -> None:
         """Keep `skeleton`, whose engine is closed, and drop the one that is here longest where there are too many."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
+from sllmdask.engine.lora import LoraAdapter, read_adapter
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
 from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError
@@ -166,6 +167,8 @@ class LLMEngine:
         """Take a request in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken."""
         if not sequence.prompt_ids:
             raise InvalidRequest("The prompt is empty.", "prompt")
+        if sequence.salt and sequence.salt not in self._runner.adapters:
+            raise InvalidRequest("The request's adapter is not loaded here.", "model")
         strange = [token for token in sequence.token_ids(0, sequence.n_tokens) if not 0 <= token < self._runner.vocab_size]
         if strange:
             n_vocab = self._runner.vocab_size
@@ -174,6 +177,25 @@ class LLMEngine:
             raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
         self._scheduler.add(sequence)
         self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def read_adapter(self, name: str, directory: Path, tensors: Mapping[str, Tensor]) -> LoraAdapter:
+        """The LoRA adapter in `directory`, with `tensors` under their names in its file, for this model. On any thread.
+
+        Raises :class:`AdapterUnsupported` or :class:`CheckpointNotFound`.
+        """
+        runner = self._runner
+        return read_adapter(name, directory, tensors, runner.model, runner.dtype, runner.device)
+
+    def add_adapter(self, adapter: LoraAdapter) -> None:
+        """From now on requests may have `adapter`, by its salt; its tensors must stay until :meth:`remove_adapter`."""
+        self._runner.adapters.add(adapter)
+
+    def remove_adapter(self, salt: bytes) -> None:
+        """Let go of an adapter, and drop the requests that still have it: nothing says so."""
+        for sequence in self.sequences:
+            if sequence.salt == salt:
+                self.abort(sequence.request_id)
+        self._runner.adapters.remove(salt)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
@@ -296,6 +318,36 @@ class LLMEngine:
 # --- the engine in a thread of its own -----------------------------------------------------------------------------------
 
 
+class StepEngine(Protocol):
+    """What an :class:`EngineThread` asks of an engine; :class:`LLMEngine` says what each of them means."""
+
+    settings: EngineSettings
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]: ...
+
+    def find(self, request_id: str) -> Sequence | None: ...
+
+    def add(self, sequence: Sequence) -> None: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+    def settle(self) -> None: ...
+
+    def on_arrival(self, callback: Callable[[], None]) -> None: ...
+
+    def interrupt(self) -> None: ...
+
+    def step(self) -> list[StepOutput]: ...
+
+    def stats(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class _Submit:
     sequence: Sequence
@@ -308,7 +360,7 @@ class _Abort:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    run: Callable[[LLMEngine], Any]
+    run: Callable[[Any], Any]
     future: Future[Any]
 
 
@@ -333,7 +385,7 @@ class EngineThread:
 
     def __init__(
         self,
-        engine: LLMEngine,
+        engine: StepEngine,
         loop: asyncio.AbstractEventLoop,
         on_outputs: Callable[[list[StepOutput]], None],
         on_failed: Callable[[SllmError], None],

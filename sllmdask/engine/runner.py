@@ -24,6 +24,7 @@ from sllmdask.engine.attention import NAME, LayerShape, PagedBatch, Span, attend
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
 from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.gating import ArrivalGate, Wait
+from sllmdask.engine.lora import AdapterSet
 from sllmdask.errors import ConfigError, UnsupportedArchitecture
 from sllmdask.units import format_bytes
 
@@ -70,6 +71,8 @@ class ModelRunner:
             )
         self._skeleton = skeleton
         self._model = skeleton.model
+        #: LoRA adapters that requests may have.
+        self.adapters = AdapterSet(skeleton.model, device)
         self._gate: ArrivalGate | None = None
         self._checked = False
         self.caches: list[tuple[Tensor, Tensor]] = []
@@ -137,13 +140,15 @@ class ModelRunner:
             spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots))
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
-        return self._run(ids, positions, spans, last_rows)
+        with self.adapters.applied((chunk.sequence.salt, chunk.n_tokens, chunk.samples) for chunk in chunks):
+            return self._run(ids, positions, spans, last_rows)
 
     def close(self) -> None:
         """Let go of every tensor: the host memory behind the parameters may be used for something else now."""
         if self._gate is not None:
             self._gate.close()
             self._gate = None
+        self.adapters.close()
         self._skeleton.empty()
         self.caches.clear()
         if self.device.type == "cuda":

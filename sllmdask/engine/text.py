@@ -72,11 +72,21 @@ class Tokenizer:
         """How many token ids the tokenizer knows; the model's output may be wider."""
         return len(self._hf)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a plain prompt, with the special tokens that this tokenizer puts around one."""
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """The ids of a plain prompt, with the special tokens that this tokenizer puts around one.
+
+        Of a text of more than `max_length` ids, the special ones at its ends stay, and what is too much is cut from its end.
+        """
         if not is_unicode(text):
             raise InvalidRequest("The prompt holds half of a surrogate pair, which is not text.", "prompt")
-        return list(self._hf.encode(text, verbose=False))
+        if max_length is None:
+            return list(self._hf.encode(text, verbose=False))
+        # Not by the tokenizer's own truncation: that is a state of it, which another thread may be using.
+        encoded = self._hf(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+        ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        n_after = next((n for n, flag in enumerate(reversed(special)) if not flag), 0)
+        n_kept = max(0, max_length - n_after)
+        return ids if len(ids) <= max_length else (ids[:n_kept] + ids[len(ids) - n_after :])[:max_length]
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
         """The ids of a conversation up to where the model's answer begins.
