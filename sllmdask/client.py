@@ -15,6 +15,7 @@ An error of the server is raised as the class of :mod:`sllmdask.errors` that its
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import threading
@@ -30,10 +31,14 @@ import aiohttp
 
 from sllmdask import errors
 from sllmdask.errors import SllmError, Unavailable
+from sllmdask.units import float32s
 
 DEFAULT_URL = "http://127.0.0.1:8343"
 #: Seconds that loading a model, or fetching it, may take: somewhat more than the server's own limit.
 WORK_LIMIT_S = 7500.0
+
+#: Inputs of one request for embeddings, and requests of one call that are under way at once.
+EMBED_AT_ONCE, EMBED_IN_FLIGHT = 256, 4
 
 #: A text, or the messages of a chat.
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -90,9 +95,12 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.TensorUnsupported,
         errors.DiskFull,
         errors.UnsupportedArchitecture,
+        errors.AdapterUnsupported,
         errors.InvalidRequest,
         errors.ContextTooLong,
         errors.ModelNotFound,
+        errors.AdapterNotFound,
+        errors.WrongTask,
         errors.RouteNotFound,
         errors.MethodNotAllowed,
         errors.UnsupportedMediaType,
@@ -312,6 +320,30 @@ class AsyncClient:
         finally:
             future.cancel()
 
+    async def embed(
+        self, model: str, inputs: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None, **params: Any
+    ) -> list[list[float]]:
+        """The vectors of `inputs`, a text, texts, or lists of token ids, in their order; of a text, a list of one.
+
+        As many inputs as there are: they are sent :data:`EMBED_AT_ONCE` at a time. `params` are other fields of the request:
+        ``prompt_name``, ``max_length``...
+        """
+        asked = [inputs] if isinstance(inputs, str) else list(inputs)
+        body = {"model": model, "encoding_format": "base64", "dimensions": dimensions, **params}
+        turn = asyncio.Semaphore(EMBED_IN_FLIGHT)
+
+        async def ask(part: list[Any]) -> list[list[float]]:
+            async with turn:
+                answered = await self.call("POST", "/v1/embeddings", {**body, "input": part})
+            return [_floats(item["embedding"]) for item in sorted(answered["data"], key=lambda item: item["index"])]
+
+        tasks = [asyncio.create_task(ask(asked[i : i + EMBED_AT_ONCE])) for i in range(0, len(asked), EMBED_AT_ONCE)]
+        try:
+            return [vector for part in await asyncio.gather(*tasks) for vector in part]
+        finally:
+            for task in tasks:
+                task.cancel()
+
     async def models(self) -> list[dict[str, Any]]:
         """The objects of ``GET /v1/models``."""
         listed = await self.call("GET", "/v1/models")
@@ -457,6 +489,11 @@ def _take_chunk(future: GenerateFuture, chunk: dict[str, Any]) -> None:
             future._add(text)
 
 
+def _floats(data: str | list[float]) -> list[float]:
+    """A vector as numbers, from base64 of little-endian float32, or as a server that does not know that sends it."""
+    return float32s(base64.b64decode(data)) if isinstance(data, str) else data
+
+
 async def _json_or_raise(response: aiohttp.ClientResponse) -> Any:
     """The JSON of a good answer; any other becomes an error, also one that is no answer of ours."""
     text = await response.text(errors="replace")
@@ -541,6 +578,12 @@ class Client:
             yield from future
         finally:
             future.cancel()
+
+    def embed(
+        self, model: str, inputs: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None, **params: Any
+    ) -> list[list[float]]:
+        """See :meth:`AsyncClient.embed`."""
+        return self._wait(self._client.embed(model, inputs, dimensions=dimensions, **params))
 
     def models(self) -> list[dict[str, Any]]:
         """The objects of ``GET /v1/models``."""

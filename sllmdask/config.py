@@ -32,6 +32,9 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 _MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*$")
 
 
+#: An adapter's name: requests may write it behind that of its base, with a colon between them.
+_ADAPTER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
 #: What the wire can carry, and more than anybody means.
 MAX_COUNT = 2**31 - 1
 
@@ -94,11 +97,34 @@ class BackendConfig(Frozen):
     #: What the weights are served in; ``auto``: what engine.dtype says.
     torch_dtype: Dtype = "auto"
     hf_model_class: str = "AutoModelForCausalLM"
+    #: What the model is for: ``embed``, vectors; ``generate``, text; ``auto``: what the checkpoint is made for.
+    task: Literal["auto", "generate", "embed"] = "auto"
+    #: How an embedding is made of the hidden states of a text; ``None``: what the checkpoint says.
+    pooling: Literal["cls", "last", "max", "mean"] | None = None
+    #: Whether embeddings have the length 1; ``None``: what the checkpoint says.
+    normalize: bool | None = None
     quantization_config: dict[str, Any] | None = None
     enable_lora: bool = False
+    #: LoRA adapters that requests may ask for: name -> directory on the workers, or hub id.
     lora_adapters: dict[str, str] | None = None
     #: Longest prompt plus answer in tokens; ``None``: what the checkpoint says.
     max_model_len: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+
+    @property
+    def wanted_task(self) -> str:
+        """``embed`` where anything asks for embeddings; otherwise `task`."""
+        asks = self.hf_model_class == "AutoModel" or self.pooling is not None or self.normalize is not None
+        return "embed" if asks else self.task
+
+    @property
+    def embedding(self) -> dict[str, Any] | None:
+        """How vectors are made, for a worker; ``None`` for a model that generates text, once `task` is known."""
+        return {"pooling": self.pooling, "normalize": self.normalize} if self.task == "embed" else None
+
+    @property
+    def variant(self) -> str:
+        """What instances of one checkpoint that are served in different ways differ in."""
+        return self.torch_dtype if self.task != "embed" else f"{self.torch_dtype} embed {self.pooling} {self.normalize}"
 
 
 class Deployment(Frozen):
@@ -126,12 +152,20 @@ class Deployment(Frozen):
         if not _MODEL_NAME.match(self.model) or len(self.model) > 200:
             raise ValueError(f"model {self.model!r} is not a name: use letters, digits and . _ : - / without '..'")
         backend = self.backend_config
-        if backend.hf_model_class != "AutoModelForCausalLM":
-            raise ValueError(f"hf_model_class {backend.hf_model_class!r} is not supported; only AutoModelForCausalLM is")
+        if backend.hf_model_class not in ("AutoModelForCausalLM", "AutoModel"):
+            known = "only AutoModelForCausalLM is, and AutoModel for embeddings"
+            raise ValueError(f"hf_model_class {backend.hf_model_class!r} is not supported; {known}")
+        if backend.task == "generate" and backend.wanted_task != "generate":
+            raise ValueError("task is 'generate', but pooling, normalize and hf_model_class AutoModel are for embeddings")
         if backend.quantization_config:
             raise ValueError("quantization_config is not supported: serve an unquantised checkpoint")
-        if backend.enable_lora or backend.lora_adapters:
-            raise ValueError("LoRA adapters (enable_lora, lora_adapters) are not supported: merge them into the checkpoint")
+        if backend.lora_adapters and not backend.enable_lora and "enable_lora" in backend.model_fields_set:
+            raise ValueError("lora_adapters are given, but enable_lora is false: leave enable_lora out, or make it true")
+        if backend.lora_adapters and backend.wanted_task == "embed":
+            raise ValueError("lora_adapters are for models that generate text, not for embedding models")
+        for name in backend.lora_adapters or ():
+            if not _ADAPTER_NAME.match(name) or len(name) > 200:
+                raise ValueError(f"lora_adapters: {name!r} is not a name: use letters, digits and . _ -")
         return self
 
     @property
@@ -146,6 +180,8 @@ class Deployment(Frozen):
             found.append("backend_config.device_map has no effect: an instance runs on one device, which engine.device names")
         if self.placement_config.target_nodes and self.placement_config.local_disk:
             found.append("placement_config.local_disk has no effect beside target_nodes, which says where the model may run")
+        if self.backend_config.enable_lora and not self.backend_config.lora_adapters:
+            found.append("backend_config.enable_lora has no effect without lora_adapters, which names the adapters")
         if "router_config" in self.model_fields_set:
             found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
         if "scheduler_config" in self.model_fields_set:
@@ -171,6 +207,8 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
+    #: LoRA adapters that one instance holds at once; the one that was used longest ago gives way.
+    max_adapters: int = Field(default=8, ge=1, le=MAX_COUNT)
     #: Whether an instance begins to serve while its weights are read: layer by layer, behind the reader.
     execute_while_loading: bool = True
     #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from array import array
 
 from sllmdask.errors import ConfigError
 
@@ -70,3 +72,11 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s"
+
+
+def float32s(data: bytes) -> list[float]:
+    """The numbers of little-endian float32 bytes."""
+    numbers = array("f", data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()

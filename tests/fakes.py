@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,10 +12,20 @@ from functools import lru_cache
 from typing import Any
 
 from sllmdask.batching.sequence import FinishReason
-from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
+from sllmdask.cluster.journal import (
+    Delta,
+    Embedded,
+    EmbedRequest,
+    Finished,
+    GatewayEvent,
+    GenerateRequest,
+    Journal,
+    Progress,
+    Started,
+)
 from sllmdask.config import Deployment, ServerSettings
 from sllmdask.engine.text import Tokenizer
-from sllmdask.errors import CheckpointNotFound, ModelNotFound, SllmError
+from sllmdask.errors import AdapterNotFound, CheckpointNotFound, ModelNotFound, SllmError
 from sllmdask.server import app as server_app
 from sllmdask.server import openai
 
@@ -65,6 +76,10 @@ class FakeModel:
     refuse: Exception | None = None
     fail: Exception | None = None
     fail_after: int = 0
+    #: How it makes embeddings, if it does; the vector of an input is its number of tokens, its first id, its last id.
+    embedding: dict[str, Any] | None = None
+    #: Sources of its LoRA adapters, by name.
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 class FakeGateway:
@@ -75,8 +90,9 @@ class FakeGateway:
         self.ready = True
         self.not_ready_reason = "No worker is connected."
         #: Every request that came, and the ids of those that were closed before their end.
-        self.asked: list[GenerateRequest] = []
+        self.asked: list[GenerateRequest | EmbedRequest] = []
         self.closed: list[str] = []
+        self.registered: list[Deployment] = []
         #: What operators asked for, in order.
         self.operated: list[tuple[Any, ...]] = []
         self.n_running = 0
@@ -96,6 +112,9 @@ class FakeGateway:
                 "reason": None,
                 "keep_alive": 300.0,
                 "progress": None,
+                "task": "embed" if model.embedding else "generate",
+                "embedding": model.embedding,
+                "adapters": model.adapters,
             }
             for name, model in self.deployed.items()
         ]
@@ -104,12 +123,25 @@ class FakeGateway:
         openai.find_model(self.models(), model)
         return byte_tokenizer()
 
+    def resolve(self, model: str, adapter: str | None) -> tuple[str, tuple[str, str] | None]:
+        base, _, named = model.rpartition(":")
+        if model not in self.deployed and base in self.deployed and not adapter:
+            model, adapter = base, named
+        found = openai.find_model(self.models(), model)["adapters"]
+        if adapter and adapter not in found:
+            raise AdapterNotFound(model, adapter, list(found))
+        return model, (adapter, found[adapter]) if adapter else None
+
+    def embedding(self, model: str) -> dict[str, Any] | None:
+        return openai.find_model(self.models(), model)["embedding"]
+
     def max_model_len(self, model: str) -> int:
         return self.deployed[model].max_model_len
 
     async def register(self, deployment: Deployment) -> dict[str, Any]:
         if deployment.source.startswith("/missing"):
             raise CheckpointNotFound(deployment.source, "there is no such directory")
+        self.registered.append(deployment)
         self.deployed[deployment.model] = FakeModel(state="disk")
         return {"model": deployment.model, "warnings": deployment.warnings()}
 
@@ -189,6 +221,30 @@ class FakeGateway:
             if journal.state != "finished":
                 self.closed.append(request.id)
             journal.state = "finished"
+            await asyncio.shield(self._tell())
+
+    async def embed(self, request: EmbedRequest) -> AsyncIterator[GatewayEvent]:
+        model = self.deployed[request.model]
+        journal = self._journals[request.id] = Journal(request)
+        self.asked.append(request)
+        await self._tell()
+        try:
+            yield Progress("queued", f"waiting for {request.model}")
+            if model.gate is not None:
+                await model.gate.wait()
+            if model.refuse is not None:
+                raise model.refuse
+            yield Started("0", model.cold_start, 0.25)
+            for index, ids in reversed(list(enumerate(request.inputs))):
+                if model.fail is not None and index == model.fail_after:
+                    raise model.fail
+                vector = [float(len(ids)), float(ids[0]), float(ids[-1])][: request.dimensions]
+                yield Embedded(index, struct.pack(f"<{len(vector)}f", *vector))
+            journal.state = "finished"
+            yield Finished(FinishReason.STOP, request.n_prompt_tokens, 0)
+        finally:
+            if journal.state != "finished":
+                self.closed.append(request.id)
             await asyncio.shield(self._tell())
 
     async def _run(self, journal: Journal, model: FakeModel) -> AsyncIterator[GatewayEvent]:
@@ -284,10 +340,13 @@ def every_error() -> list[SllmError]:
         errors.CheckpointNotFound("/x", "no such directory"),
         errors.CheckpointCorrupt("a.safetensors", "w", "truncated"),
         errors.UnsupportedArchitecture("Mamba", "no attention"),
+        errors.AdapterUnsupported("polite", "of another shape"),
         errors.RequestError("bad"),
         errors.InvalidRequest("bad", "field"),
         errors.ContextTooLong(10, 5),
         errors.ModelNotFound("a", ["b"]),
+        errors.AdapterNotFound("a", "b", ["c"]),
+        errors.WrongTask("a", "embed"),
         errors.RouteNotFound("GET", "/x"),
         errors.MethodNotAllowed("GET", "/x", ["POST"]),
         errors.UnsupportedMediaType("text/plain"),

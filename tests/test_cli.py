@@ -29,7 +29,7 @@ from sllmdask.cluster.journal import Progress
 from sllmdask.config import Deployment, Settings
 from sllmdask.errors import LoadFailed, QueueTimeout
 from sllmdask.server import stream
-from tests.fakes import FakeGateway, FakeModel, ServerThread
+from tests.fakes import FakeGateway, FakeModel, ServerThread, byte_tokenizer
 
 Serve = Callable[..., ServerThread]
 
@@ -57,7 +57,7 @@ def test_help_is_quick_and_lists_only_what_exists():
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
-    assert set(main.commands) == commands | {"generate", "chat", "version"}
+    assert set(main.commands) == commands | {"generate", "chat", "encode", "version"}
     for command in set(main.commands) - {"bench"}:
         assert "--debug" in run(command, "--help").output
     assert "--debug" in run("bench", "load", "--help").output
@@ -76,7 +76,7 @@ def test_models_are_tsv_in_a_pipe_and_json_when_asked(serve: Serve):
     rows = json.loads(run("models", "--json").output)
     assert [row["model"] for row in rows] == ["qwen", "cold"]
     keys = {"model", "state", "created", "max_model_len", "nbytes", "instances", "reason", "keep_alive", "progress"}
-    assert set(rows[0]) == keys
+    assert set(rows[0]) == keys | {"task", "embedding", "adapters"}
 
 
 def test_models_are_a_table_on_a_terminal(serve: Serve):
@@ -267,7 +267,6 @@ def test_chat_remembers_and_forgets(serve: Serve):
     server = serve(m=FakeModel(answer=lambda prompt: str(prompt.count("<|user|>"))))
     result = run("chat", "m", "--system", "S", stdin="one\n\ntwo\n/clear\nthree\n/bye\nnever\n")
     assert result.stdout == "1\n2\n1\n"
-    from tests.fakes import byte_tokenizer
 
     last = byte_tokenizer().decode(server.gateway.asked[1].prompt_ids)
     assert last == "<|system|>S\n<|user|>one\n<|assistant|>1\n<|user|>two\n<|assistant|>"
@@ -555,3 +554,57 @@ def test_serve_names_its_scheduler(cluster: dict[str, Any], tmp_path: Path):
     run("serve", code=2)
     (tmp_path / "d.json").write_text('{"model": "d"}')
     assert "deploy" in run("serve", "--scheduler", "x", "-c", str(tmp_path / "d.json"), code=2).stderr
+
+
+# --- embeddings and adapters -----------------------------------------------------------------------------------------
+
+EMBEDDING = {"dimensions": 3, "prompts": {}, "default_prompt": None, "lower_case": False}
+
+
+def test_encode_prints_a_line_of_numbers_for_each_text(serve: Serve, tmp_path: Path):
+    server = serve(m=FakeModel(embedding=EMBEDDING))
+    ids = [byte_tokenizer().encode(text) for text in ("Hi", "you!")]
+    rows = [[float(len(each)), float(each[0]), float(each[-1])] for each in ids]
+    lines = ["\t".join(map(str, row)) for row in rows]
+    assert run("encode", "m", "Hi").stdout.splitlines() == lines[:1]
+    assert run("encode", "m", stdin="Hi\n").stdout.splitlines() == lines[:1]
+    inputs = {
+        "a.txt": "Hi\n\nyou!\n",
+        "a.json": '{"model": "m", "input": ["Hi", "you!"]}',
+        "a.jsonl": '"Hi"\n{"input": "you!"}\n',
+    }
+    for name, content in inputs.items():
+        (tmp_path / name).write_text(content)
+        assert run("encode", "m", "--input", str(tmp_path / name)).stdout.splitlines() == lines, name
+    printed = run("encode", "m", "Hi", "--json", "--dimensions", "2").stdout
+    assert json.loads(printed) == {"index": 0, "embedding": rows[0][:2]}
+    assert server.gateway.asked[-1].dimensions == 2
+
+
+def test_encode_says_what_is_wrong(serve: Serve, tmp_path: Path):
+    serve(m=FakeModel(embedding=EMBEDDING), text=FakeModel())
+    assert "generates text" in run("encode", "text", "Hi", code=1).stderr
+    assert "not both" in run("encode", "m", "Hi", "--input", "x", code=2).stderr
+    (tmp_path / "a.json").write_text('[{"prompt": "Hi"}]')
+    assert "Item 1" in run("encode", "m", "--input", str(tmp_path / "a.json"), code=2).stderr
+
+
+def test_deploy_takes_adapters_as_serverlessllm_does(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    server = serve()
+    (tmp_path / "polite").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(
+        "deploy",
+        "qwen",
+        "--source",
+        "org/qwen",
+        "--enable-lora",
+        "--lora-adapters",
+        "a=org/a b=./polite",
+        "--lora-adapters",
+        "c=org/c,d=org/d",
+    )
+    (deployment,) = server.gateway.registered
+    assert deployment.backend_config.enable_lora
+    assert deployment.backend_config.lora_adapters == {"a": "org/a", "b": str(tmp_path / "polite"), "c": "org/c", "d": "org/d"}
+    assert "NAME=SOURCE" in run("deploy", "qwen", "--lora-adapters", "org/a", code=2).stderr

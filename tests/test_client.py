@@ -15,7 +15,7 @@ from sllmdask import errors
 from sllmdask.client import AsyncClient, Client, Response, ServerError, ServerUnreachable, server_error
 from sllmdask.cluster.journal import Progress
 from sllmdask.server import stream
-from tests.fakes import FakeGateway, FakeModel, ServerThread, every_error
+from tests.fakes import FakeGateway, FakeModel, ServerThread, byte_tokenizer, every_error
 
 Serve = Callable[..., ServerThread]
 
@@ -281,3 +281,42 @@ async def test_the_async_client_has_the_same_methods(serve: Serve):
         assert await waiting
         with pytest.raises(errors.ModelNotFound):
             await client.submit("none", "x")
+
+
+def test_embeddings_come_in_the_order_of_the_inputs_however_many_there_are(serve: Serve):
+    embedding = {"dimensions": 3, "prompts": {"query": "? "}, "default_prompt": None, "lower_case": False}
+    server = serve(m=FakeModel(embedding=embedding))
+    texts = [f"{'x' * (i % 7)} {i}" for i in range(600)]
+
+    def vector(text: str) -> list[float]:
+        ids = byte_tokenizer().encode(text)
+        return [float(len(ids)), float(ids[0]), float(ids[-1])]
+
+    with Client(server.url) as client:
+        assert client.embed("m", texts) == [vector(text) for text in texts]
+        assert len(server.gateway.asked) == 3
+        assert client.embed("m", "one") == [vector("one")]
+        assert client.embed("m", [[1, 2], [3]], dimensions=2) == [[2.0, 1.0], [1.0, 3.0]]
+        assert client.embed("m", "one", prompt_name="query") == [vector("? one")]
+        assert client.embed("m", []) == []
+        with pytest.raises(errors.InvalidRequest, match="3 numbers"):
+            client.embed("m", texts, dimensions=4)
+
+
+def test_a_model_for_the_other_task_is_told(serve: Serve):
+    server = serve(m=FakeModel(embedding={"dimensions": 3}), text=FakeModel())
+    with Client(server.url) as client:
+        with pytest.raises(errors.WrongTask):
+            client.embed("text", "Hi")
+        with pytest.raises(errors.WrongTask):
+            client.submit("m", "Hi").result(timeout=10)
+
+
+def test_an_adapter_is_asked_for_by_name(serve: Serve):
+    server = serve(m=FakeModel(adapters={"polite": "org/polite"}))
+    with Client(server.url) as client:
+        client.submit("m", "Hi", lora_adapter_name="polite").result(timeout=10)
+        client.submit("m:polite", "Hi").result(timeout=10)
+        assert [asked.adapter for asked in server.gateway.asked] == [("polite", "org/polite")] * 2
+        with pytest.raises(errors.AdapterNotFound, match="polite"):
+            client.submit("m", "Hi", lora_adapter_name="polit").result(timeout=10)

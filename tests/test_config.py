@@ -189,8 +189,15 @@ def test_a_backend_that_is_not_there_is_refused_with_the_one_that_is(backend: st
     [
         ({"hf_model_class": "AutoModelForSeq2SeqLM"}, "only AutoModelForCausalLM is"),
         ({"quantization_config": {"load_in_8bit": True}}, "serve an unquantised checkpoint"),
-        ({"enable_lora": True}, "merge them into the checkpoint"),
-        ({"lora_adapters": {"a": "/adapters/a"}}, "merge them into the checkpoint"),
+        ({"hf_model_class": "AutoModelForSequenceClassification"}, "AutoModel for embeddings"),
+        ({"enable_lora": False, "lora_adapters": {"a": "/adapters/a"}}, "but enable_lora is false"),
+        ({"lora_adapters": {"a": "/adapters/a"}, "task": "embed"}, "not for embedding models"),
+        ({"lora_adapters": {"a:b": "/adapters/a"}}, "'a:b' is not a name"),
+        ({"lora_adapters": {"..": "/adapters/a"}}, "'..' is not a name"),
+        ({"task": "generate", "pooling": "mean"}, "are for embeddings"),
+        ({"task": "generate", "hf_model_class": "AutoModel"}, "are for embeddings"),
+        ({"task": "classify"}, "backend_config.task"),
+        ({"pooling": "magic"}, "backend_config.pooling"),
         ({"torch_dtype": "int8"}, "backend_config.torch_dtype"),
         ({"max_model_len": 0}, "backend_config.max_model_len"),
     ],
@@ -230,6 +237,40 @@ def test_settings_of_what_does_not_happen_here_are_accepted_with_a_warning_each(
     assert "router_config.migration_delta has no effect" in router
     assert "scheduler_config.alpha and .beta have no effect" in scheduler
     assert (RouterConfig().migration_delta, CostPriors().alpha, CostPriors().beta) == (20, 0.01, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("backend_config", "task"),
+    [
+        ({}, "auto"),
+        ({"hf_model_class": "AutoModel"}, "embed"),
+        ({"pooling": "last"}, "embed"),
+        ({"normalize": False}, "embed"),
+        ({"task": "embed"}, "embed"),
+        ({"task": "generate"}, "generate"),
+    ],
+)
+def test_what_a_deployment_asks_for_embeddings_by(backend_config: dict[str, Any], task: str) -> None:
+    assert deployment(backend_config=backend_config).backend_config.wanted_task == task
+
+
+def test_instances_that_make_other_vectors_are_other_instances() -> None:
+    given = (
+        {"task": "embed"},
+        {"task": "embed", "pooling": "cls"},
+        {"task": "embed", "normalize": False},
+        {},
+        {"task": "generate"},
+    )
+    variants = [deployment(backend_config=each).backend_config.variant for each in given]
+    assert len(set(variants)) == 4 and variants[3] == variants[4]
+
+
+def test_adapters_are_accepted_and_a_switch_without_any_is_warned_of() -> None:
+    assert deployment(backend_config={"enable_lora": True, "lora_adapters": {"a": "org/a"}}).warnings() == []
+    assert deployment(backend_config={"lora_adapters": {"a": "org/a"}}).warnings() == []
+    (warning,) = deployment(backend_config={"enable_lora": True}).warnings()
+    assert "enable_lora has no effect" in warning
 
 
 def test_the_warnings_survive_the_way_to_the_scheduler() -> None:

@@ -19,15 +19,26 @@ from typing import Any
 
 from distributed.comm import Comm
 
+from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
+from sllmdask.actors.embeddings import InputLedger
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.batching.sequence import SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
-from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
+from sllmdask.engine.embedding import (
+    EmbeddingEngine,
+    EmbeddingOutput,
+    EmbeddingSkeleton,
+    build_embedding_engine,
+    build_embedding_skeleton,
+)
+from sllmdask.engine.engine import EngineThread, LLMEngine, StepOutput, build_engine
+from sllmdask.engine.lora import LoraAdapter, check_adapter
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import (
+    AdapterUnsupported,
     Cancelled,
     CheckpointError,
     CheckpointNotFound,
@@ -36,8 +47,10 @@ from sllmdask.errors import (
     InsufficientMemory,
     SllmError,
     Unavailable,
+    WrongTask,
 )
 from sllmdask.loader.device import CudaDevice, DeviceCopy
+from sllmdask.loader.format import read_index
 from sllmdask.loader.store import CheckpointStore, HostLease
 from sllmdask.policy.views import Tier
 
@@ -45,6 +58,9 @@ logger = logging.getLogger(__name__)
 
 #: Called with a message for the scheduler: progress of a load, or the loss of an instance.
 Report = Callable[[dict[str, Any]], None]
+
+#: How an instance of an embedding model makes its vectors: the arguments `pooling` and `normalize` of its engine.
+EmbeddingChoice = dict[str, Any]
 
 #: Seconds that requests may still run in an instance that is to be unloaded.
 UNLOAD_GRACE_S = 600.0
@@ -55,8 +71,25 @@ REPORT_EVERY_S = 0.1
 class Instance:
     """One model on this worker: its lease on the host copy, its engine, and who waits for which answer."""
 
-    def __init__(self, instance_id: str, model: str, source: str, dtype: str, registry: InstanceRegistry) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        model: str,
+        source: str,
+        dtype: str,
+        registry: InstanceRegistry,
+        embedding: EmbeddingChoice | None = None,
+    ) -> None:
         self.id, self.model, self.source, self.dtype = instance_id, model, source, dtype
+        #: ``None``: it generates text.
+        self.embedding = embedding
+        self._inputs = InputLedger()
+        #: Reads the files of an adapter for the engine's model; ``None``: the engine takes none.
+        self.read_adapter: Callable[..., LoraAdapter] | None = None
+        self._adapters: InstanceAdapters | None = None
+        #: What a request has, by its id; and requests that wait for theirs.
+        self._uses: dict[str, AdapterUse] = {}
+        self._waiting_for_adapters: set[asyncio.Task[None]] = set()
         self._registry = registry
         self._lease: HostLease | None = None
         self._engine: EngineThread | None = None
@@ -110,10 +143,9 @@ class Instance:
         registry = self._registry
         self._began_at = time.monotonic()
         source = registry.resolve(self.source)
+        whole = not registry.settings.execute_while_loading or self.embedding is not None
         try:
-            lease = await registry.store.load(
-                self.source, source, self._progress, whole=not registry.settings.execute_while_loading, peers=peers
-            )
+            lease = await registry.store.load(self.source, source, self._progress, whole=whole, peers=peers)
         except InsufficientMemory as error:
             raise InsufficientMemory(self.model, error.needed, error.available) from None
         self._building = True
@@ -140,6 +172,9 @@ class Instance:
             await asyncio.to_thread(engine.close)
             raise failure or InstanceGone(self.id)
         self._lease = lease
+        if self.read_adapter is not None:
+            capacity = registry.settings.max_adapters
+            self._adapters = InstanceAdapters(registry.store, registry.resolve, self.read_adapter, self._engine.call, capacity)
         lease.on_damage(self._load_failed)
         self.times["ready_s"] = time.monotonic() - self._began_at
         if lease.arrivals is None:
@@ -212,13 +247,20 @@ class Instance:
             # First, so that an engine that waits for its weights hears of it.
             arriving.cancel()
             self._let_go()
+        for task in list(self._waiting_for_adapters):
+            task.cancel()
+        await asyncio.gather(*self._waiting_for_adapters, return_exceptions=True)
         engine, self._engine = self._engine, None
+        self.read_adapter = None
         if self.copying is not None:
             await asyncio.to_thread(self.copying.close)
             self.copying = None
         if engine is not None:
             await asyncio.to_thread(engine.close)
             self._registry.put_aside(self)
+        adapters, self._adapters = self._adapters, None
+        if adapters is not None:
+            await adapters.close()
         for request_id in list(self._requests):
             self._answer_error(request_id, error or InstanceGone(self.id))
         self._let_go()
@@ -239,6 +281,7 @@ class Instance:
             "n_requests": len(self._requests),
             "load": self.times,
             **self._engine_stats(),
+            **({} if self._adapters is None else {"adapters": self._adapters.snapshot()}),
         }
 
     def _engine_stats(self) -> dict[str, Any]:
@@ -247,23 +290,86 @@ class Instance:
     # --- requests ---
 
     def submit(
-        self, front_door: str, request_id: str, epoch: int, prompt_ids: list[int], output_ids: list[int], params: dict[str, Any]
+        self,
+        front_door: str,
+        request_id: str,
+        epoch: int,
+        prompt_ids: list[int],
+        output_ids: list[int],
+        params: dict[str, Any],
+        adapter: tuple[str, str] | None = None,
     ) -> None:
-        """Begin or continue a request; whatever is wrong with it is answered on the front door's stream."""
+        """Begin or continue a request; whatever is wrong with it is answered on the front door's stream.
+
+        `adapter`: name and source of the LoRA adapter that it is to have; it waits until that is loaded.
+        """
         if self._engine is None or self.closed:
             self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
+            return
+        if self.embedding is not None:
+            self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
         self._idle.clear()
+        if adapter is not None:
+            waiting = asyncio.create_task(self._submit_with(adapter, sequence, (front_door, epoch)))
+            self._waiting_for_adapters.add(waiting)
+            waiting.add_done_callback(self._waiting_for_adapters.discard)
+            return
         try:
             self._engine.submit(sequence)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._answer_error(request_id, error)
 
+    async def _submit_with(self, adapter: tuple[str, str], sequence: TokenSequence, waiting: tuple[str, int]) -> None:
+        request_id = sequence.request_id
+        try:
+            if self._adapters is None:
+                raise AdapterUnsupported(adapter[0], "this engine takes no adapters")
+            use = await self._adapters.acquire(*adapter)
+            if self._requests.get(request_id) != waiting or self._engine is None:
+                self._adapters.release(use)
+                return
+            self._uses[request_id] = use
+            sequence.salt = use.salt
+            self._engine.submit(sequence)
+        except SllmError as error:
+            if self._requests.get(request_id) == waiting:
+                self._answer_error(request_id, error)
+        except Exception as error:
+            # Nobody looks at this task: without an answer, the request would wait for ever.
+            logger.exception("adapter failed adapter=%s instance=%s", adapter[0], self.id)
+            if self._requests.get(request_id) == waiting:
+                self._answer_error(request_id, EngineError(f"The adapter {adapter[0]!r} could not be loaded: {error!r}"))
+
+    def embed(
+        self,
+        front_door: str,
+        request_id: str,
+        epoch: int,
+        inputs: Sequence[tuple[int, Sequence[int]]],
+        dimensions: int | None,
+    ) -> None:
+        """Make vectors of `inputs`, (index, token ids); whatever is wrong with one of them is the answer to the request."""
+        if self._engine is None or self.closed:
+            self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
+            return
+        if self.embedding is None:
+            self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "generate").as_wire()])
+            return
+        self._requests[request_id] = (front_door, epoch)
+        self._idle.clear()
+        try:
+            for sequence in self._inputs.begin(request_id, inputs, dimensions):
+                self._engine.submit(sequence)
+        except InstanceGone as error:  # it died a moment ago; its loss is on its way here
+            self._stop_embedding(request_id, error)
+
     def cancel(self, request_id: str) -> None:
         if self._forget(request_id) and self._engine is not None:
-            self._engine.abort(request_id)
+            for each in (request_id, *self._inputs.end(request_id)):
+                self._engine.abort(each)
 
     def cancel_all_of(self, front_door: str) -> int:
         """Stop every request of a front door that is gone; returns how many there were."""
@@ -274,6 +380,9 @@ class Instance:
 
     def on_outputs(self, outputs: list[StepOutput]) -> None:
         """One step's tokens, on the loop: one message per token, one write per front door."""
+        if self.embedding is not None:
+            self._on_vectors(outputs)
+            return
         for output in outputs:
             waiting = self._requests.get(output.request_id)
             if waiting is None:
@@ -293,6 +402,32 @@ class Instance:
             ids = [] if output.token_id is None else [output.token_id]
             reason = None if output.finish_reason is None else str(output.finish_reason)
             self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason])
+
+    def _on_vectors(self, outputs: list[StepOutput]) -> None:
+        """One step's vectors, on the loop: one message per request."""
+        made: dict[str, list[tuple[int, bytes]]] = {}
+        for output in outputs:
+            request_id, index = self._inputs.take(output.request_id) or ("", 0)
+            if request_id not in self._requests:
+                continue
+            if output.error is not None:
+                made.pop(request_id, None)
+                self._stop_embedding(request_id, output.error)
+            elif isinstance(output, EmbeddingOutput):
+                made.setdefault(request_id, []).append((index, output.vector))
+        for request_id, vectors in made.items():
+            front_door, epoch = self._requests[request_id]
+            if self._inputs.is_done(request_id):
+                self._inputs.end(request_id)
+                self._forget(request_id)
+            self._registry.send(front_door, ["embeddings", request_id, epoch, vectors])
+
+    def _stop_embedding(self, request_id: str, error: SllmError) -> None:
+        """One of its inputs failed: nobody waits for the others."""
+        for input_id in self._inputs.end(request_id):
+            if self._engine is not None:
+                self._engine.abort(input_id)
+        self._answer_error(request_id, error)
 
     async def _give_back(self, request_id: str, waiting: tuple[str, int]) -> None:
         """Send a request elsewhere, once the scheduler was told why: it would send it here again."""
@@ -315,6 +450,9 @@ class Instance:
 
     def _forget(self, request_id: str) -> bool:
         known = self._requests.pop(request_id, None) is not None
+        use = self._uses.pop(request_id, None)
+        if use is not None and self._adapters is not None:
+            self._adapters.release(use)
         if not self._requests:
             self._idle.set()
         return known
@@ -348,31 +486,51 @@ class InstanceRegistry:
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
-    def adopt_or_create(self, instance_id: str, model: str, source: str, dtype: str) -> Instance:
+    def adopt_or_create(
+        self, instance_id: str, model: str, source: str, dtype: str, embedding: EmbeddingChoice | None = None
+    ) -> Instance:
         """The instance of that id; an actor that is created again finds its engine running."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self)
+            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self, embedding)
         return instance
 
     async def warm_up(self) -> None:
         """Import torch and the modelling code, and run it once, before the worker joins rather than in its first load."""
         await asyncio.get_running_loop().run_in_executor(self._builder, partial(warm_up, self.settings.device))
 
-    def prepare(self, path: str) -> None:
+    def prepare(self, path: str, embedding: EmbeddingChoice | None = None) -> None:
         """Build the structure of a model that may be wanted, so that its first load need not."""
 
         def build() -> None:
             with suppress(SllmError):  # told to who loads it
-                self._shelf.put(self._shelf.take(Path(path)))
+                self._shelf.put(self._skeleton(Path(path), embedding))
 
         self._builder.submit(build)
+
+    def _skeleton(self, path: Path, embedding: EmbeddingChoice | None) -> Skeleton:
+        if embedding is None:
+            return self._shelf.take(path)
+        return build_embedding_skeleton(path, **embedding, shelf=self._shelf)
 
     def put_aside(self, instance: Instance) -> None:
         """Keep the structure of a closed instance for the next one of its model."""
         skeleton, instance.skeleton = instance.skeleton, None
         if skeleton is not None:
             self._shelf.put(skeleton)
+
+    async def check_adapter(self, name: str, path: str, base: str) -> None:
+        """Look whether the adapter in `path` is for the model in `base`; raises :class:`AdapterUnsupported` with the reason."""
+
+        def check() -> None:
+            shapes = {tensor.name: tensor.shape for tensor in read_index(path).tensors}
+            skeleton = self._shelf.take(Path(base))
+            try:
+                check_adapter(name, Path(path), shapes, skeleton.model)
+            finally:
+                self._shelf.put(skeleton)
+
+        await asyncio.get_running_loop().run_in_executor(self._builder, check)
 
     async def build(self, lease: HostLease, instance: Instance) -> EngineThread:
         """An engine in its own thread over the tensors of `lease`."""
@@ -390,8 +548,15 @@ class InstanceRegistry:
             copying = DeviceCopy(instance.model, lease.index, lease.plan, lease.buffer, CudaDevice(device), lease.arrivals)
             tensors, wait = copying.tensors, copying.arrived.wait
         try:
-            skeleton = self._shelf.take(path)
-            engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait)
+            skeleton = self._skeleton(path, instance.embedding)
+            engine: LLMEngine | EmbeddingEngine
+            if isinstance(skeleton, EmbeddingSkeleton):
+                if wait is not None:
+                    wait(tuple(tensors))
+                engine = build_embedding_engine(path, tensors, settings, skeleton=skeleton)
+            else:
+                engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait)
+                instance.read_adapter = engine.read_adapter
         except BaseException as error:
             if copying is not None:
                 copying.close()
@@ -480,12 +645,19 @@ class InstanceRegistry:
 
     def _receive(self, front_door: str, message: Message) -> None:
         match message:
-            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params]:
+            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params, adapter]:
                 instance = self._instances.get(instance_id)
                 if instance is None:
                     self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
                 else:
-                    instance.submit(front_door, request_id, epoch, list(prompt_ids), list(output_ids), params)
+                    named = None if adapter is None else tuple(adapter)
+                    instance.submit(front_door, request_id, epoch, list(prompt_ids), list(output_ids), params, named)
+            case ["embed", request_id, epoch, instance_id, inputs, dimensions]:
+                instance = self._instances.get(instance_id)
+                if instance is None:
+                    self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
+                else:
+                    instance.embed(front_door, request_id, epoch, inputs, dimensions)
             case ["cancel", request_id, instance_id]:
                 instance = self._instances.get(instance_id)
                 if instance is not None:

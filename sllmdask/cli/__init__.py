@@ -44,6 +44,7 @@ for each in (
     measure.bench,
     requests.generate,
     requests.chat,
+    requests.encode,
     version,
 ):
     main.add_command(each)

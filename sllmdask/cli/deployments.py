@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sllmdask.errors import ConfigError
@@ -64,3 +64,14 @@ def override(settings: dict[str, Any], given: Mapping[str, Mapping[str, Any]]) -
         chosen = {key: value for key, value in values.items() if value is not None}
         if chosen:
             settings[section] = {**(settings.get(section) or {}), **chosen}
+
+
+def read_adapters(given: Sequence[str]) -> dict[str, str] | None:
+    """Sources by name from ``NAME=SOURCE``, several of them in one text or in several, as ServerlessLLM takes them."""
+    adapters = {}
+    for text in " ".join(given).replace(",", " ").split():
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise ConfigError(f"--lora-adapters takes NAME=SOURCE, not {text!r}.")
+        adapters[name] = absolute(source)
+    return adapters or None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sllmdask.cli.deployments import absolute, override, read_model
+from sllmdask.cli.deployments import absolute, override, read_adapters, read_model
 from sllmdask.cli.output import POLL_S, Column, print_json, print_rows, waiting_line
 from sllmdask.cli.shell import FAILED, INTERRUPTED, F, command, connect, exit_code, json_option, server_option
 from sllmdask.errors import LoadFailed, SllmError
@@ -31,6 +31,10 @@ N_SHOWN = 3
 @click.option("--min-instances", type=int, help="Instances kept when there is nothing to do.")
 @click.option("--max-instances", type=int, help="Instances at most.")
 @click.option("--keep-alive", help="How long an idle instance stays, as 300, 5m; -1: for ever.")
+@click.option("--enable-lora", is_flag=True, default=None, help="Requests may ask for LoRA adapters; --lora-adapters implies it.")
+@click.option(
+    "--lora-adapters", multiple=True, metavar="NAME=SOURCE", help="LoRA adapters; several are separated by spaces or commas."
+)
 @click.option("--wait", is_flag=True, help="Return when --min-instances are loaded.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds that --wait waits.")
 @server_option
@@ -45,6 +49,8 @@ def deploy(
     min_instances: int | None,
     max_instances: int | None,
     keep_alive: str | None,
+    enable_lora: bool | None,
+    lora_adapters: tuple[str, ...],
     wait: bool,
     timeout: float,
     server: str | None,
@@ -68,7 +74,9 @@ def deploy(
     deployments = []
     for deployment in given:
         override(deployment, {"auto_scaling_config": scaling})
-        override(deployment, {"backend_config": {"pretrained_model_name_or_path": absolute(source) if source else None}})
+        lora = {"enable_lora": enable_lora, "lora_adapters": read_adapters(lora_adapters)}
+        where = absolute(source) if source else None
+        override(deployment, {"backend_config": {"pretrained_model_name_or_path": where, **lora}})
         deployment |= {key: value for key, value in (("backend", backend), ("num_gpus", num_gpus)) if value is not None}
         checked = parse(Deployment, deployment, f"the deployment of {deployment.get('model', 'a model')!r}")
         deployments.append(checked.model_dump(mode="json", exclude_unset=True))

@@ -1,4 +1,4 @@
-"""Ask models: ``generate``, ``chat``."""
+"""Ask models: ``generate``, ``chat``, ``encode``."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _deadline(future: GenerateFuture, timeout_s: float | None) -> Iterator[None]
             timer.join()
 
 
-def _read_prompts(path: str) -> list[Any]:
-    """Texts and lists of messages: from a JSON list, from lines of JSON, or from lines of text."""
+def _read_items(path: str) -> list[Any]:
+    """What is in a JSON list, in lines of JSON, or lines of text; empty lines are none."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -124,9 +124,15 @@ def _read_prompts(path: str) -> list[Any]:
         elif path.endswith(".jsonl"):
             items = [json.loads(line) for line in lines]
         else:
-            return lines
+            items = lines
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    return items
+
+
+def _read_prompts(path: str) -> list[Any]:
+    """Texts and lists of messages, as :func:`_read_items` finds them."""
+    items = _read_items(path)
     prompts = [item.get("messages", item.get("prompt")) if isinstance(item, dict) else item for item in items]
     for i, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)):
@@ -156,6 +162,57 @@ def _print_answers(futures: Sequence[GenerateFuture], timeout_s: float | None, a
             if error is not None:
                 click.echo(f"Error: prompt {i + 1}: {str(error) or 'timed out'}", err=True)
     return worst
+
+
+@command()
+@click.argument("model")
+@click.argument("text", required=False)
+@click.option("--input", "input_file", metavar="FILE", help="Texts: a line each, or JSON texts or objects with 'input'.")
+@click.option("--dimensions", type=click.IntRange(min=1), help="Numbers of a vector.  [default: all that the model makes]")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds without an answer, loading included.")
+@server_option
+@json_option
+def encode(
+    model: str,
+    text: str | None,
+    input_file: str | None,
+    dimensions: int | None,
+    timeout: float,
+    server: str | None,
+    as_json: bool,
+) -> None:
+    """Make a vector of each text with MODEL, an embedding model: a line of numbers each, or of JSON.
+
+    Without a TEXT and --input, the text is read from stdin.
+    """
+    if text is not None and input_file is not None:
+        raise click.UsageError("Give a TEXT or --input, not both.")
+    if input_file is not None:
+        texts = _read_texts(input_file)
+    elif text is not None:
+        texts = [text]
+    elif sys.stdin.isatty():
+        raise click.UsageError("Give a TEXT, or pipe one in.")
+    else:
+        texts = [sys.stdin.read().rstrip("\n")]
+    with connect(server, timeout) as client, waiting_line() as waiting:
+        waiting.say(f"waiting for {len(texts)} embeddings of {model}")
+        vectors = client.embed(model, texts, dimensions=dimensions)
+    for i, vector in enumerate(vectors):
+        numbers = [float(f"{number:.9g}") for number in vector]
+        click.echo(json.dumps({"index": i, "embedding": numbers}) if as_json else "\t".join(map(repr, numbers)))
+
+
+def _read_texts(path: str) -> list[str]:
+    """Texts: from JSON (texts, or objects with ``input``, as ServerlessLLM's clients have them), or from lines of text."""
+    texts: list[Any] = []
+    for item in _read_items(path):
+        found = item.get("input") if isinstance(item, dict) else item
+        texts += found if isinstance(found, list) else [found]
+    for i, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"Item {i} of {path} is neither a text nor an object with 'input'.")
+    return texts
 
 
 @command()

@@ -180,6 +180,7 @@ class Effects:
                 load.model,
                 deployment.source,
                 deployment.backend_config.torch_dtype,
+                deployment.backend_config.embedding,
                 key=actor_key(load.instance),
                 workers=[load.worker],
                 actor=True,

@@ -16,6 +16,7 @@ import tempfile
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,20 @@ from distributed.security import Security
 
 from sllmdask.actors.streams import Message, Outbox, messages, open_stream
 from sllmdask.batching.sequence import FinishReason
-from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
+from sllmdask.cluster.journal import (
+    Delta,
+    EmbedRequest,
+    Finished,
+    GatewayEvent,
+    GenerateRequest,
+    Journal,
+    Progress,
+    Started,
+)
 from sllmdask.config import Deployment, Settings
 from sllmdask.engine.text import TextStream, Tokenizer, preload
 from sllmdask.errors import (
+    AdapterNotFound,
     InstanceGone,
     InvalidRequest,
     ModelNotFound,
@@ -57,7 +68,7 @@ RECONNECT_S = (0.2, 5.0)
 class _Active:
     """A request under way: its journal, its text so far, and what has arrived for it."""
 
-    def __init__(self, key: str, request: GenerateRequest, text: TextStream) -> None:
+    def __init__(self, key: str, request: GenerateRequest | EmbedRequest, text: TextStream) -> None:
         #: What the cluster calls the request. Clients repeat their ids, at once and at several front doors; this one is unique.
         self.key = key
         self.journal = Journal(request)
@@ -236,6 +247,27 @@ class Gateway:
     def max_model_len(self, model: str) -> int:
         return int(self._row(model)["max_model_len"])
 
+    def resolve(self, model: str, adapter: str | None = None) -> tuple[str, tuple[str, str] | None]:
+        """The deployment that `model` names, and the name and source of its LoRA adapter that was asked for, if one was.
+
+        ``BASE:ADAPTER`` names both. Raises :class:`ModelNotFound` and :class:`AdapterNotFound`.
+        """
+        base, _, named = model.rpartition(":")
+        if model not in self._rows and not adapter and base in self._rows:
+            model, adapter = base, named
+        row = self._row(model)
+        if not adapter:
+            return model, None
+        adapters = row.get("adapters") or {}
+        if adapter not in adapters:
+            raise AdapterNotFound(model, adapter, difflib.get_close_matches(adapter, adapters, n=3))
+        return model, (adapter, adapters[adapter])
+
+    def embedding(self, model: str) -> dict[str, Any] | None:
+        """How the model makes embeddings, an ``EmbeddingInfo`` as plain types; ``None``: it generates text."""
+        embedding: dict[str, Any] | None = self._row(model).get("embedding")
+        return embedding
+
     def requests(self) -> list[dict[str, Any]]:
         """Requests under way, then those that ended lately, newest first."""
         return [active.journal.as_row() for active in self._active.values()] + list(self._recent)
@@ -320,9 +352,25 @@ class Gateway:
         Raises what the cluster answered: :class:`QueueTimeout`, :class:`NoWorker`, :class:`LoadFailed`, :class:`WorkerLost`...
         """
         tokenizer = await self.tokenizer(request.model)
+        async with aclosing(self._serve(request, tokenizer.stream(request.params.stop))) as events:
+            async for event in events:
+                yield event
+
+    async def embed(self, request: EmbedRequest) -> AsyncGenerator[GatewayEvent]:
+        """As :meth:`generate`; the answer comes as one :class:`~sllmdask.cluster.journal.Embedded` for each input, in any order.
+
+        Nobody has seen a part of it before the end, so a request whose worker dies begins again elsewhere, with what is missing.
+        """
+        self._row(request.model)
+        nothing = TextStream(lambda _: "")
+        async with aclosing(self._serve(request, nothing)) as events:
+            async for event in events:
+                yield event
+
+    async def _serve(self, request: GenerateRequest | EmbedRequest, text: TextStream) -> AsyncGenerator[GatewayEvent]:
         if self._given_up:
             raise SchedulerUnreachable(self._scheduler, "it went away")
-        active = _Active(f"{self.id}:{next(self._numbers)}", request, tokenizer.stream(request.params.stop))
+        active = _Active(f"{self.id}:{next(self._numbers)}", request, text)
         self._active[active.key] = active
         try:
             self._ask_for_place(active)
@@ -360,11 +408,7 @@ class Gateway:
                 journal.instance, journal.worker, journal.node, journal.state = instance, worker, node, "running"
                 journal.path.append(node)
                 active.reading = False
-                request = journal.request
-                params = request.params.as_wire()
-                self._link(worker).send(
-                    ["submit", active.key, journal.epoch, instance, request.prompt_ids, journal.output_ids, params]
-                )
+                self._link(worker).send(journal.submission(active.key))
                 return [Started(node, loaded_from or "hit", queue_s), *self._tell_reading(active)]
             case ["reading", instance] if instance == journal.instance:
                 return self._tell_reading(active)
@@ -373,6 +417,8 @@ class Gateway:
                 raise from_wire(error)
             case ["tokens", _, epoch, index, token_ids, reason] if epoch == journal.epoch:
                 return self._accept(active, index, list(token_ids), reason)
+            case ["embeddings", _, epoch, vectors]:
+                return self._accept_vectors(active, epoch, vectors)
             case ["error", _, epoch, error] if epoch == journal.epoch:
                 self._fail(active, from_wire(error))
                 return [Progress("queued", f"waiting for {journal.request.model}")]
@@ -404,8 +450,17 @@ class Gateway:
         if active.text.stopped:  # a stop string that ends in half a character is only seen at the end
             reason = FinishReason.STOP
         journal.state = "finished"
-        end = Finished(FinishReason(reason), len(journal.request.prompt_ids), len(journal.output_ids))
+        end = Finished(FinishReason(reason), journal.request.n_prompt_tokens, len(journal.output_ids))
         return [Delta(text, fresh), end] if fresh or text else [end]
+
+    def _accept_vectors(self, active: _Active, epoch: int, vectors: list[Any]) -> list[GatewayEvent]:
+        journal = active.journal
+        events: list[GatewayEvent] = [*journal.accept_vectors(epoch, [(index, bytes(data)) for index, data in vectors])]
+        assert isinstance(journal.request, EmbedRequest)
+        if len(journal.embedded) == len(journal.request.inputs):
+            journal.state = "finished"
+            events.append(Finished(FinishReason.STOP, journal.request.n_prompt_tokens, 0))
+        return events
 
     def _fail(self, active: _Active, error: SllmError) -> None:
         """What never began goes back to its place in the queue when its instance or worker is gone; all else is raised."""
@@ -493,11 +548,11 @@ class Gateway:
     def from_worker(self, message: Message) -> None:
         """One message of a worker's stream."""
         match message:
-            case ["tokens" | "error", key, *_]:
+            case ["tokens" | "embeddings" | "error", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
-                    if message[0] == "tokens" and message[2] == active.journal.epoch:
+                    if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
             case ["pong", _]:
                 pass

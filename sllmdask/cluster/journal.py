@@ -20,6 +20,29 @@ class GenerateRequest:
     priority: int = 0
     #: Seconds the request may wait for an instance; ``None``: the cluster's default.
     deadline_s: float | None = None
+    #: Name and source of the LoRA adapter that it is to have.
+    adapter: tuple[str, str] | None = None
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """Inputs of which one vector each is to be made: tokenised and checked, as in :class:`GenerateRequest`."""
+
+    id: str
+    model: str
+    inputs: list[list[int]]
+    #: Numbers of each vector; ``None``: all that the model makes.
+    dimensions: int | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return sum(map(len, self.inputs))
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,15 @@ class Finished:
     n_tokens: int
 
 
-GatewayEvent = Progress | Started | Delta | Finished
+@dataclass(frozen=True)
+class Embedded:
+    """The vector of one input, as little-endian float32 bytes."""
+
+    index: int
+    vector: bytes
+
+
+GatewayEvent = Progress | Started | Delta | Embedded | Finished
 
 
 @dataclass
@@ -75,9 +106,11 @@ class Journal:
     A token is accepted only if it is the next one of the current epoch, so none is lost, doubled or interleaved.
     """
 
-    request: GenerateRequest
+    request: GenerateRequest | EmbedRequest
     epoch: int = 0
     output_ids: list[int] = field(default_factory=list)
+    #: Indexes of the inputs whose vectors are there.
+    embedded: set[int] = field(default_factory=set)
     node: str | None = None
     worker: str | None = None
     instance: str | None = None
@@ -98,6 +131,21 @@ class Journal:
         self.output_ids.extend(fresh)
         return fresh
 
+    def accept_vectors(self, epoch: int, vectors: list[tuple[int, bytes]]) -> list[Embedded]:
+        """Those of `vectors`, by index of the input, that were not there yet; none for a stale epoch."""
+        fresh = [] if epoch != self.epoch else [Embedded(index, data) for index, data in vectors if index not in self.embedded]
+        self.embedded.update(event.index for event in fresh)
+        return fresh
+
+    def submission(self, key: str) -> list[Any]:
+        """The message that begins the request on its instance, or goes on with what is missing."""
+        request = self.request
+        if isinstance(request, EmbedRequest):
+            missing = [[index, ids] for index, ids in enumerate(request.inputs) if index not in self.embedded]
+            return ["embed", key, self.epoch, self.instance, missing, request.dimensions]
+        params = request.params.as_wire()
+        return ["submit", key, self.epoch, self.instance, request.prompt_ids, self.output_ids, params, request.adapter]
+
     def as_row(self) -> dict[str, Any]:
         """One row of ``GET /admin/requests``."""
         return {
@@ -105,7 +153,7 @@ class Journal:
             "model": self.request.model,
             "state": self.state,
             "node": self.node,
-            "n_prompt_tokens": len(self.request.prompt_ids),
+            "n_prompt_tokens": self.request.n_prompt_tokens,
             "n_tokens": len(self.output_ids),
             "path": list(self.path),
         }

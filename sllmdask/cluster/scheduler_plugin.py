@@ -67,6 +67,8 @@ class Deployed:
     nbytes: int
     max_model_len: int
     architecture: str
+    #: ``None``: it generates text. Otherwise an ``EmbeddingInfo`` as plain types.
+    embedding: dict[str, Any] | None = None
 
 
 def answer(method: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
@@ -438,6 +440,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             "tier": progress.get("tier"),
             "bytes_per_s": progress.get("bytes_per_s"),
             "source": deployed.deployment.source,
+            "task": "embed" if deployed.embedding else "generate",
+            "embedding": deployed.embedding,
+            "adapters": deployed.deployment.backend_config.lora_adapters or {},
         }
 
     # --- handlers that answer ---
@@ -450,6 +455,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         old = self.deployed.get(asked.model)
         same = old is not None and old.deployment.source == asked.source
         max_model_len = min(asked.backend_config.max_model_len or facts["max_model_len"], facts["max_model_len"])
+        # What it is for is known from now on, also to who loads it.
+        backend = asked.backend_config.model_copy(update={"task": "embed" if facts.get("embedding") else "generate"})
+        asked = asked.model_copy(update={"backend_config": backend})
         scaling = asked.auto_scaling_config
         view = ModelView(
             name=asked.model,
@@ -460,12 +468,13 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             min_instances=scaling.min_instances,
             max_instances=scaling.max_instances,
             keep_alive_s=self._keep_alive(asked),
-            variant=asked.backend_config.torch_dtype,
+            variant=backend.variant,
             nodes=asked.placement_config.nodes,
         )
         misfit = self.controller.feasible(view)
         if misfit is not None:
             raise misfit
+        await self._inspect_adapters(asked)
         if old is not None and not same:
             self._forget(asked.model, replaced=True)
         self.deployed[asked.model] = Deployed(
@@ -475,6 +484,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             nbytes=facts["nbytes"],
             max_model_len=max_model_len,
             architecture=facts["architecture"],
+            embedding=facts.get("embedding"),
         )
         logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
         self.on(ev.ModelDeployed(time.monotonic(), view))
@@ -726,7 +736,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 hint = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
                 raise NoWorker(deployment.model, f"{who}. {hint}") from None
         allowed = [worker.address for worker in self._allowed(deployment)]
-        asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False) for worker in allowed]
+        backend = deployment.backend_config
+        choice: dict[str, Any] = {"task": backend.wanted_task, "pooling": backend.pooling, "normalize": backend.normalize}
+        asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False, **choice) for worker in allowed]
         replies = await asyncio.gather(*asked)
         good = next((reply for reply in replies if "error" not in reply), None)
         if good is not None:
@@ -737,11 +749,23 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 raise reason
         for worker, reason in zip(allowed, reasons, strict=True):
             if isinstance(reason, CheckpointNotFound):
-                reply = await self._ask(worker, "sllm_inspect", FETCH_S, source=deployment.source, fetch=True)
+                reply = await self._ask(worker, "sllm_inspect", FETCH_S, source=deployment.source, fetch=True, **choice)
                 if "error" not in reply:
                     return reply
                 raise from_wire(reply)
         raise reasons[0]
+
+    async def _inspect_adapters(self, deployment: Deployment) -> None:
+        """Raise what is wrong with one of the deployment's adapters, as a worker that may run its model sees it."""
+        for name, source in (deployment.backend_config.lora_adapters or {}).items():
+            reply: dict[str, Any] = {}
+            for worker in self._allowed(deployment):
+                arguments = {"name": name, "source": source, "base": deployment.source}
+                reply = await self._ask(worker.address, "sllm_inspect_adapter", FETCH_S, **arguments)
+                if "error" not in reply:
+                    break
+            if "error" in reply:
+                raise from_wire(reply)
 
     async def _welcome(self, worker: str) -> None:
         """Tell a worker what it shows to the others, so that they supply each other with checkpoints."""

@@ -33,12 +33,15 @@ from sllmdask.policy.views import Tier
 
 if TYPE_CHECKING:  # torch is imported after the threads' environment is set, see `setup`
     from sllmdask.actors.instances import InstanceRegistry
+    from sllmdask.engine.families import FamilyInfo
+    from sllmdask.engine.pooling import EmbeddingInfo
+    from sllmdask.loader.format import CheckpointInfo
     from sllmdask.loader.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
-PROTOCOL = 1
+PROTOCOL = 2
 DEMO = "demo:"
 #: Files of a checkpoint that a front door needs: all that is neither weights nor code.
 _FRONT_DOOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -85,6 +88,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect
+        worker.handlers["sllm_inspect_adapter"] = self.inspect_adapter
         worker.handlers["sllm_files"] = self.files
         worker.handlers["sllm_welcome"] = self.welcome
         worker.handlers["sllm_preload"] = self.preload
@@ -165,21 +169,24 @@ class SllmWorkerPlugin(WorkerPlugin):
         await self.registry.serve_stream(comm, front_door)
         return Status.dont_reply
 
-    async def inspect(self, source: str, fetch: bool) -> dict[str, Any]:
-        """What a deployment of `source` would be, or ``{"error": ...}``; without `fetch`, only of what is on this disk."""
+    async def inspect(
+        self, source: str, fetch: bool, task: str = "auto", pooling: str | None = None, normalize: bool | None = None
+    ) -> dict[str, Any]:
+        """What a deployment of `source` would be, or ``{"error": ...}``; without `fetch`, only of what is on this disk.
+
+        ``embedding`` in the answer is ``None`` for a model that generates text; `task`, `pooling`, `normalize`: as deployed.
+        """
         assert self.registry is not None
         try:
             on_disk = await self.registry.store.on_disk(resolve_source(source))
             if not fetch and not on_disk:
                 raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(source, resolve_source(source))
-            from sllmdask.engine.families import inspect_config
-
-            family = await asyncio.to_thread(inspect_config, info.config)
+            family, embedding = await asyncio.to_thread(_inspect, info, task, pooling, normalize)
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
                 self._seen_on_disk(source)
-            self.registry.prepare(info.path)
+            self.registry.prepare(info.path, None if embedding is None else {"pooling": pooling, "normalize": normalize})
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -189,7 +196,23 @@ class SllmWorkerPlugin(WorkerPlugin):
             "nbytes": info.nbytes,
             "architecture": family.architecture,
             "max_model_len": family.max_model_len,
+            "embedding": embedding,
         }
+
+    async def inspect_adapter(self, name: str, source: str, base: str) -> dict[str, Any]:
+        """Whether the LoRA adapter at `source` is for the model at `base`; ``{"error": ...}`` with the reason if not."""
+        assert self.registry is not None
+        store = self.registry.store
+        try:
+            adapter = await store.inspect(source, resolve_source(source))
+            model = await store.inspect(base, resolve_source(base))
+            await self.registry.check_adapter(name, adapter.path, model.path)
+        except SllmError as error:
+            return error.as_wire()
+        except Exception as error:
+            logger.exception("inspection failed adapter=%s source=%s", name, source)
+            return EngineError(f"inspecting the adapter {source!r} failed: {error!r}").as_wire()
+        return {"nbytes": adapter.nbytes}
 
     def _seen_on_disk(self, source: str) -> None:
         if source not in self._on_disk:
@@ -258,6 +281,20 @@ def _pool_name(store_dir: str) -> str:
     """Those that keep their files in one place have their memory in one place, too."""
     where = os.path.realpath(Path(store_dir).expanduser())
     return f"sllmdask-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
+
+
+def _inspect(
+    info: CheckpointInfo, task: str, pooling: str | None, normalize: bool | None
+) -> tuple[FamilyInfo | EmbeddingInfo, dict[str, Any] | None]:
+    """What the engine would be, and how it makes embeddings, if it does."""
+    from sllmdask.engine.families import inspect_config
+    from sllmdask.engine.pooling import inspect_embedding, makes_embeddings
+
+    path = Path(info.path)
+    if task == "embed" or (task == "auto" and makes_embeddings(path, info.config)):
+        embedding = inspect_embedding(path, info.config, pooling, normalize)
+        return embedding, embedding.as_wire()
+    return inspect_config(info.config), None
 
 
 def _check_tokenizer(source: str, path: str) -> None:

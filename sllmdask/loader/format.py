@@ -470,6 +470,11 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_info(source: str, directory: str) -> CheckpointInfo:
-    """What :class:`CheckpointInfo` says of the files in `directory`; raises as :func:`read_index` and :func:`read_config`."""
+    """What :class:`CheckpointInfo` says of the files in `directory`; raises as :func:`read_index` and :func:`read_config`.
+
+    An adapter has no ``config.json``: its ``adapter_config.json`` is no model's configuration, so there is none.
+    """
     index = read_index(directory)
-    return CheckpointInfo(source, index.directory, index.nbytes, read_config(directory))
+    beside = [Path(directory) / name for name in ("adapter_config.json", "config.json")]
+    config = {} if [path.is_file() for path in beside] == [True, False] else read_config(directory)
+    return CheckpointInfo(source, index.directory, index.nbytes, config)

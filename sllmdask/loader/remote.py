@@ -84,6 +84,10 @@ _SMALL_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )
 #: Bytes of the largest file that is taken for a small one, and of all of them.
 _MAX_SMALL, _MAX_ALL_SMALL = MAX_HEADER, 4 * MAX_HEADER

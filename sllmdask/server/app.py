@@ -12,15 +12,17 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from sllmdask.cluster.journal import GatewayEvent, GenerateRequest
+from sllmdask.cluster.journal import Embedded, EmbedRequest, GatewayEvent, GenerateRequest, Started
 from sllmdask.config import ServerSettings
 from sllmdask.engine.text import Tokenizer
-from sllmdask.errors import ConfigError, PortInUse, Unavailable
-from sllmdask.server import exchange, openai, stream
+from sllmdask.errors import ConfigError, EngineError, PortInUse, Unavailable, WrongTask
+from sllmdask.server import adapters, embeddings, exchange, openai, stream
 from sllmdask.server.admin import Admin, Cluster
 
 #: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
 LONG_PROMPT_CHARS = 20_000
+#: Bytes of vectors from which on writing them as JSON has a thread of its own.
+LONG_ANSWER_BYTES = 100_000
 #: Seconds that running requests have to end when the server stops.
 STOP_GRACE_S = 5.0
 
@@ -32,9 +34,19 @@ class Gateway(Cluster, Protocol):
 
     def max_model_len(self, model: str) -> int: ...
 
+    def resolve(self, model: str, adapter: str | None) -> tuple[str, tuple[str, str] | None]:
+        """The deployment that a request names, and name and source of its adapter; see ``Gateway.resolve``."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[GatewayEvent, None]:
         """Closing the generator cancels the request, wherever it is."""
         ...
+
+    def embedding(self, model: str) -> dict[str, Any] | None:
+        """How the model makes embeddings, an ``EmbeddingInfo`` as plain types; ``None``: it generates text."""
+        ...
+
+    def embed(self, request: EmbedRequest) -> AsyncGenerator[GatewayEvent, None]: ...
 
 
 class FrontDoor:
@@ -54,24 +66,68 @@ class FrontDoor:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, openai.read_completion)
 
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """One vector for each input. Nothing is sent before all are there."""
+        ask = embeddings.read_embeddings(await exchange.read_json(request))
+        info = self._gateway.embedding(ask.model)
+        if info is None:
+            raise WrongTask(ask.model, "generate")
+        ask.check_dimensions(info)
+        tokenizer = await self._gateway.tokenizer(ask.model)
+        window = self._gateway.max_model_len(ask.model)
+        if ask.n_chars > LONG_PROMPT_CHARS:
+            inputs = await asyncio.to_thread(ask.tokenise, tokenizer, info, window)
+        else:
+            inputs = ask.tokenise(tokenizer, info, window)
+        (request_id,) = ids = self._free_ids(exchange.request_id(request), 1)
+        asked = EmbedRequest(request_id, ask.model, inputs, ask.dimensions)
+        vectors: list[bytes] = [b""] * len(inputs)
+        started: Started | None = None
+        with self._listed(ids):
+            async with aclosing(self._events([self._gateway.embed(asked)])) as events:
+                async for _, event in events:
+                    if isinstance(event, Embedded):
+                        vectors[event.index] = event.vector
+                    elif isinstance(event, Started):
+                        started = event
+        if not all(vectors):
+            raise EngineError("The answer ended before it was complete. Send the request again.")
+        headers = stream.where_headers(started) if started else None
+
+        def made() -> web.Response:
+            return exchange.answer(embeddings.answer(ask, vectors, asked.n_prompt_tokens), headers)
+
+        return await asyncio.to_thread(made) if sum(map(len, vectors)) > LONG_ANSWER_BYTES else made()
+
     async def models(self, _: web.Request) -> web.Response:
-        return exchange.answer({"object": "list", "data": [openai.model_object(row) for row in self._gateway.models()]})
+        # Clients that are told no model take the first: one that generates text.
+        rows = sorted(adapters.with_adapters(self._gateway.models()), key=lambda row: row.get("task") == "embed")
+        return exchange.answer({"object": "list", "data": [openai.model_object(row) for row in rows]})
 
     async def model(self, request: web.Request) -> web.Response:
-        return exchange.answer(openai.model_object(openai.find_model(self._gateway.models(), request.match_info["model"])))
+        return exchange.answer(
+            openai.model_object(openai.find_model(adapters.with_adapters(self._gateway.models()), request.match_info["model"]))
+        )
 
     async def _generate(self, request: web.Request, read: Callable[[Any], openai.Ask]) -> web.StreamResponse:
         """Everything that can be wrong with the request itself is found before the first byte of an answer."""
-        ask = read(await exchange.read_json(request))
-        tokenizer = await self._gateway.tokenizer(ask.model)
+        body, named = adapters.split(await exchange.read_json(request))
+        ask = read(body)
+        base, adapter = self._gateway.resolve(ask.model, named)
+        if self._gateway.embedding(base) is not None:
+            raise WrongTask(base, "embed")
+        tokenizer = await self._gateway.tokenizer(base)
         if ask.n_chars > LONG_PROMPT_CHARS:
             prompts = await asyncio.to_thread(ask.tokenise, tokenizer)
         else:
             prompts = ask.tokenise(tokenizer)
-        window = self._gateway.max_model_len(ask.model)
+        window = self._gateway.max_model_len(base)
         params = [ask.params(len(ids), window) for ids in prompts]
         ids = self._free_ids(exchange.request_id(request), len(prompts))
-        asked = [GenerateRequest(*each) for each in zip(ids, [ask.model] * len(ids), prompts, params, strict=True)]
+        asked = [
+            GenerateRequest(each, base, prompt, sampling, adapter=adapter)
+            for each, prompt, sampling in zip(ids, prompts, params, strict=True)
+        ]
         shape = openai.Shape(
             is_chat=ask.is_chat,
             id=f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{exchange.fresh_id()[4:]}",
@@ -80,7 +136,7 @@ class FrontDoor:
             with_usage=ask.include_usage,
         )
         with self._listed(ids):
-            events = self._events(asked)
+            events = self._events([self._gateway.generate(each) for each in asked])
             if ask.stream:
                 return await stream.respond(
                     request,
@@ -94,8 +150,7 @@ class FrontDoor:
                 choices, started = await stream.collect(events, len(asked))
             return exchange.answer(shape.answer(choices), stream.where_headers(started) if started else None)
 
-    async def _events(self, asked: list[GenerateRequest]) -> AsyncGenerator[stream.Indexed, None]:
-        sources = [self._gateway.generate(request) for request in asked]
+    async def _events(self, sources: list[AsyncGenerator[GatewayEvent, None]]) -> AsyncGenerator[stream.Indexed, None]:
         try:
             async with aclosing(stream.merge(sources)) as events:
                 async for item in events:
@@ -145,6 +200,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
         [
             web.post(tolerant("/v1/chat/completions"), door.chat),
             web.post(tolerant("/v1/completions"), door.completions),
+            web.post(tolerant("/v1/embeddings"), door.embeddings),
             web.get(tolerant("/v1/models"), door.models),
             web.get(tolerant("/v1/models/{model:.*[^/]}"), door.model),
             web.post(tolerant("/register"), admin.register),

@@ -437,6 +437,7 @@ def model_object(row: Mapping[str, Any]) -> dict[str, Any]:
         "owned_by": "sllmdask",
         "max_model_len": row["max_model_len"],
         "status": {"value": STATUS.get(row["state"], "unloaded")},
+        **({"parent": row["parent"]} if "parent" in row else {}),
     }
 
 

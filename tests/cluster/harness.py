@@ -79,7 +79,7 @@ class Processes:
             **environment,
         )
 
-    def start_worker(self, name: str, *options: str, slots: int = 1) -> None:
+    def start_worker(self, name: str, *options: str, slots: int = 1, **environment: str) -> None:
         self.start(
             f"worker-{name}",
             "dask",
@@ -109,7 +109,7 @@ class Processes:
             "--store-dir",
             str(self.directory / "store"),
             *options,
-            DASK_SLLMDASK__WORKER__MEMORY_GRACE="5",
+            **{"DASK_SLLMDASK__WORKER__MEMORY_GRACE": "5", **environment},
         )
 
     def start_door(self, name: str = "door") -> str:
