@@ -361,9 +361,11 @@ class AsyncClient:
             deployment["backend_config"] = backend
         return await self.register(deployment)
 
-    async def delete(self, model: str) -> None:
-        """Take the deployment away."""
-        await self.call("POST", "/delete", {"model": model})
+    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
+        """Take the deployment away, or only these of its LoRA adapters."""
+        await self.call(
+            "POST", "/delete", {"model": model, "lora_adapters": None if lora_adapters is None else list(lora_adapters)}
+        )
 
     async def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """Make a deployed model ready before anybody asks for it, or (`tier` ``"host"``) bring it to a node's host memory.
@@ -597,9 +599,9 @@ class Client:
         """See :meth:`AsyncClient.deploy`."""
         return self._wait(self._client.deploy(model, source, **fields))
 
-    def delete(self, model: str) -> None:
-        """Take the deployment away."""
-        self._wait(self._client.delete(model))
+    def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
+        """See :meth:`AsyncClient.delete`."""
+        self._wait(self._client.delete(model, lora_adapters))
 
     def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.load`."""

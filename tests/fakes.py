@@ -145,9 +145,14 @@ class FakeGateway:
         self.deployed[deployment.model] = FakeModel(state="disk")
         return {"model": deployment.model, "warnings": deployment.warnings()}
 
-    async def delete(self, model: str) -> None:
-        if self.deployed.pop(model, None) is None:
+    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
+        if model not in self.deployed:
             raise ModelNotFound(model)
+        if adapters is None:
+            del self.deployed[model]
+        for name in adapters or ():
+            if self.deployed[model].adapters.pop(name, None) is None:
+                raise AdapterNotFound(model, name)
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         self.operated.append(("load", model, node, tier, wait))

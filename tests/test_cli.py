@@ -608,3 +608,13 @@ def test_deploy_takes_adapters_as_serverlessllm_does(serve: Serve, monkeypatch: 
     assert deployment.backend_config.enable_lora
     assert deployment.backend_config.lora_adapters == {"a": "org/a", "b": str(tmp_path / "polite"), "c": "org/c", "d": "org/d"}
     assert "NAME=SOURCE" in run("deploy", "qwen", "--lora-adapters", "org/a", code=2).stderr
+
+
+def test_delete_takes_adapters_away_and_leaves_the_model(serve: Serve):
+    server = serve(m=FakeModel(adapters={"a": "org/a", "b": "org/b", "c": "org/c"}), other=FakeModel())
+    assert run("delete", "m", "--lora-adapters", "a,b").output == "deleted a, b of m\n"
+    assert server.gateway.deployed["m"].adapters == {"c": "org/c"}
+    assert "'a'" in run("delete", "m", "--lora-adapters", "a", code=1).stderr
+    run("delete", "m", "other", "--lora-adapters", "c", code=2)
+    assert run("delete", "m").output == "deleted m\n"
+    assert list(server.gateway.deployed) == ["other"]

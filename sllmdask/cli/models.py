@@ -120,16 +120,20 @@ def _wait_until_loaded(client: Client, model: str, n_instances: int, timeout_s: 
 
 @command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--lora-adapters", multiple=True, metavar="NAME", help="Take only these adapters of the one MODEL away.")
 @server_option
 @json_option
-def delete(models: tuple[str, ...], server: str | None, as_json: bool) -> None:
+def delete(models: tuple[str, ...], lora_adapters: tuple[str, ...], server: str | None, as_json: bool) -> None:
     """Take each MODEL away; its files stay."""
+    if lora_adapters and len(models) > 1:
+        raise click.UsageError("--lora-adapters goes with one MODEL.")
+    adapters = " ".join(lora_adapters).replace(",", " ").split() or None
     worst = 0
     results = []
     with connect(server) as client:
         for model in models:
             try:
-                client.delete(model)
+                client.delete(model, adapters)
                 results.append({"model": model, "deleted": True, "reason": None})
             except SllmError as error:
                 if exit_code(error) != FAILED:
@@ -142,7 +146,7 @@ def delete(models: tuple[str, ...], server: str | None, as_json: bool) -> None:
         if not result["deleted"]:
             click.echo(f"Error: {result['reason']}", err=True)
         elif not as_json:
-            click.echo(f"deleted {result['model']}")
+            click.echo(f"deleted {', '.join(adapters or [])}{' of ' if adapters else ''}{result['model']}")
     sys.exit(worst)
 
 

@@ -285,9 +285,12 @@ class Gateway:
         await self.tokenizer(deployment.model)
         return reply
 
-    async def delete(self, model: str) -> None:
-        """Forget a model; raises :class:`ModelNotFound`."""
-        await self._ask("sllm_delete", model=model)
+    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
+        """Forget a model, or only these of its LoRA adapters; raises :class:`ModelNotFound` or :class:`AdapterNotFound`."""
+        reply = await self._ask("sllm_delete", model=model, adapters=adapters)
+        if adapters is not None:
+            self._rows[model] = reply["row"]
+            return
         self._rows.pop(model, None)
         for old in [old for old in self._tokenizers if old[0] == model]:
             del self._tokenizers[old]

@@ -29,6 +29,7 @@ from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, parse
 from sllmdask.errors import (
+    AdapterNotFound,
     CheckpointNotFound,
     ConfigError,
     EngineError,
@@ -493,9 +494,23 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return {"model": asked.model, "warnings": warnings, "row": self._rows[asked.model]}
 
     @answer
-    async def delete(self, model: str) -> dict[str, Any]:
-        """Forget a model: who waits is refused, who runs may finish, then its memory is freed unless another model shares it."""
-        self._deployed(model)
+    async def delete(self, model: str, adapters: list[str] | None = None) -> dict[str, Any]:
+        """Forget a model: who waits is refused, who runs may finish, then its memory is freed unless another model shares it.
+
+        Or forget some of its `adapters`: no request gets them any more, and instances let go of them when others are needed.
+        """
+        deployed = self._deployed(model)
+        if adapters is not None:
+            backend = deployed.deployment.backend_config
+            left = dict(backend.lora_adapters or {})
+            for name in adapters:
+                if left.pop(name, None) is None:
+                    raise AdapterNotFound(model, name, difflib.get_close_matches(name, left, n=3))
+            changed = {"backend_config": backend.model_copy(update={"lora_adapters": left})}
+            self.deployed[model] = replace(deployed, deployment=deployed.deployment.model_copy(update=changed))
+            logger.info("deleted adapters=%s model=%s", ",".join(adapters), model)
+            self._tell()
+            return {"model": model, "row": self._rows[model]}
         self._forget(model)
         self._tell()
         return {"model": model}

@@ -29,7 +29,7 @@ class Cluster(Protocol):
 
     async def register(self, deployment: Deployment) -> dict[str, Any]: ...
 
-    async def delete(self, model: str) -> None: ...
+    async def delete(self, model: str, adapters: list[str] | None = None) -> None: ...
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]: ...
 
@@ -51,9 +51,15 @@ class Admin:
         return exchange.answer({"status": "ok", **registered})
 
     async def delete(self, request: web.Request) -> web.Response:
-        (model,) = _read(await exchange.read_json(request), ("model",))
-        await self._gateway.delete(_name(model, "model"))
-        return exchange.answer({"status": f"deleted model {model}"})
+        """Take a model away, or only some of its LoRA adapters, as ServerlessLLM's clients send it."""
+        model, adapters = _read(await exchange.read_json(request), ("model", "lora_adapters"))
+        if adapters is None:
+            await self._gateway.delete(_name(model, "model"))
+            return exchange.answer({"status": f"deleted model {model}"})
+        if not isinstance(adapters, list | dict) or not adapters or not all(isinstance(name, str) for name in adapters):
+            raise InvalidRequest("lora_adapters must be a list of names of adapters.", "lora_adapters")
+        await self._gateway.delete(_name(model, "model"), list(adapters))
+        return exchange.answer({"status": f"deleted adapters {', '.join(adapters)} of model {model}"})
 
     async def load(self, request: web.Request) -> web.Response:
         """Make a model ready, or bring it to host memory, before anybody asks for it."""

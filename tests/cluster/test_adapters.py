@@ -111,6 +111,16 @@ def test_the_base_stays_loaded_when_other_adapters_are_deployed(url: str, base: 
         register(url, base, {name: str(adapter.directory) for name, adapter in adapters.items()})
 
 
+def test_an_adapter_that_was_deleted_is_gone_and_the_others_stay(url: str, base: TinyModel, adapters: dict[str, Adapter]):
+    try:
+        assert "two" in post(url, "/delete", {"model": "base", "lora_adapters": ["two"]})["status"]
+        assert post(url, "/v1/completions", {"model": "base:two", "prompt": PROMPT})["error"]["code"] == "adapter_not_found"
+        assert ask(url, "base:one") == expected(adapters["one"].merged_into(base))
+        assert post(url, "/delete", {"model": "base", "lora_adapters": ["two"]})["error"]["code"] == "adapter_not_found"
+    finally:
+        register(url, base, {name: str(adapter.directory) for name, adapter in adapters.items()})
+
+
 def test_adapters_are_listed_and_an_unloaded_base_lets_go_of_them(url: str):
     ask(url, lora_adapter_name="one")
     assert {"base:one", "base:two", "base:three"} <= {model["id"] for model in get(url, "/v1/models")["data"]}

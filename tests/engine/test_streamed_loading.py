@@ -24,6 +24,7 @@ from sllmdask.errors import (
     SllmError,
     UnsupportedArchitecture,
 )
+from tests.engine.adapters import make_adapter
 from tests.engine.models import CONFIGS, TinyModel, assert_all_free, drain, make_model, prompts, request, settings, tokens_of
 from tests.engine.test_thread import Listener
 
@@ -281,3 +282,20 @@ def test_after_a_failed_or_interrupted_load_the_skeleton_can_be_filled_again(lla
     engine = build_engine(llama.directory, llama.tensors, settings(), skeleton=skeleton)
     engine.add(request("a", [1, 2, 3], 6))
     assert drain(engine) == {"a": llama.generate([1, 2, 3], 6)}
+
+
+def test_a_request_with_an_adapter_follows_weights_that_are_on_their_way(llama: TinyModel, reader: Reader, tmp_path: Path):
+    adapter = make_adapter(tmp_path / "adapter", llama, ("q_proj", "down_proj"))
+    engine = reader.engine(max_batch_tokens=32)
+    found = engine.read_adapter("a", adapter.directory, adapter.tensors)
+    engine.add_adapter(found)
+    asked = prompts(4, 20, 60)
+    for i, prompt in enumerate(asked):
+        sequence = request(str(i), prompt, 8)
+        sequence.salt = found.salt if i % 2 else b""
+        engine.add(sequence)
+    with reader.delivering(list(llama.tensors)):
+        answers = drain(engine)
+    merged = adapter.merged_into(llama)
+    assert answers == {str(i): (merged if i % 2 else llama).generate(prompt, 8) for i, prompt in enumerate(asked)}
+    assert_all_free(engine)
