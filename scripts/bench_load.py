@@ -145,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
         results.append(result)
     if args.quick:
         print("\n--quick: these are no figures, only a sign that it works")
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    # Where somebody keeps files is no fact about a machine.
+    arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     if args.json:
         report = {"machine": facts, "arguments": arguments, "results": [result.as_json() for result in results]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
