@@ -46,9 +46,8 @@ from typing import Any
 
 
 def _bytes(nbytes: int) -> str:
-    from sllmdask.units import format_bytes  # which raises our errors
-
-    return format_bytes(nbytes)
+    """``"1.5 GiB"``. Here, because the module of units raises our errors."""
+    return f"{nbytes / 1024**3:.1f} GiB" if nbytes >= 1024**3 else f"{nbytes / 1024**2:.1f} MiB"
 
 
 class SllmError(Exception):
