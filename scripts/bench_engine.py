@@ -156,7 +156,8 @@ class OurEngine:
         )
 
     def generate(self, prompts: Answers, n_tokens: int) -> Answers:
-        from sllmdask.batching.sequence import SamplingParams, Sequence
+        from sllmdask.batching.params import SamplingParams
+        from sllmdask.batching.sequence import Sequence
 
         self._answers, self._n_left = {str(i): [] for i in range(len(prompts))}, len(prompts)
         for i, prompt in enumerate(prompts):

@@ -201,7 +201,8 @@ class Ours(HostStarter):
         return Started(seconds, phases, None)
 
     def answer(self, prompt: list[int]) -> int:
-        from sllmdask.batching.sequence import SamplingParams, Sequence
+        from sllmdask.batching.params import SamplingParams
+        from sllmdask.batching.sequence import Sequence
 
         self._engine.add(Sequence("first", prompt, SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)))
         outputs: list[Any] = []

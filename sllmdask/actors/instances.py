@@ -20,7 +20,7 @@ from typing import Any
 from distributed.comm import Comm
 
 from sllmdask.actors.streams import Message, Outbox, messages
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.errors import EngineError
 
 

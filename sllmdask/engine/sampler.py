@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import SamplingParams
 
 #: Tokens that are looked at first where top_k or top_p leave few: sorting a whole vocabulary costs 17 times as much.
 _N_LIKELIEST = 1024

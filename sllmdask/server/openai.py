@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.engine.text import Tokenizer, is_unicode
 from sllmdask.errors import Cancelled, ContextTooLong, EngineError, InvalidRequest, ModelNotFound, SllmError
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from sllmdask.batching.sequence import SamplingParams, Sequence
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
 

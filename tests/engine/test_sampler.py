@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import SamplingParams
 from sllmdask.engine import sampler
 from sllmdask.engine.sampler import Draw, gumbel, sample
 
