@@ -13,21 +13,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import BlockPool
+from sllmdask.batching.params import Grammar, TokenLogprobs
 from sllmdask.batching.scheduler import BatchScheduler, Chunk
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
+from sllmdask.engine.choosing import Chooser
 from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
+from sllmdask.engine.grammar import GrammarCompiler
+from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
 from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError
@@ -54,6 +60,9 @@ class StepOutput:
     token_id: int | None
     finish_reason: FinishReason | None = None
     error: SllmError | None = None
+    #: Where asked for, those of this token; and with the first token, those of the prompt's tokens after its first.
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def final(self) -> bool:
@@ -120,15 +129,22 @@ def build_engine(
         wait=wait,
         construct_s=time.perf_counter() - started if skeleton is None else 0.0,
     )
-    return LLMEngine(runner, settings, read_eos_token_ids(checkpoint_dir, config))
+    eos_token_ids = read_eos_token_ids(checkpoint_dir, config)
+    grammars = GrammarCompiler(checkpoint_dir, runner.vocab_size, eos_token_ids)
+    return LLMEngine(runner, settings, eos_token_ids, grammars)
 
 
 class LLMEngine:
     """Continuous batching over one :class:`ModelRunner`. Used by one thread."""
 
-    def __init__(self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int], grammars: GrammarCompiler
+    ) -> None:
         self.settings = settings
         self.eos_token_ids = eos_token_ids
+        self._grammars = grammars
+        #: They follow from the sequences' tokens alone, so one that is missing is made again.
+        self._choosers: WeakKeyDictionary[Sequence, Chooser] = WeakKeyDictionary()
         self._runner = runner
         self._pool = BlockPool(runner.n_blocks)
         self._scheduler = BatchScheduler(
@@ -172,8 +188,16 @@ class LLMEngine:
             raise InvalidRequest(f"Token id {strange[0]} is not in the model's vocabulary of {n_vocab}.", "prompt")
         if len(sequence.output_ids) >= sequence.params.max_tokens:
             raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
+        self._chooser(sequence)
         self._scheduler.add(sequence)
         self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
+        """Compile a grammar before a request with it comes, which takes up to seconds. From any thread.
+
+        `checkpoint_dir`: where the checkpoint is by now. Raises :class:`InvalidRequest`.
+        """
+        self._grammars.prepare(grammar, checkpoint_dir)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
@@ -208,17 +232,18 @@ class LLMEngine:
         started = time.perf_counter()
         plan = self._scheduler.plan()
         outputs: list[StepOutput] = []
-        if plan.chunks:
+        chunks = self._within_memory(plan.chunks)
+        if chunks:
             try:
-                outputs = self._run(plan.chunks)
+                outputs = self._run(chunks)
             except _STEP_FAILURES as error:
-                if len(plan.chunks) == 1:
-                    outputs = [self._fail(plan.chunks[0].sequence, error)]
+                if len(chunks) == 1:
+                    outputs = [self._fail(chunks[0].sequence, error)]
                 else:
-                    outputs = self._run_one_by_one(plan.chunks)
+                    outputs = self._run_one_by_one(chunks)
         self._n_steps += 1
         self._step_s += time.perf_counter() - started
-        if plan.chunks and self._first_step_s is None:
+        if chunks and self._first_step_s is None:
             self._first_step_s = time.perf_counter() - started
         return outputs
 
@@ -246,12 +271,44 @@ class LLMEngine:
 
     def _run(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
         """One forward pass. If it raises, no sequence has changed: its tokens may be computed again."""
-        logits = self._runner.forward(chunks)
+        choosers = [self._chooser(chunk.sequence) for chunk in chunks]
+        n_rows = [max(chooser.n_rows(chunk), chunk.samples) for chunk, chooser in zip(chunks, choosers, strict=True)]
+        logits = self._runner.forward(chunks, n_rows)
+        for chunk, chooser, stop, n in zip(chunks, choosers, accumulate(n_rows), n_rows, strict=True):
+            if chooser.prompt is not None:
+                chooser.prompt.add(chunk.stop, logits[stop - n : stop])
         sampling = [chunk for chunk in chunks if chunk.samples]
+        if len(sampling) < len(logits):
+            logits = logits[[stop - 1 for stop, chunk in zip(accumulate(n_rows), chunks, strict=True) if chunk.samples]]
         tokens = sample(logits, [self._draw(chunk.sequence) for chunk in sampling])
+        logprobs = self._logprobs(logits, sampling, tokens)
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        return [self._accept(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+        drawn = zip(sampling, tokens, logprobs, strict=True)
+        return [self._accept(chunk.sequence, token, told) for chunk, token, told in drawn]
+
+    def _within_memory(self, chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        """`chunks`, cut where the log probabilities of prompts need more logits than one step may make; the rest comes later."""
+        left = rows_at_once(self._runner.vocab_size)
+        kept = []
+        for chunk in chunks:
+            n_rows = self._chooser(chunk.sequence).n_rows(chunk)
+            n_later = max(0, n_rows - left)
+            left -= n_rows - n_later
+            if chunk.n_tokens > n_later:
+                kept.append(replace(chunk, n_tokens=chunk.n_tokens - n_later) if n_later else chunk)
+        return tuple(kept)
+
+    def _logprobs(self, logits: Tensor, chunks: list[Chunk], tokens: list[int | None]) -> list[TokenLogprobs | None]:
+        """What is told of each token that was drawn from a row of `logits`, where it is asked for."""
+        asked = {row: n for row, chunk in enumerate(chunks) if (n := chunk.sequence.params.logprobs) is not None}
+        rows = [row for row in asked if tokens[row] is not None]
+        told: list[TokenLogprobs | None] = [None] * len(tokens)
+        if rows:
+            found = token_logprobs(logits[rows], [tokens[row] or 0 for row in rows], max(asked.values()))
+            for row, each in zip(rows, found, strict=True):
+                told[row] = each.likeliest(asked[row])
+        return told
 
     def _run_one_by_one(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
         """Run each chunk alone, to find out whose fault it was."""
@@ -265,26 +322,33 @@ class LLMEngine:
 
     def _draw(self, sequence: Sequence) -> Draw:
         early = len(sequence.output_ids) < sequence.params.min_tokens
-        return Draw(sequence.params, sequence.n_tokens, self._stop_ids(sequence) if early else frozenset())
+        return self._chooser(sequence).draw(sequence, self._stop_ids(sequence) if early else frozenset())
+
+    def _chooser(self, sequence: Sequence) -> Chooser:
+        chooser = self._choosers.get(sequence)
+        if chooser is None:
+            chooser = self._choosers[sequence] = Chooser(sequence, self._runner.vocab_size, self._grammars)
+        return chooser
 
     def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
         eos = frozenset() if sequence.params.ignore_eos else self.eos_token_ids
         return eos.union(sequence.params.stop_token_ids)
 
-    def _accept(self, sequence: Sequence, token: int | None) -> StepOutput:
+    def _accept(self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
         if token is None:
             return self._fail(sequence, ArithmeticError("the model's output is not a number"))
         index = len(sequence.output_ids)
         sequence.output_ids.append(token)
         self._n_output_tokens += 1
         reason = None
-        if token in self._stop_ids(sequence):
+        if token in self._stop_ids(sequence) or self._chooser(sequence).ended(sequence):
             reason = FinishReason.STOP
         elif index + 1 >= sequence.params.max_tokens or sequence.n_tokens >= self.max_model_len:
             reason = FinishReason.LENGTH
         if reason:
             self._scheduler.finish(sequence.request_id, reason)
-        return StepOutput(sequence.request_id, index, token, reason)
+        prompt_logprobs = self._chooser(sequence).take_prompt()
+        return StepOutput(sequence.request_id, index, token, reason, None, logprobs, prompt_logprobs)
 
     def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
@@ -373,6 +437,10 @@ class EngineThread:
         future: Future[T] = Future()
         self._send(_Call(run, future))
         return future
+
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
+        """See :meth:`LLMEngine.prepare`. Waits, in the caller's thread."""
+        self._engine.prepare(grammar, checkpoint_dir)
 
     def stats(self) -> dict[str, Any]:
         """:class:`EngineStats` after the last step, as plain types."""

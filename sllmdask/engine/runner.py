@@ -124,19 +124,22 @@ class ModelRunner:
             gate.cancel()
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute the chunks' tokens into the cache; returns logits (n, vocab), one row for each chunk that samples, in order."""
+    def forward(self, chunks: Sequence[Chunk], n_rows: Sequence[int] | None = None) -> Tensor:
+        """Compute the chunks' tokens into the cache; returns logits (n, vocab), one row for each chunk that samples, in order.
+
+        `n_rows`: of how many of its last tokens each chunk gives a row, where it is not that.
+        """
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
         last_rows: list[int] = []
-        for chunk in chunks:
+        for i, chunk in enumerate(chunks):
             ids += chunk.sequence.token_ids(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
             slots = self._slots(chunk.sequence.block_table, chunk.stop)
             spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots))
-            if chunk.samples:
-                last_rows.append(len(ids) - 1)
+            n = n_rows[i] if n_rows else int(chunk.samples)
+            last_rows += range(len(ids) - n, len(ids))
         return self._run(ids, positions, spans, last_rows)
 
     def close(self) -> None:
