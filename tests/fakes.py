@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from sllmdask.batching.params import TokenLogprobs
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, GenerateRequest, Journal, Progress, Started
 from sllmdask.config import Deployment, ServerSettings
@@ -37,6 +38,11 @@ def byte_tokenizer() -> Tokenizer:
     hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|end|>")
     hf_tokenizer.chat_template = CHAT_TEMPLATE
     return Tokenizer(hf_tokenizer)
+
+
+def told_of(token_id: int, n_top: int) -> TokenLogprobs:
+    """Log probabilities that name their token: it is the second likeliest."""
+    return TokenLogprobs(-token_id / 100, (7, token_id, 9)[:n_top], (-0.001, -token_id / 100, -9.5)[:n_top])
 
 
 @dataclass
@@ -217,7 +223,12 @@ class FakeGateway:
                 raise model.fail
             await asyncio.sleep(0)
             shown = text.push(journal.accept(0, index, [token_id]))
-            yield Delta(shown, (token_id,))
+            n_top, n_top_prompt = request.params.logprobs, request.params.prompt_logprobs
+            told = () if n_top is None else (told_of(token_id, n_top),)
+            of_prompt = None
+            if n_top_prompt is not None and index == 0:
+                of_prompt = tuple(told_of(each, n_top_prompt) for each in request.prompt_ids[1:])
+            yield Delta(shown, (token_id,), told, of_prompt)
             if text.stopped:
                 break
         if rest := text.flush():

@@ -20,7 +20,7 @@ from typing import Any
 from distributed.comm import Comm
 
 from sllmdask.actors.streams import Message, Outbox, messages
-from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
@@ -82,6 +82,8 @@ class Instance:
         self._requests: dict[str, tuple[str, int]] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
         self._returning: set[asyncio.Task[None]] = set()
+        #: Grammars of requests that the engine will get.
+        self._compiling: set[asyncio.Task[None]] = set()
         #: Set while there is none.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -256,10 +258,41 @@ class Instance:
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
         self._idle.clear()
+        if sequence.params.grammar is None:
+            self._hand_over(sequence, self._engine)
+        else:
+            compiling = asyncio.create_task(self._compile(sequence, sequence.params.grammar, self._engine, (front_door, epoch)))
+            self._compiling.add(compiling)
+            compiling.add_done_callback(self._compiling.discard)
+
+    def _hand_over(self, sequence: TokenSequence, engine: EngineThread) -> None:
         try:
-            self._engine.submit(sequence)
+            engine.submit(sequence)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
-            self._answer_error(request_id, error)
+            self._answer_error(sequence.request_id, error)
+
+    async def _compile(self, sequence: TokenSequence, grammar: Grammar, engine: EngineThread, waiting: tuple[str, int]) -> None:
+        """Hand a request over once its grammar is compiled, which may take longer than a step and is not done in its thread."""
+        failure: SllmError | None = None
+        path = ""
+        # The tokenizer's files may be renamed meanwhile, because a fetch was completed.
+        while self._lease is not None and self._lease.path != path:
+            path = self._lease.path
+            try:
+                await asyncio.to_thread(engine.prepare, grammar, Path(path))
+                failure = None
+                break
+            except SllmError as error:
+                failure = error
+            except Exception as error:
+                logger.exception("grammar failed model=%s instance=%s", self.model, self.id)
+                failure = EngineError(f"The grammar could not be prepared: {error}")
+        if self._requests.get(sequence.request_id) != waiting:
+            return  # cancelled, or answered because the instance is gone
+        if failure is None:
+            self._hand_over(sequence, engine)
+        else:
+            self._answer_error(sequence.request_id, failure)
 
     def cancel(self, request_id: str) -> None:
         if self._forget(request_id) and self._engine is not None:
@@ -292,7 +325,7 @@ class Instance:
                 self._forget(output.request_id)
             ids = [] if output.token_id is None else [output.token_id]
             reason = None if output.finish_reason is None else str(output.finish_reason)
-            self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason])
+            self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason, *_scores(output)])
 
     async def _give_back(self, request_id: str, waiting: tuple[str, int]) -> None:
         """Send a request elsewhere, once the scheduler was told why: it would send it here again."""
@@ -323,6 +356,15 @@ class Instance:
         front_door, epoch = self._requests[request_id]
         self._forget(request_id)
         self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
+
+
+def _scores(output: StepOutput) -> list[Any]:
+    """What a message of tokens has beyond them where log probabilities were asked for: those of its token, and of the prompt."""
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return []
+    of_token = [] if output.logprobs is None else [output.logprobs.as_wire()]
+    of_prompt = output.prompt_logprobs
+    return [of_token, None if of_prompt is None else [each.as_wire() for each in of_prompt]]
 
 
 async def _why(lease: HostLease, failure: SllmError) -> SllmError:

@@ -14,10 +14,12 @@ from aiohttp import web
 
 from sllmdask.cluster.journal import GatewayEvent, GenerateRequest
 from sllmdask.config import ServerSettings
+from sllmdask.engine.grammar import check_grammar
 from sllmdask.engine.text import Tokenizer
 from sllmdask.errors import ConfigError, PortInUse, Unavailable
 from sllmdask.server import exchange, openai, stream
 from sllmdask.server.admin import Admin, Cluster
+from sllmdask.server.choices import make_writer
 
 #: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
 LONG_PROMPT_CHARS = 20_000
@@ -64,14 +66,23 @@ class FrontDoor:
         """Everything that can be wrong with the request itself is found before the first byte of an answer."""
         ask = read(await exchange.read_json(request))
         tokenizer = await self._gateway.tokenizer(ask.model)
+        if ask.sampling.grammar is not None:
+            await asyncio.to_thread(check_grammar, ask.sampling.grammar, ask.grammar_field or "grammar")
         if ask.n_chars > LONG_PROMPT_CHARS:
             prompts = await asyncio.to_thread(ask.tokenise, tokenizer)
         else:
             prompts = ask.tokenise(tokenizer)
         window = self._gateway.max_model_len(ask.model)
-        params = [ask.params(len(ids), window) for ids in prompts]
-        ids = self._free_ids(exchange.request_id(request), len(prompts))
-        asked = [GenerateRequest(*each) for each in zip(ids, [ask.model] * len(ids), prompts, params, strict=True)]
+        # The answers to one prompt are requests of their own, which have their prompt in common.
+        params = [each for prompt in prompts for each in ask.choices(len(prompt), window)]
+        ids = self._free_ids(exchange.request_id(request), len(params))
+        asked = [GenerateRequest(each, ask.model, prompts[i // ask.n], params[i]) for i, each in enumerate(ids)]
+        writers = [
+            make_writer(tokenizer, prompt, is_chat=ask.is_chat, n_top=ask.sampling.logprobs, echo=ask.echoed(i, tokenizer))
+            for i, prompt in enumerate(prompts)
+            for _ in range(ask.n)
+        ]
+        n_prompt_tokens = sum(map(len, prompts))
         shape = openai.Shape(
             is_chat=ask.is_chat,
             id=f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{exchange.fresh_id()[4:]}",
@@ -86,13 +97,14 @@ class FrontDoor:
                     request,
                     events,
                     shape,
-                    [len(prompt) for prompt in prompts],
+                    n_prompt_tokens,
+                    writers,
                     continuous_usage=ask.continuous_usage,
                     heartbeat_s=self._settings.heartbeat,
                 )
             async with aclosing(events):
-                choices, started = await stream.collect(events, len(asked))
-            return exchange.answer(shape.answer(choices), stream.where_headers(started) if started else None)
+                choices, started = await stream.collect(events, writers)
+            return exchange.answer(shape.answer(choices, n_prompt_tokens), stream.where_headers(started) if started else None)
 
     async def _events(self, asked: list[GenerateRequest]) -> AsyncGenerator[stream.Indexed, None]:
         sources = [self._gateway.generate(request) for request in asked]
