@@ -20,6 +20,9 @@ from sllmdask.batching.params import Grammar
 from sllmdask.engine.text import Tokenizer
 from sllmdask.errors import CheckpointNotFound, InvalidRequest
 
+#: What may stand between the parts of JSON: a space, or a new line with an indentation. Were any whitespace allowed, a weak model
+#: might write nothing else until its last token.
+JSON_WHITESPACE = r"(\n {0,32}| )"
 #: Characters of a reason; some go on with the whole state of the parser.
 MAX_REASON = 300
 #: Compiled grammars that one model keeps; requests for JSON send the same few again and again.
@@ -42,7 +45,7 @@ def _source(llguidance: ModuleType, grammar: Grammar, param: str) -> str:
     matcher = llguidance.LLMatcher
     try:
         if grammar.kind == "json_schema":
-            return str(matcher.grammar_from_json_schema(grammar.text))
+            return str(matcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": JSON_WHITESPACE}))
         if grammar.kind == "regex":
             return str(matcher.grammar_from_regex(grammar.text))
         return str(matcher.grammar_from_lark(grammar.text))

@@ -212,3 +212,18 @@ def test_a_compiled_grammar_is_shared_and_its_matchers_are_not(model: TinyModel)
     first.consume(byte_tokenizer().encode("2026"))
     assert set(np.flatnonzero(first.allowed())) == set(byte_tokenizer().encode("-"))
     assert np.array_equal(second.allowed(), before)
+
+
+@pytest.mark.parametrize("layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": 4}], ids=str)
+def test_json_may_be_laid_out_as_python_does(model: TinyModel, layout: dict[str, Any]):
+    thing = {"name": "a b", "size": 7, "colours": ["red", "green"], "inner": None}
+    matcher = GrammarCompiler(model.directory, 300, frozenset([EOS])).matcher(SCHEMA)
+    matcher.consume(byte_tokenizer().encode(json.dumps(thing, **layout)))
+    assert matcher.ended
+
+
+@pytest.mark.parametrize("text", ["{  ", "{\n\n", '{"name":\n \n'])
+def test_json_is_not_stretched_with_empty_space(model: TinyModel, text: str):
+    matcher = GrammarCompiler(model.directory, 300, frozenset([EOS])).matcher(SCHEMA)
+    with pytest.raises(ValueError, match="grammar cannot go on"):
+        matcher.consume(byte_tokenizer().encode(text))
