@@ -91,7 +91,7 @@ class FrontDoor:
             with_usage=ask.include_usage,
         )
         with self._listed(ids):
-            events = self._events(asked)
+            events = self._events(asked, ask.prompt_only)
             if ask.stream:
                 return await stream.respond(
                     request,
@@ -106,8 +106,10 @@ class FrontDoor:
                 choices, started = await stream.collect(events, writers)
             return exchange.answer(shape.answer(choices, n_prompt_tokens), stream.where_headers(started) if started else None)
 
-    async def _events(self, asked: list[GenerateRequest]) -> AsyncGenerator[stream.Indexed, None]:
+    async def _events(self, asked: list[GenerateRequest], prompt_only: bool) -> AsyncGenerator[stream.Indexed, None]:
         sources = [self._gateway.generate(request) for request in asked]
+        if prompt_only:
+            sources = [stream.without_answer(source) for source in sources]
         try:
             async with aclosing(stream.merge(sources)) as events:
                 async for item in events:

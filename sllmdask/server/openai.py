@@ -147,6 +147,11 @@ class Ask:
         return bool(self.messages)
 
     @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is to be shown but the prompts; the one token that the engine draws is dropped."""
+        return self.max_tokens == 0
+
+    @property
     def n_chars(self) -> int:
         """Characters of text to tokenise."""
         return sum(len(message["content"]) for message in self.messages) + sum(
@@ -186,7 +191,7 @@ class Ask:
         room = max_model_len - n_prompt_tokens
         if room < 1:
             raise ContextTooLong(n_prompt_tokens, max_model_len)
-        max_tokens = min(room, self.max_tokens or room)
+        max_tokens = min(room, 1 if self.prompt_only else self.max_tokens or room)
         seed = secrets.randbits(64) if self.seed is None else self.seed
         return replace(self.sampling, max_tokens=max_tokens, min_tokens=min(self.sampling.min_tokens, max_tokens), seed=seed)
 
@@ -263,7 +268,8 @@ def _common(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
         raise InvalidRequest("model must be the name of a model; GET /v1/models lists them.", "model")
     asked = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     max_tokens = _integer(body, asked)
-    if max_tokens is not None and max_tokens < 1:
+    # An echo alone, for the log probabilities of a prompt, is an answer too.
+    if max_tokens is not None and max_tokens < (0 if not is_chat and body.get("echo") is True else 1):
         raise _wrong(body, asked, "at least 1")
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop

@@ -13,6 +13,7 @@ from typing import Generic, Self, TypeVar
 
 from aiohttp import web
 
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, Progress, Started
 from sllmdask.errors import EngineError
 from sllmdask.server import exchange, openai
@@ -91,6 +92,18 @@ class Lookahead(Generic[T]):
 
 async def _anext(source: AsyncGenerator[T, None]) -> T:
     return await anext(source)
+
+
+async def without_answer(source: AsyncGenerator[GatewayEvent, None]) -> AsyncGenerator[GatewayEvent, None]:
+    """The events of a request that is only about its prompt, whose one token nobody asked for."""
+    async with aclosing(source):
+        async for event in source:
+            if isinstance(event, Delta):
+                yield Delta("", (), (), event.prompt_logprobs)
+            elif isinstance(event, Finished):
+                yield Finished(FinishReason.LENGTH, event.n_prompt_tokens, 0)
+            else:
+                yield event
 
 
 async def merge(sources: Sequence[AsyncGenerator[GatewayEvent, None]]) -> AsyncGenerator[Indexed, None]:

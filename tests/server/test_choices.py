@@ -146,6 +146,22 @@ async def test_an_echo_begins_with_the_prompt_and_tells_of_it(open_door: OpenDoo
 
 
 @asynchronous
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_of_no_tokens_is_the_prompt_alone(open_door: OpenDoor, stream: bool):
+    door = await open_door(m=FakeModel(answer=lambda _: "yz"))
+    async with client_of(door) as client:
+        options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+        asked: dict[str, Any] = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 0, "stream": stream, **options}
+        answers = await client.completions.create(model="m", **asked)
+        answers = [each async for each in answers] if stream else [answers]
+    choices = [choice for answer in answers for choice in answer.choices]
+    assert "".join(choice.text for choice in choices) == "abc"
+    assert choices[-1].finish_reason == "length"
+    assert [token for choice in choices if choice.logprobs for token in choice.logprobs.tokens] == ["a", "b", "c"]
+    assert (answers[-1].usage.prompt_tokens, answers[-1].usage.completion_tokens) == (3, 0)
+
+
+@asynchronous
 async def test_an_echo_without_log_probabilities_is_only_text(open_door: OpenDoor):
     door = await open_door(m=FakeModel(answer=lambda _: "yz"))
     async with client_of(door) as client:

@@ -146,6 +146,8 @@ def test_a_completion_asks_for_log_probabilities_by_a_number(fields: dict[str, A
         (completion, {"logprobs": -1}, "logprobs"),
         (completion, {"best_of": 3, "n": 2}, "best_of"),
         (completion, {"echo": "yes"}, "echo"),
+        (completion, {"max_tokens": 0}, "max_tokens"),
+        (chat, {"max_tokens": 0, "echo": True}, "echo"),
         (completion, {"prompt": ["a"] * 65, "n": 2}, "n"),
     ],
 )
