@@ -17,8 +17,10 @@ from sllmdask.batching.params import Grammar
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.engine.engine import StepOutput
 from sllmdask.engine.grammar import GrammarCompiler, check_grammar
+from sllmdask.engine.text import Tokenizer
 from sllmdask.errors import InvalidRequest
 from tests.engine.models import TinyModel, drain, make_engine, make_model, prompts, request, tokens_of
+from tests.engine.test_text import byte_fallback, save
 from tests.fakes import byte_tokenizer
 
 EOS = 256
@@ -227,3 +229,24 @@ def test_json_is_not_stretched_with_empty_space(model: TinyModel, text: str):
     matcher = GrammarCompiler(model.directory, 300, frozenset([EOS])).matcher(SCHEMA)
     with pytest.raises(ValueError, match="grammar cannot go on"):
         matcher.consume(byte_tokenizer().encode(text))
+
+
+def test_tokens_that_are_text_with_marks_for_spaces_and_bytes_are_matched_by_what_they_stand_for(tmp_path: Path):
+    tokenizer = Tokenizer.from_directory(save(byte_fallback(), tmp_path))
+    matcher = GrammarCompiler(tmp_path, tokenizer.n_vocab + 5, frozenset([2])).matcher(Grammar("regex", "b ab?[öü]"))
+
+    def allowed() -> set[str]:
+        return set(tokenizer._hf.convert_ids_to_tokens(np.flatnonzero(matcher.allowed()).tolist()))
+
+    def consume(token: str) -> None:
+        matcher.consume([tokenizer._hf.convert_tokens_to_ids(token)])
+
+    assert "b" in allowed() <= {"b", "<0x62>"}
+    consume("b")
+    assert {"▁a", "▁ab"} < allowed() <= {"▁", "▁a", "▁ab", "<0x20>"}
+    consume("▁ab")
+    assert allowed() == {"ö", "<0xC3>"}
+    consume("<0xC3>")
+    assert allowed() == {"<0xB6>", "<0xBC>"}
+    consume("<0xBC>")
+    assert matcher.ended
