@@ -36,9 +36,6 @@ NAME = "sllm_paged"
 #: Arguments of the interface that change nothing here: dropout is off, and positions are in the batch.
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
 
-#: Tokens of context up to which a decoding row is cheaper in the compiled kernel than gathered for torch's attention.
-_N_TOKENS_OF_KERNEL = 2048
-
 _CPU = torch.device("cpu")
 
 
@@ -248,7 +245,7 @@ class LayerProbe:
 
 
 def make_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`: ``sdpa`` anywhere, ``numba`` on the CPU, or what is fastest on `device` for ``auto``.
+    """The backend called `name`: ``sdpa`` anywhere, ``numba`` on the CPU, or for ``auto`` what is fastest on `device`.
 
     Raises :class:`ConfigError` if `device` does not have it.
     """
@@ -259,7 +256,7 @@ def make_backend(name: str, device: torch.device) -> Backend:
     # Here, because numba takes a while to import.
     from sllmdask.engine.kernels.cpu_attention import NumbaBackend
 
-    return NumbaBackend() if name == "numba" else CpuBackend()
+    return NumbaBackend()
 
 
 class SdpaBackend:
@@ -273,52 +270,18 @@ class SdpaBackend:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, options: AttentionOptions) -> Tensor:
         output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[3])
         for span in batch.spans:
-            attend_span(query, keys, values, span, options, output)
+            slots = span.slots[span.first_seen(options.sliding_window) :]
+            output[:, span.start : span.stop] = dot_product_attention(
+                query[:, :, span.start : span.stop],
+                keys.flatten(0, 1).index_select(0, slots).transpose(0, 1)[None],
+                values.flatten(0, 1).index_select(0, slots).transpose(0, 1)[None],
+                options,
+                span.mask(options.sliding_window),
+            )
         return output
 
     def close(self) -> None:
         pass
-
-
-class CpuBackend:
-    """The faster of two for each sequence: the compiled kernel where it decodes and its context is short, else torch's."""
-
-    name = "auto"
-
-    def __init__(self) -> None:
-        from sllmdask.engine.kernels.cpu_attention import NumbaBackend
-
-        self._kernel = NumbaBackend()
-
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, options: AttentionOptions) -> Tensor:
-        short, others = batch.once("auto", lambda: self._sorted(batch))
-        if short:
-            output = self._kernel.attend_spans(query, keys, values, batch, options, short)
-        else:
-            output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[3])
-        for number in others:
-            attend_span(query, keys, values, batch.spans[number], options, output)
-        return output
-
-    def close(self) -> None:
-        self._kernel.close()
-
-    def _sorted(self, batch: PackedBatch) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of the sequences for the kernel, and of the others. By their own lengths only, not by their neighbours."""
-        short = [number for number, span in enumerate(batch.spans) if span.n_rows == 1 and span.n_context <= _N_TOKENS_OF_KERNEL]
-        return tuple(short), tuple(number for number in range(len(batch.spans)) if number not in set(short))
-
-
-def attend_span(query: Tensor, keys: Tensor, values: Tensor, span: Span, options: AttentionOptions, output: Tensor) -> None:
-    """Torch's attention of one sequence, gathered from the cache, into its rows of `output` (1, T, Hq, Dv)."""
-    slots = span.slots[span.first_seen(options.sliding_window) :]
-    output[:, span.start : span.stop] = dot_product_attention(
-        query[:, :, span.start : span.stop],
-        keys.flatten(0, 1).index_select(0, slots).transpose(0, 1)[None],
-        values.flatten(0, 1).index_select(0, slots).transpose(0, 1)[None],
-        options,
-        span.mask(options.sliding_window),
-    )
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from tests.engine.models import VOCAB, make_model
 
 D = 8
 CPU = torch.device("cpu")
-BACKENDS = ["sdpa", "numba", "auto"]
+BACKENDS = ["sdpa", "numba"]
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
@@ -294,6 +294,14 @@ def test_a_result_does_not_depend_on_the_neighbours_in_the_batch():
     one = dot_product_attention(query, key, value, OPTIONS[0], None)
     assert one.shape == (1, 1, 4, D)
     assert dot_product_attention(query, key, value, OPTIONS[0], None).equal(one)
+
+
+def test_the_backend_of_a_cpu_is_the_compiled_one():
+    assert {name: make_backend(name, CPU).name for name in ("auto", "numba", "sdpa")} == {
+        "auto": "numba",
+        "numba": "numba",
+        "sdpa": "sdpa",
+    }
 
 
 def test_a_backend_that_the_device_does_not_have_is_refused():

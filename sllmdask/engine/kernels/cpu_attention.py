@@ -121,6 +121,19 @@ def _largest(builder: Any, scores: Any) -> Any:
     return builder.extract_element(vector, _I32(0))
 
 
+@instruction(_I64_TYPE(*[_I64_TYPE] * 2))
+def _prefetch(builder: Any, address: Any, nbytes: Any) -> Any:
+    """Have the `nbytes` from `address` on brought near: a head's numbers of one token lie far from those of the next."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    with cgutils.for_range(builder, builder.udiv(builder.add(nbytes, _I64(63)), _I64(64))) as loop:
+        line = builder.add(address, builder.mul(loop.index, _I64(64)))
+        # To read; near all levels of the cache; data.
+        builder.call(function, [builder.inttoptr(line, pointer), _I32(0), _I32(3), _I32(1)])
+    return _I64(0)
+
+
 def _transpose(builder: Any, rows: Any, offset: Any, target: Any, load: Callable[[Any, Any], Any]) -> Any:
     """16 floats of each of 16 rows, whose addresses are at `rows`, to 16 lines at `target`, 128 bytes apart."""
     vectors = []
@@ -404,6 +417,11 @@ def _attend(
                 slot = np.int64(block_tables[sequence, (base + key) // block_size]) * block_size + (base + key) % block_size
                 key_rows[key] = keys + (slot * n_kv_heads + head) * key_dim * itemsize
                 value_rows[key] = values + (slot * n_kv_heads + head) * value_dim * itemsize
+            following: Any = min(last + 1, base + 2 * _CHUNK)
+            for key in range(base + _CHUNK, following):
+                slot = np.int64(block_tables[sequence, key // block_size]) * block_size + key % block_size
+                _prefetch(keys + (slot * n_kv_heads + head) * key_dim * itemsize, key_dim * itemsize)
+                _prefetch(values + (slot * n_kv_heads + head) * value_dim * itemsize, value_dim * itemsize)
             _load_chunk(key_rows, value_rows, n_keys, is_half, key_dim, value_dim, keys_at, values_at, pitch)
             for vector in range(0, n_vectors, _ROWS):
                 n_rows: Any = min(_ROWS, n_vectors - vector)
@@ -483,18 +501,6 @@ class NumbaBackend:
         self._pool: ThreadPoolExecutor | None = None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, options: AttentionOptions) -> Tensor:
-        return self.attend_spans(query, keys, values, batch, options, range(len(batch.spans)))
-
-    def attend_spans(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: PackedBatch,
-        options: AttentionOptions,
-        numbers: Sequence[int],
-    ) -> Tensor:
-        """As :meth:`attend`, for the sequences of these `numbers`; the other rows of the answer are anything."""
         assert keys.is_contiguous()
         assert values.is_contiguous()
         assert keys.dtype in (torch.float32, torch.bfloat16)
@@ -503,7 +509,7 @@ class NumbaBackend:
         rows = query[0].transpose(0, 1).to(torch.float32).contiguous()
         output = torch.empty(rows.shape[0], n_heads, values.shape[3], dtype=torch.float32)
         sinks = _NO_SINKS if options.sinks is None else options.sinks.detach().float().contiguous().numpy()
-        tiles, n_seen = batch.once(("tiles", shape[2], tuple(numbers)), lambda: _tiles(batch, numbers, shape[2]))
+        tiles, n_seen = batch.once(("tiles", shape[2]), lambda: _tiles(batch, shape[2]))
         tables = batch.once("tables", lambda: batch.block_tables.numpy())
         n_shares = self._n_threads(n_seen * n_heads * (keys.shape[3] + values.shape[3]), len(tiles) * n_kv_heads)
 
@@ -553,13 +559,12 @@ class NumbaBackend:
 _NO_SINKS = np.empty(0, np.float32)
 
 
-def _tiles(batch: PackedBatch, numbers: Sequence[int], group: int) -> tuple[np.ndarray[Any, Any], int]:
+def _tiles(batch: PackedBatch, group: int) -> tuple[np.ndarray[Any, Any], int]:
     """(n, 4) int32, as the kernel takes them, those with most to do first; and how many keys all rows see together."""
     n_rows = max(1, _ROWS_OF_TILE // group)
     tiles: list[tuple[int, int, int, int]] = []
     n_seen = 0
-    for number in numbers:
-        span = batch.spans[number]
+    for number, span in enumerate(batch.spans):
         n_seen += span.n_rows * span.n_context
         for row in range(0, span.n_rows, n_rows):
             tiles.append((number, span.start + row, min(n_rows, span.n_rows - row), span.n_past + row))
