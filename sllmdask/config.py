@@ -180,8 +180,8 @@ class EngineSettings(Frozen):
     attention: Literal["auto", "sdpa", "numba"] = "auto"
     #: Whether a request's logits have the same bits alone, in any batch, and computed again. CPU only.
     deterministic: bool = False
-    #: Whether linear layers run over weights rearranged for the matrix library, on a CPU. ``auto``: those that must be copied
-    #: anyway at once, the others in the background when the model is hot.
+    #: Whether linear layers run over weights rearranged for the matrix library, on a CPU. ``always``: from the first token on;
+    #: ``auto``: rearranged in the background when the model is hot.
     pack_weights: Literal["auto", "always", "never"] = "auto"
     #: Steps with work after which a model is hot.
     pack_after: int = Field(default=32, ge=0, le=MAX_COUNT)

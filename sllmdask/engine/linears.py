@@ -13,6 +13,7 @@ layers stay as they are.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Literal
 
 import torch
@@ -30,6 +31,11 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger(__name__)
 
+#: Packed weights that wait for the end of a step, at most: until then there are both copies.
+_N_READY = 8
+
+#: Rows and columns of a packed weight are multiples of a divisor of it.
+_BLOCK = 64
 #: Added to the nice value of the thread that packs while others serve.
 _NICENESS = 10
 
@@ -38,7 +44,7 @@ _NICENESS = 10
 class Packing:
     """When weights are packed, and how much memory that may take."""
 
-    #: ``always``: before the first token. ``auto``: then, only what needs no plain copy beside it; the rest when it is hot.
+    #: ``always``: before the first token, which comes later by that. ``auto``: when the model is hot.
     mode: Literal["auto", "always", "never"] = "auto"
     #: Steps with work after which a model is hot.
     after_steps: int = 32
@@ -60,7 +66,7 @@ class PackedLinear:
         with torch.inference_mode():
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = bias
-        self.nbytes = weight.nbytes
+        self.nbytes = int(torch.ops.mkldnn._nbytes(self.weight))
 
     def __call__(self, rows: Tensor) -> Tensor:
         if not rows.numel():
@@ -122,16 +128,18 @@ class LinearPacker:
     :meth:`pack` may be called on another thread than the rest, for layers that do not run yet.
     """
 
-    def __init__(self, model: torch.nn.Module, packing: Packing) -> None:
+    def __init__(self, model: torch.nn.Module, packing: Packing, owned: set[int]) -> None:
+        """`owned`: addresses of plain weights that nobody else needs. Such a one is dropped when its layer has the packed one."""
         self._model = model
         self._packing = packing
+        self._owned = owned
         #: Bytes of packed weights in use.
         self.nbytes = 0
         #: Of these, and of those that are ready, bytes beside a plain copy that stays.
         self._n_beside = 0
         self._limit: int | None = None
         self._installed: list[tuple[torch.nn.Module, PackedLinear]] = []
-        self._ready: SimpleQueue[tuple[torch.nn.Module, PackedLinear]] = SimpleQueue()
+        self._ready: Queue[tuple[torch.nn.Module, PackedLinear]] = Queue(_N_READY)
         self._thread: threading.Thread | None = None
         #: Whether a layer stayed plain because there was no memory for it.
         self.full = False
@@ -147,24 +155,11 @@ class LinearPacker:
         """Nothing is being packed in the background, and nothing that was waits to be used."""
         return (self._thread is None or not self._thread.is_alive()) and self._ready.empty()
 
-    def pack(self, module: torch.nn.Module, owned: set[int], *, every: bool) -> None:
-        """Pack the layers of `module` at once and use them: `every` one, or those whose plain copy can be dropped.
-
-        `owned`: addresses of weights that nobody else needs; such a weight is dropped when its layer has its packed one. Layers
-        stay as they are where they would take more memory than they may.
-        """
+    def pack(self, module: torch.nn.Module) -> None:
+        """Pack the layers of `module` at once and use them, as far as they may take memory."""
         for layer in packable(module):
-            weight = layer._parameters["weight"]
-            assert weight is not None
-            mine = weight.data_ptr() in owned
-            if not mine and not (every and self._reserve(weight.nbytes)):
-                continue
-            self._use(layer, _pack(layer, self._packing.invariant))
-            if mine:
-                owned.discard(weight.data_ptr())
-                # Of the same dtype: models ask for it. A tied weight lives on where else it is used.
-                hollow = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-                layer._parameters["weight"] = torch.nn.Parameter(hollow, requires_grad=False)
+            if self._reserve(layer):
+                self._use(layer, _pack(layer, self._packing.invariant))
 
     def start(self) -> None:
         """Begin to pack what is not packed, on a thread that gives way to others. Once."""
@@ -183,23 +178,38 @@ class LinearPacker:
     def close(self) -> None:
         """Give the layers their own ``forward`` back, and let go of every packed weight."""
         self._stopped = True
+        with suppress(Empty):
+            while True:
+                self._ready.get_nowait()
         if self._thread is not None:
+            # There is room for what it has in hand.
             self._thread.join()
             self._thread = None
         for layer, _ in self._installed:
             layer.__dict__.pop("forward", None)
         self._installed.clear()
-        with suppress(Empty):
-            while True:
-                self._ready.get_nowait()
+        self._ready = Queue(_N_READY)
         self.nbytes = self._n_beside = 0
 
     def _use(self, layer: torch.nn.Module, packed: PackedLinear) -> None:
         layer.__dict__["forward"] = packed
         self._installed.append((layer, packed))
         self.nbytes += packed.nbytes
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        if weight.data_ptr() in self._owned:
+            self._owned.discard(weight.data_ptr())
+            # Of the same dtype: models ask for it.
+            hollow = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            layer._parameters["weight"] = torch.nn.Parameter(hollow, requires_grad=False)
 
-    def _reserve(self, nbytes: int) -> bool:
+    def _reserve(self, layer: torch.nn.Module) -> bool:
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        if weight.data_ptr() in self._owned:
+            return True
+        # oneDNN fills up what is not a multiple of its blocks.
+        nbytes = math.prod(-(-size // _BLOCK) * _BLOCK for size in weight.shape) * weight.itemsize
         if self._limit is None:
             self._limit = self._packing.memory or _available_memory() // 2
         if self._n_beside + nbytes > self._limit:
@@ -214,9 +224,7 @@ class LinearPacker:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         for number, layer in enumerate(layers):
-            weight = layer._parameters["weight"]
-            assert weight is not None
-            if self._stopped or not self._reserve(weight.nbytes):
+            if self._stopped or not self._reserve(layer):
                 return
             try:
                 self._ready.put((layer, _pack(layer, self._packing.invariant)))

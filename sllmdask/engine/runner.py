@@ -102,9 +102,9 @@ class ModelRunner:
         self._tables = SlotTables(block_size)
         self._deterministic = deterministic
         self._packing = self._choose_packing(packing or Packing())
-        self._packer = LinearPacker(self._model, self._packing)
         #: Addresses of weights that were made here, for one name alone: nobody misses them when they are packed.
         self._owned: set[int] = set()
+        self._packer = LinearPacker(self._model, self._packing, self._owned)
         self._even = EvenActivations(self._model) if deterministic else None
         self._n_steps = 0
         self.backend: Backend = make_backend("numba" if deterministic else attention, device)
@@ -226,11 +226,11 @@ class ModelRunner:
 
     def _pack(self, module: torch.nn.Module) -> None:
         """Pack what is to be packed before `module` runs for the first time."""
-        if self._packing.mode != "never":
-            self._packer.pack(module, self._owned, every=self._packing.mode == "always")
+        if self._packing.mode == "always":
+            self._packer.pack(module)
 
     def _pack_when_hot(self) -> None:
-        """Begin to pack what serves from lent memory, once that pays, and use what has been packed since the last step."""
+        """Begin to pack, once that pays, and use what has been packed since the last step."""
         if self._packing.mode != "auto":
             return
         self._n_steps += 1

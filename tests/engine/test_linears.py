@@ -35,8 +35,8 @@ def a_layer(kind: str = "linear", n_in: int = 72, n_out: int = 40, dtype: torch.
 
 
 def pack_all(model: torch.nn.Module, owned: set[int] | None = None, **packing: Any) -> LinearPacker:
-    packer = LinearPacker(model, Packing(**packing))
-    packer.pack(model, set() if owned is None else owned, every=True)
+    packer = LinearPacker(model, Packing(**packing), set() if owned is None else owned)
+    packer.pack(model)
     return packer
 
 
@@ -55,7 +55,8 @@ def test_a_packed_layer_computes_what_the_plain_one_did(kind: str, dtype: torch.
     assert (found.shape, found.dtype) == ((1, 9, 40), dtype)
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=rounding)
-    assert packer.nbytes == 72 * 40 * dtype.itemsize
+    # Filled up to whole blocks.
+    assert 72 * 40 * dtype.itemsize <= packer.nbytes <= 128 * 64 * dtype.itemsize
     assert packer.n_packed == 1
 
 
@@ -162,36 +163,50 @@ def test_tokens_over_packed_weights_are_those_of_generate(tmp_path: Path, name: 
     assert not any("forward" in vars(module) for module in engine._runner.model.modules())
 
 
-def test_weights_that_must_be_copied_are_packed_at_once_and_others_when_the_model_is_hot(llama: TinyModel):
-    engine = make_engine(llama, dtype="bfloat16")
-    layers = list(packable(engine._runner.model))
-    assert packer_of(engine).n_packed == len(layers)
-    assert engine.stats().packed_nbytes == sum(layer.weight.numel() * 2 for layer in layers)  # type: ignore[operator, union-attr]
+def until_packed(engine: LLMEngine) -> None:
+    """Keep the engine busy until nothing is left to be packed."""
+    for number in range(1000):
+        engine.add(request(f"busy-{number}", [1, 2, 3], 4))
+        drain(engine)
+        thread = packer_of(engine)._thread
+        assert thread is not None
+        thread.join(0.01)
+        if packer_of(engine).ended:
+            return
+    raise AssertionError("it takes too long")
 
+
+def test_a_model_is_packed_when_it_is_hot_and_its_lent_weights_are_left_alone(llama: TinyModel):
     engine = make_engine(llama, pack_after=3)
+    layers = list(packable(engine._runner.model))
     engine.add(request("a", [1, 2, 3], 30))
     for _ in range(3):
         engine.step()
-        assert packer_of(engine)._thread is None
+    assert packer_of(engine)._thread is None
     assert engine.stats().packed_nbytes == 0
-    engine.step()
-    thread = packer_of(engine)._thread
-    assert thread is not None
-    thread.join(60)
-    engine.step()
-    assert packer_of(engine).ended
+    assert drain(engine, [])["a"] == llama.generate([1, 2, 3], 30)[3:]
+    until_packed(engine)
     assert packer_of(engine).n_packed == len(layers)
-    nbytes = engine.stats().packed_nbytes
-    assert nbytes == sum(layer.weight.nbytes for layer in packable(engine._runner.model))  # type: ignore[union-attr, misc]
+    plain = sum(layer.weight.nbytes for layer in layers)  # type: ignore[union-attr, misc]
+    assert plain <= engine.stats().packed_nbytes <= 3 * plain
     # What is lent is still served from, by whoever asks for a weight.
-    assert {layer.weight.data_ptr() for layer in packable(engine._runner.model)} <= {  # type: ignore[operator, union-attr]
+    assert {layer.weight.data_ptr() for layer in layers} <= {  # type: ignore[operator, union-attr]
         tensor.data_ptr() for tensor in llama.tensors.values()
     }
     engine.add(request("b", [7, 8], 20))
-    answers = drain(engine)
-    assert answers["b"] == llama.generate([7, 8], 20)
+    assert drain(engine) == {"b": llama.generate([7, 8], 20)}
     engine.close()
     assert engine.stats().packed_nbytes == 0
+
+
+def test_weights_that_were_converted_give_way_to_the_packed_ones(llama: TinyModel):
+    engine = make_engine(llama, dtype="bfloat16", pack_after=0, pack_memory=1)
+    layers = list(packable(engine._runner.model))
+    until_packed(engine)
+    assert packer_of(engine).n_packed == len(layers)
+    assert all(layer.weight.is_meta and layer.weight.dtype == torch.bfloat16 for layer in layers)  # type: ignore[union-attr]
+    assert not engine._runner._owned & {parameter.data_ptr() for parameter in llama.tensors.values()}
+    engine.close()
 
 
 def test_an_answer_goes_on_unchanged_while_layers_are_exchanged_under_it(llama: TinyModel):
@@ -218,9 +233,7 @@ def test_packed_weights_take_no_more_memory_than_they_may(llama: TinyModel, when
     engine.add(request("a", [1, 2, 3], 3))
     drain(engine)
     if when == "auto":
-        thread = packer_of(engine)._thread
-        assert thread is not None
-        thread.join(60)
+        until_packed(engine)
     engine.add(request("b", [1, 2, 3], 12))
     assert drain(engine) == {"b": llama.generate([1, 2, 3], 12)}
     assert 0 < engine.stats().packed_nbytes <= limit
