@@ -177,6 +177,9 @@ class Backend(Protocol):
 
     name: str
 
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch) -> None:
+        """Write `key` (1, Hkv, T, Dk) and `value` (1, Hkv, T, Dv) of the batch's tokens into the cache of one layer."""
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch, options: AttentionOptions) -> Tensor:
         """`query` (1, Hq, T, Dk), `keys` (n_blocks, block_size, Hkv, Dk), `values` (.., Dv) -> (1, T, Hq, Dv).
 
@@ -206,8 +209,7 @@ class PagedBatch:
     ) -> Tensor:
         del others
         keys, values = self._caches[_layer(module)]
-        keys.flatten(0, 1).index_copy_(0, self._batch.new_slots, key[0].transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, self._batch.new_slots, value[0].transpose(0, 1))
+        self._backend.store(key, value, keys, values, self._batch)
         return self._backend.attend(query, keys, values, self._batch, options)
 
 
@@ -259,7 +261,15 @@ def make_backend(name: str, device: torch.device) -> Backend:
     return NumbaBackend()
 
 
-class SdpaBackend:
+class TorchStore:
+    """Writes keys and values into the cache by torch."""
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: PackedBatch) -> None:
+        keys.flatten(0, 1).index_copy_(0, batch.new_slots, key[0].transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, batch.new_slots, value[0].transpose(0, 1))
+
+
+class SdpaBackend(TorchStore):
     """Gathers a sequence's blocks and gives them to torch's scaled dot-product attention, one sequence at a time.
 
     A sequence's result does not depend on its neighbours, but, in its last bits, on how many of its rows come at once.

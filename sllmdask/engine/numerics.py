@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,8 +34,7 @@ def numerics_id(device: torch.device, dtype: torch.dtype, mode: str) -> str:
 
     ``cpu/AVX512-1f3a9c02/bfloat16/torch-2.13.0/transformers-5.23.0/numba-0.65.1/deterministic``.
     """
-    versions = (f"{name}-{importlib.metadata.version(name)}" for name in _LIBRARIES)
-    return "/".join((device.type, _processor(device), str(dtype).removeprefix("torch."), *versions, mode))
+    return "/".join((device.type, _processor(device), str(dtype).removeprefix("torch."), *_versions(), mode))
 
 
 def refuse_batch_dependence(skeleton: Skeleton) -> None:
@@ -96,6 +96,12 @@ def _even(n_numbers: int, n_threads: int) -> int:
         n_numbers = even
 
 
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, ...]:
+    return tuple(f"{name}-{importlib.metadata.version(name)}" for name in _LIBRARIES)
+
+
+@lru_cache(maxsize=8)
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

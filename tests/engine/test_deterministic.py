@@ -34,8 +34,6 @@ class Recorder:
 
     def __init__(self, engine: LLMEngine) -> None:
         self.rows: dict[tuple[str, int], bytes] = {}
-        #: How often a row was computed again after its sequence had lost its blocks.
-        self.n_again = 0
         self._forward = engine._runner.forward
         engine._runner.forward = self._record  # type: ignore[method-assign]
 
@@ -44,7 +42,6 @@ class Recorder:
         for chunk, row in zip((chunk for chunk in chunks if chunk.samples), logits, strict=True):
             key = (chunk.sequence.request_id, chunk.stop)
             found = row.contiguous().view(torch.uint8).numpy().tobytes()
-            self.n_again += key in self.rows
             assert self.rows.setdefault(key, found) == found
         return logits
 

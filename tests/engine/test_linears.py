@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sllmdask.engine.engine import LLMEngine, build_engine
 from sllmdask.engine.linears import LinearPacker, PackedLinear, Packing, can_pack, matrices_outside, packable
+from sllmdask.errors import DeterminismUnavailable
 from tests.engine.models import CONFIGS, TinyModel, drain, make_engine, make_model, prompts, request, settings
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
@@ -81,9 +82,33 @@ def test_no_rows_give_no_rows(shape: tuple[int, ...]):
     assert layer(torch.zeros(shape)).shape == expected
 
 
-def test_dtypes_that_cannot_be_packed_are_known():
-    assert not can_pack(torch.float64)
-    assert not can_pack(torch.int8)
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    can_pack.cache_clear()
+    yield
+    can_pack.cache_clear()
+
+
+def test_a_dtype_that_cannot_be_packed_is_told_of_once(asked_anew: None, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "sllmdask"):
+        assert [can_pack(torch.float64), can_pack(torch.float64)] == [False, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        "weights are not packed: dtype=torch.float64 cause=not for this dtype, or built without oneDNN"
+    ]
+
+
+def test_where_packed_products_are_wrong_layers_stay_plain_and_no_bits_are_promised(
+    llama: TinyModel, asked_anew: None, monkeypatch: pytest.MonkeyPatch
+):
+    original = PackedLinear._product
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, rows: original(self, rows).flip(-1))
+    assert not can_pack(torch.float32)
+    engine = make_engine(llama, pack_weights="always")
+    engine.add(request("a", [1, 2, 3], 6))
+    assert drain(engine) == {"a": llama.generate([1, 2, 3], 6)}
+    assert engine.stats().packed_nbytes == 0
+    with pytest.raises(DeterminismUnavailable, match="cannot pack"):
+        make_engine(llama, deterministic=True)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from numba.core.cgutils import ir
 from torch import Tensor
 
 from sllmdask.compiling import instruction, kernel
-from sllmdask.engine.attention import AttentionOptions, PackedBatch, Span
+from sllmdask.engine.attention import AttentionOptions, PackedBatch, Span, TorchStore
 
 #: Keys of one chunk, floats of one vector, rows that are computed at a time, and floats that the values of a row are padded to.
 _CHUNK, _LANES, _ROWS, _PADDING = 32, 16, 4, 32
@@ -492,7 +492,7 @@ def _attend(
 # --- the backend -----------------------------------------------------------------------------------------------------
 
 
-class NumbaBackend:
+class NumbaBackend(TorchStore):
     """The kernel over all sequences, divided between torch's threads. For float32 and bfloat16 in contiguous caches."""
 
     name = "numba"
