@@ -176,6 +176,17 @@ class EngineSettings(Frozen):
     #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker
     #: started by hand, which does not know its neighbours.
     n_threads: int = Field(default=0, ge=0)
+    #: What computes attention: ``auto`` is the fastest for the device.
+    attention: Literal["auto", "sdpa", "numba"] = "auto"
+    #: Whether a request's logits have the same bits alone, in any batch, and computed again. CPU only.
+    deterministic: bool = False
+    #: Whether linear layers run over weights rearranged for the matrix library, on a CPU. ``always``: from the first token on;
+    #: ``auto``: rearranged in the background when the model is hot.
+    pack_weights: Literal["auto", "always", "never"] = "auto"
+    #: Steps with work after which a model is hot.
+    pack_after: int = Field(default=32, ge=0, le=MAX_COUNT)
+    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then.
+    pack_memory: Bytes = Field(default=0, ge=0)
 
 
 class WorkerSettings(Frozen):

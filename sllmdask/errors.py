@@ -2,7 +2,8 @@
 
     SllmError
     ├── ConfigError                 the operator: a file, a flag or an environment variable is wrong
-    │   └── PortInUse
+    │   ├── PortInUse
+    │   └── DeterminismUnavailable
     ├── CheckpointError             the operator: the files of a model are wrong
     │   ├── CheckpointNotFound
     │   ├── CheckpointCorrupt
@@ -92,6 +93,22 @@ class PortInUse(ConfigError):
     @property
     def message(self) -> str:
         return f"Port {self.port} on {self.host} is taken by another program. Choose another with --port, or stop that program."
+
+
+class DeterminismUnavailable(ConfigError):
+    """``DeterminismUnavailable(reason)``: ``engine.deterministic`` asks for bits that this machine does not keep."""
+
+    def __init__(self, reason: str) -> None:
+        SllmError.__init__(self, reason)
+        self.reason = reason
+        self.param = "deterministic"
+
+    @property
+    def message(self) -> str:
+        return (
+            f"engine.deterministic cannot be kept here: {self.reason}. "
+            "Set it to false, or run the model on a worker where it can be kept."
+        )
 
 
 class CheckpointError(SllmError):

@@ -291,6 +291,7 @@ def every_error() -> list[SllmError]:
         errors.SllmError("something"),
         errors.ConfigError("bad", "key"),
         errors.PortInUse("127.0.0.1", 1),
+        errors.DeterminismUnavailable("gone"),
         errors.CheckpointError("bad files"),
         errors.CheckpointNotFound("/x", "no such directory"),
         errors.CheckpointCorrupt("a.safetensors", "w", "truncated"),

@@ -17,6 +17,7 @@ EXAMPLES: list[SllmError] = [
     errors.ConfigError("port is missing", "server.port"),
     errors.ConfigError("two settings contradict each other"),
     errors.PortInUse("127.0.0.1", 8343),
+    errors.DeterminismUnavailable("the processor has no bfloat16"),
     errors.CheckpointError("the files are wrong"),
     errors.CheckpointNotFound("/models/qwen", "there is no such directory"),
     errors.CheckpointCorrupt("model.safetensors", "lm_head.weight", "it ends early"),

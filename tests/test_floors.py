@@ -17,6 +17,7 @@ import sllmdask
 ROOT = Path(sllmdask.__file__).parent
 
 FLOOR = {
+    "compiling": 1,
     "errors": 1,
     "units": 1,
     "config": 2,
@@ -45,7 +46,7 @@ ALLOWED = {
     "distributed": {"actors", "cluster"},
     "huggingface_hub": {"loader/remote.py"},
     "llguidance": {"engine/grammar.py"},
-    "numba": {"loader"},
+    "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},
     "pydantic": {"config"},

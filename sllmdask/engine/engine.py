@@ -33,6 +33,7 @@ from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
 from sllmdask.engine.grammar import GrammarCompiler
+from sllmdask.engine.linears import Packing
 from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
@@ -87,6 +88,10 @@ class EngineStats:
     n_preemptions: int
     #: Seconds of the first step with work, the wait for weights on their way included; ``None`` before it.
     first_step_s: float | None = None
+    #: Bytes of weights that are packed for the matrix library, in whole or in part beside the plain ones.
+    packed_nbytes: int = 0
+    #: What decides on the bits of its results: :func:`sllmdask.engine.numerics.numerics_id`.
+    numerics_id: str = ""
 
     def as_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,7 +117,8 @@ def build_engine(
     first pass follows the bytes layer by layer. Tensors of another dtype are converted as they come. A load that fails makes
     :meth:`LLMEngine.step` raise its error.
 
-    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`;
+    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`
+    (:class:`DeterminismUnavailable` where ``settings.deterministic`` cannot be promised);
     with `wait` given, what only shows when the first layers run is raised by the first step.
     """
     config = read_config(checkpoint_dir)
@@ -128,6 +134,9 @@ def build_engine(
         kv_memory=settings.kv_memory,
         wait=wait,
         construct_s=time.perf_counter() - started if skeleton is None else 0.0,
+        attention=settings.attention,
+        packing=Packing(settings.pack_weights, settings.pack_after, settings.pack_memory),
+        deterministic=settings.deterministic,
     )
     eos_token_ids = read_eos_token_ids(checkpoint_dir, config)
     grammars = GrammarCompiler(checkpoint_dir, runner.vocab_size, eos_token_ids)
@@ -261,6 +270,8 @@ class LLMEngine:
             n_output_tokens=self._n_output_tokens,
             n_preemptions=self._scheduler.n_preemptions,
             first_step_s=self._first_step_s,
+            packed_nbytes=self._runner.packed_nbytes,
+            numerics_id=self._runner.numerics_id,
         )
 
     def close(self) -> None:

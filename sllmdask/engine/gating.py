@@ -23,6 +23,9 @@ from sllmdask.errors import Cancelled, EngineError, LoadFailed, SllmError
 #: Blocks until the tensors of these names in the checkpoint are there; raises what the load has failed of.
 Wait = Callable[[Collection[str]], None]
 
+#: Makes a module ready to run, once its weights are there.
+Prepare = Callable[[torch.nn.Module], None]
+
 
 class ArrivalGate:
     """Holds each module of `filling` back until its weights are there.
@@ -30,12 +33,17 @@ class ArrivalGate:
     :param wait: called in a thread of the gate's own, for one stage after the other
     :param convert: puts a piece into the model, on that thread, before its stage opens
     :param source: names the checkpoint in errors
+    :param prepare: does what is left to do for a module, on that thread, before its stage opens
     """
 
-    def __init__(self, filling: Filling, wait: Wait, convert: Callable[[Piece], None], source: str) -> None:
+    def __init__(
+        self, filling: Filling, wait: Wait, convert: Callable[[Piece], None], source: str, prepare: Prepare | None = None
+    ) -> None:
         self._wait = wait
         self._convert = convert
         self._source = source
+        self._prepare = prepare
+        self._modules = filling.modules
         self._awaited = filling.awaited
         self._pieces = list(filling.pieces)
         #: How many stages are open.
@@ -102,6 +110,8 @@ class ArrivalGate:
                     for piece in self._pieces[stage]:
                         self._convert(piece)
                     self._pieces[stage] = ()
+                    if self._prepare is not None:
+                        self._prepare(self._modules[stage])
                 with self._changed:
                     self._n_open = stage + 1
                     self._changed.notify_all()

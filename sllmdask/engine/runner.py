@@ -11,24 +11,41 @@ import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.scheduler import Chunk
-from sllmdask.engine.attention import NAME, LayerShape, PagedBatch, Span, attending
+from sllmdask.engine.attention import NAME, Backend, LayerShape, PackedBatch, PagedBatch, Span, attending, make_backend
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
 from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.gating import ArrivalGate, Wait
-from sllmdask.errors import ConfigError, UnsupportedArchitecture
+from sllmdask.engine.linears import LinearPacker, Packing, can_pack
+from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
+from sllmdask.engine.slots import SlotTables
+from sllmdask.errors import ConfigError, DeterminismUnavailable, UnsupportedArchitecture
 from sllmdask.units import format_bytes
 
 #: What the check after loading runs and compares. Where kinds of attention alternate, two are seen.
 _N_CHECKED_TOKENS, _N_CHECKED_KINDS = 8, 2
+#: Rows that the check of the deterministic mode computes together and one by one: more than one register block, and odd.
+_N_COMPARED_ROWS = 17
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """One forward pass: packed tokens with their positions, where they attend, and the rows whose logits are wanted."""
+
+    ids: list[int]
+    positions: list[int]
+    batch: PackedBatch
+    rows: list[int]
 
 
 class ModelRunner:
@@ -37,6 +54,9 @@ class ModelRunner:
     :param skeleton: the model; the runner's own until :meth:`close`
     :param wait: where the bytes of `tensors` are still arriving, blocks until those of these names are there
     :param construct_s: seconds that making the skeleton took, for :attr:`build_times`
+    :param attention: the backend, by its name in :func:`make_backend`
+    :param packing: whether, and when, linear layers run over packed weights
+    :param deterministic: a row's bits shall not depend on what else is in the batch, nor on how its sequence was cut
     """
 
     def __init__(
@@ -51,8 +71,14 @@ class ModelRunner:
         dtype: str = "auto",
         wait: Wait | None = None,
         construct_s: float = 0.0,
+        attention: str = "auto",
+        packing: Packing | None = None,
+        deterministic: bool = False,
     ) -> None:
-        """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small."""
+        """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small.
+
+        :class:`DeterminismUnavailable` if `deterministic` cannot be promised here.
+        """
         started = time.perf_counter()
         self.family: FamilyInfo = skeleton.family
         self.device = device
@@ -73,20 +99,38 @@ class ModelRunner:
         self._gate: ArrivalGate | None = None
         self._checked = False
         self.caches: list[tuple[Tensor, Tensor]] = []
+        self._tables = SlotTables(block_size)
+        self._deterministic = deterministic
+        self._packing = self._choose_packing(packing or Packing())
+        #: Addresses of weights that were made here, for one name alone: nobody misses them when they are packed.
+        self._owned: set[int] = set()
+        self._packer = LinearPacker(self._model, self._packing, self._owned)
+        self._even = EvenActivations(self._model) if deterministic else None
+        self._n_steps = 0
+        self.backend: Backend = make_backend("numba" if deterministic else attention, device)
+        mode = "deterministic" if deterministic else f"{self.backend.name}-{self._packing.mode}"
+        self.numerics_id = numerics_id(device, self.dtype, mode)
         try:
             filling = skeleton.fill(checkpoint_dir, tensors, self.dtype, device)
             self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, str(checkpoint_dir))
+                self._gate = ArrivalGate(filling, wait, self._convert, str(checkpoint_dir), self._pack)
             else:
                 for piece in (piece for pieces in filling.pieces for piece in pieces):
                     self._convert(piece)
+                for module in filling.modules:
+                    self._pack(module)
             self.build_times = BuildTimes(construct_s, time.perf_counter() - started, None)
             if wait is None:
                 self.settle()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of packed weights."""
+        return self._packer.nbytes
 
     @property
     def model(self) -> torch.nn.Module:
@@ -106,6 +150,8 @@ class ModelRunner:
             self._gate.raise_failure()
         if not self._checked:
             self._check_first_layers()
+            if self._deterministic:
+                self._check_determinism()
             self._checked = True
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()
@@ -129,49 +175,89 @@ class ModelRunner:
 
         `n_rows`: of how many of its last tokens each chunk gives a row, where it is not that.
         """
+        self._pack_when_hot()
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
+        tables: list[np.ndarray[Any, Any]] = []
         last_rows: list[int] = []
         for i, chunk in enumerate(chunks):
             ids += chunk.sequence.token_ids(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
-            slots = self._slots(chunk.sequence.block_table, chunk.stop)
-            spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots))
+            blocks, slots = self._tables.find(chunk.sequence, chunk.sequence.block_table, chunk.stop)
+            spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots, self.device))
+            tables.append(blocks)
             n = n_rows[i] if n_rows else int(chunk.samples)
             last_rows += range(len(ids) - n, len(ids))
-        return self._run(ids, positions, spans, last_rows)
+        return self._run(StepInputs(ids, positions, PackedBatch(spans, tables, self.block_size, self.device), last_rows))
 
     def close(self) -> None:
         """Let go of every tensor: the host memory behind the parameters may be used for something else now."""
         if self._gate is not None:
             self._gate.close()
             self._gate = None
+        self._packer.close()
+        if self._even is not None:
+            self._even.close()
+        self.backend.close()
         self._skeleton.empty()
         self.caches.clear()
+        self._tables.clear()
+        self._owned.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _convert(self, piece: Piece) -> None:
         dtype = self.dtype if piece.tensor.is_floating_point() else piece.tensor.dtype
-        self._skeleton.place(piece.tensor.to(self.device, dtype), piece.names)
+        converted = piece.tensor.to(self.device, dtype)
+        self._skeleton.place(converted, piece.names)
+        if len(piece.names) == 1:
+            self._owned.add(converted.data_ptr())
 
-    def _slots(self, block_table: Sequence[int], n_tokens: int) -> Tensor:
-        """(n_tokens,) cache slots of a sequence's tokens."""
-        blocks = torch.tensor(block_table[: blocks_for(n_tokens, self.block_size)], device=self.device)
-        offsets = torch.arange(self.block_size, device=self.device)
-        return (blocks[:, None] * self.block_size + offsets).flatten()[:n_tokens]
+    def _choose_packing(self, packing: Packing) -> Packing:
+        """What of `packing` can be had on this device. Raises what the deterministic mode is refused with."""
+        if self._deterministic:
+            if self.device.type != "cpu":
+                raise DeterminismUnavailable(f"{self.device.type} chooses its kernels by the size of the batch")
+            refuse_batch_dependence(self._skeleton)
+            if not can_pack(self.dtype):
+                raise DeterminismUnavailable(f"torch cannot pack weights of {self.dtype} on this processor")
+            return replace(packing, mode="always", invariant=True)
+        if self.device.type != "cpu" or packing.mode == "never" or not can_pack(self.dtype):
+            return replace(packing, mode="never")
+        return packing
 
-    def _run(self, ids: list[int], positions: list[int], spans: list[Span], rows: list[int]) -> Tensor:
-        new_slots = torch.cat([span.slots[span.n_past :] for span in spans])
-        with attending(PagedBatch(self.caches, new_slots, spans)):
+    def _pack(self, module: torch.nn.Module) -> None:
+        """Pack what is to be packed before `module` runs for the first time."""
+        if self._packing.mode == "always":
+            self._packer.pack(module)
+
+    def _pack_when_hot(self) -> None:
+        """Begin to pack, once that pays, and use what has been packed since the last step."""
+        if self._packing.mode != "auto":
+            return
+        self._n_steps += 1
+        if self._n_steps > self._packing.after_steps and self.settled:
+            self._packer.start()
+            self._packer.install()
+
+    def _run(self, step: StepInputs) -> Tensor:
+        with attending(PagedBatch(self.caches, step.batch, self.backend)):
             output = self._model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device),
+                input_ids=torch.tensor([step.ids], device=self.device),
+                position_ids=torch.tensor([step.positions], device=self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
+                logits_to_keep=torch.tensor(step.rows, dtype=torch.long, device=self.device),
             )
         return cast(Tensor, output.logits)[0]
+
+    def _run_alone(self, ids: list[int], start: int, stop: int, rows: list[int]) -> Tensor:
+        """Tokens `start`..`stop` of a sequence that has the cache to itself, in blocks from its end."""
+        blocks = np.arange(blocks_for(len(ids), self.block_size), 0, -1, dtype=np.int64)
+        slots = torch.from_numpy((blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[:stop])
+        table = blocks[: blocks_for(stop, self.block_size)].astype(np.int32)
+        batch = PackedBatch([Span(0, stop - start, start, slots, self.device)], [table], self.block_size, self.device)
+        return self._run(StepInputs(ids[start:stop], list(range(start, stop)), batch, rows))
 
     def _check_first_layers(self) -> None:
         """Compare the attention over the cache, in two chunks, with transformers' own eager attention, in one layer of each kind.
@@ -198,15 +284,34 @@ class ModelRunner:
         self.build_times = replace(self.build_times, check_s=time.perf_counter() - started - waited_s)
 
     def _paged_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
-        blocks = list(range(blocks_for(len(ids), self.block_size), 0, -1))
+        # A prompt, a chunk after it, and a token alone: they may run different code.
+        cuts = sorted({0, len(ids) // 2, max(len(ids) - 1, 0), len(ids)})
         chunks: list[list[Tensor]] = []
-        for start, stop in ((0, len(ids) // 2), (len(ids) // 2, len(ids))):
-            if start < stop:
-                span = Span(0, stop - start, start, self._slots(blocks, stop))
-                with _first_outputs(modules) as outputs:
-                    self._run(ids[start:stop], list(range(start, stop)), [span], [0])
-                chunks.append(outputs)
+        for start, stop in pairwise(cuts):
+            with _first_outputs(modules) as outputs:
+                self._run_alone(ids, start, stop, [0])
+            chunks.append(outputs)
         return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]
+
+    def _check_determinism(self) -> None:
+        """Compute logits of a few tokens together, in chunks, and one by one, through one layer of each kind: with equal bits.
+
+        Raises :class:`DeterminismUnavailable`.
+        """
+        n_rows = min(_N_COMPARED_ROWS, self.n_blocks * self.block_size, self.family.max_model_len)
+        cuts = sorted({min(row, n_rows) for row in (0, 2, 5, 9, _N_COMPARED_ROWS)})
+        ids = [(11 * i + 3) % self.vocab_size for i in range(n_rows)]
+        with torch.inference_mode(), self._skeleton.one_of_each_kind():
+            together = self._run_alone(ids, 0, n_rows, list(range(n_rows)))
+            cut = torch.cat([self._run_alone(ids, start, stop, list(range(stop - start))) for start, stop in pairwise(cuts)])
+            alone = torch.cat([self._run_alone(ids, row, row + 1, [0]) for row in range(n_rows)])
+        if self._packer.full:
+            raise DeterminismUnavailable("not all packed weights fit into engine.pack_memory beside the plain ones")
+        one, others = together.view(torch.uint8), (cut.view(torch.uint8), alone.view(torch.uint8))
+        n_different = max(int((one != other).any(dim=-1).sum()) for other in others)
+        if n_different:
+            reason = f"on this processor {n_different} of {n_rows} rows have other bits alone than together"
+            raise DeterminismUnavailable(reason)
 
     def _plain_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
         self._model.set_attn_implementation("eager")

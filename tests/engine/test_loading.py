@@ -172,13 +172,13 @@ def test_a_model_that_differs_from_what_we_think_is_found_before_it_answers(llam
 
     from sllmdask.engine import attention
 
-    make_engine(llama)
+    make_engine(llama, attention="sdpa")
     original = attention.dot_product_attention
     monkeypatch.setattr(
         attention, "dot_product_attention", lambda q, k, v, options, mask: original(q, k, v, replace(options, scaling=1.0), mask)
     )
     with pytest.raises(UnsupportedArchitecture, match="layer 0"):
-        make_engine(llama)
+        make_engine(llama, attention="sdpa")
     monkeypatch.undo()
     monkeypatch.setattr(LlamaAttention, "forward", lambda _, hidden_states, **__: (hidden_states, None))
     with pytest.raises(UnsupportedArchitecture, match="0 of its 3 layers"):

@@ -171,7 +171,7 @@ def test_the_first_layers_are_checked_before_a_token_is_given(llama: TinyModel, 
     monkeypatch.setattr(
         attention, "dot_product_attention", lambda q, k, v, options, mask: original(q, k, v, replace(options, scaling=1.0), mask)
     )
-    engine = reader.engine()
+    engine = reader.engine(attention="sdpa")
     engine.add(request("a", [1, 2, 3], 3))
     with reader.delivering(list(llama.tensors)), pytest.raises(UnsupportedArchitecture, match="layer 0"):
         engine.step()
