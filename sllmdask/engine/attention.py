@@ -26,7 +26,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "sllm_paged"
 
 #: Arguments of the interface that change nothing here: dropout is off, and positions are in the batch.
-_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class AttentionOptions:
     sliding_window: int | None = None
     #: Scores become ``softcap * tanh(score / softcap)``.
     softcap: float | None = None
+    #: (Hq,): one more score of each head, which takes its part of the softmax and has no value.
+    sinks: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,8 @@ class LayerProbe:
     def __init__(self) -> None:
         self.modules: dict[int, torch.nn.Module] = {}
         self.shapes: dict[int, LayerShape] = {}
+        #: Sliding windows, in tokens.
+        self.windows: dict[int, int | None] = {}
         #: What would change the result and is not implemented.
         self.unknown: set[str] = set()
 
@@ -159,7 +173,6 @@ class LayerProbe:
         options: AttentionOptions,
         others: Others,
     ) -> Tensor:
-        del options
         layer = _layer(module)
         if layer in self.shapes:
             self.unknown.add("two attentions in one layer")
@@ -168,6 +181,7 @@ class LayerProbe:
         self.unknown |= {name for name, given in others.items() if given is not None and name not in _HARMLESS}
         self.modules[layer] = module
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.windows[layer] = options.sliding_window
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -179,26 +193,42 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, options: At
     """
     _, n_heads, n_rows, _ = query.shape
     n_kv_heads = key.shape[1]
+    sinks = None if options.sinks is None else options.sinks.view(1, n_heads, 1, 1)
     if n_rows == 1:
         # One row sees everything, so the query heads of a group can be the rows of its one KV head: nothing is repeated.
         grouped = query.reshape(1, n_kv_heads, n_heads // n_kv_heads, -1)
-        output = _attend(grouped, key, value, options, None, causal=False)
+        sinks = None if sinks is None else sinks.view(1, n_kv_heads, n_heads // n_kv_heads, 1)
+        output = _attend(grouped, key, value, options, None, sinks, causal=False)
         return output.reshape(1, 1, n_heads, -1)
     if n_kv_heads != n_heads:
         key, value = (part.repeat_interleave(n_heads // n_kv_heads, 1) for part in (key, value))
-    return _attend(query, key, value, options, mask, causal=mask is None).transpose(1, 2)
+    return _attend(query, key, value, options, mask, sinks, causal=mask is None).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, mask: Tensor | None, *, causal: bool) -> Tensor:
-    if options.softcap is None:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: AttentionOptions,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """`sinks` are scores (1, H, n or 1, 1)."""
+    if options.softcap is None and sinks is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=options.scaling)
     scores = torch.matmul(query, key.transpose(2, 3)) * options.scaling
-    scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights if sinks is None else weights[..., :-1], value)
 
 
 def _layer(module: torch.nn.Module) -> int:
@@ -227,9 +257,10 @@ def _hook(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     context: AttentionContext | None = getattr(_this_thread, "context", None)
     if context is not None:
         return context.attend(module, query, key, value, options, others), None
@@ -240,7 +271,8 @@ def _hook(
         return dot_product_attention(query, key[:, :, first:], value[:, :, first:], options, mask), None
     n_repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(n_repeats, 1) for part in (key, value))
-    return _attend(query, key, value, options, attention_mask, causal=False).transpose(1, 2), None
+    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
+    return _attend(query, key, value, options, attention_mask, sinks, causal=False).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _hook)

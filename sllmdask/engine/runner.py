@@ -75,10 +75,17 @@ class ModelRunner:
         self.caches: list[tuple[Tensor, Tensor]] = []
         try:
             filling = skeleton.fill(checkpoint_dir, tensors, self.dtype, device)
+            #: Bytes of weights that are not the given tensors but copies of them: in another dtype, or fused.
+            self.copied_nbytes = filling.copied_nbytes
             self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, str(checkpoint_dir))
+                self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir))
             else:
+                for fusion in (fusion for fusions in filling.fusions for fusion in fusions):
+                    for name in fusion.sources:
+                        fusion.take(name)
+                    for name, tensor in fusion.finish().items():
+                        skeleton.place(tensor, (name,))
                 for piece in (piece for pieces in filling.pieces for piece in pieces):
                     self._convert(piece)
             self.build_times = BuildTimes(construct_s, time.perf_counter() - started, None)
@@ -150,8 +157,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def _convert(self, piece: Piece) -> None:
-        dtype = self.dtype if piece.tensor.is_floating_point() else piece.tensor.dtype
-        self._skeleton.place(piece.tensor.to(self.device, dtype), piece.names)
+        self._skeleton.place(piece.tensor.to(self.device, piece.dtype), piece.names)
 
     def _slots(self, block_table: Sequence[int], n_tokens: int) -> Tensor:
         """(n_tokens,) cache slots of a sequence's tokens."""
@@ -177,7 +183,7 @@ class ModelRunner:
         follows the attention that it looks at is not run, so that little memory is touched.
         """
         started, waited_s = time.perf_counter(), self._gate.waited_s if self._gate else 0.0
-        modules = self._skeleton.attention[:_N_CHECKED_KINDS]
+        modules = self._skeleton.checked[:_N_CHECKED_KINDS]
         n_tokens = min(_N_CHECKED_TOKENS, self.n_blocks * self.block_size, self.family.max_model_len)
         ids = [(7 * i + 1) % self.vocab_size for i in range(n_tokens)]
         with torch.inference_mode(), self._skeleton.one_of_each_kind():
@@ -200,7 +206,7 @@ class ModelRunner:
         for start, stop in ((0, len(ids) // 2), (len(ids) // 2, len(ids))):
             if start < stop:
                 span = Span(0, stop - start, start, self._slots(blocks, stop))
-                with _first_outputs(modules) as outputs:
+                with first_outputs(modules) as outputs:
                     self._run(ids[start:stop], list(range(start, stop)), [span], [0])
                 chunks.append(outputs)
         return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]
@@ -208,7 +214,7 @@ class ModelRunner:
     def _plain_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
         self._model.set_attn_implementation("eager")
         try:
-            with _first_outputs(modules) as outputs:
+            with first_outputs(modules) as outputs:
                 self._model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         finally:
             self._model.set_attn_implementation(NAME)
@@ -245,12 +251,12 @@ class _SeenEnough(Exception):
 
 
 @contextmanager
-def _first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+def first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
     """Collects the first output of each of `modules` inside the block, and ends the block after the last of them."""
     outputs: list[Tensor] = []
 
     def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0])
+        outputs.append(output[0] if isinstance(output, tuple) else output)
         if len(outputs) == len(modules):
             raise _SeenEnough
 
