@@ -64,6 +64,7 @@ class FrontDoor:
         """Everything that can be wrong with the request itself is found before the first byte of an answer."""
         ask = read(await exchange.read_json(request))
         tokenizer = await self._gateway.tokenizer(ask.model)
+        ask = ask.with_defaults(tokenizer.sampling_defaults)
         if ask.n_chars > LONG_PROMPT_CHARS:
             prompts = await asyncio.to_thread(ask.tokenise, tokenizer)
         else:
