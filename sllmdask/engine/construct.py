@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 
 #: Names that checkpoints keep although transformers has renamed the parameter (GPT-NeoX).
 _RENAMED = {"embed_out.weight": "lm_head.weight"}
+
+#: What a modelling file of transformers imports if its models hide tokens beyond a window by a mask.
+_WINDOW_MASKS = {"create_chunked_causal_mask", "create_masks_for_generate", "create_sliding_window_causal_mask"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -358,6 +362,8 @@ def _make_skeleton(family: FamilyInfo, config: Mapping[str, Any], model_class: A
     if stated_window(config) is None and not family.tested:
         # What its class takes for granted.
         family = replace(family, max_model_len=stated_window(text_config.to_dict()) or family.max_model_len)
+    if not family.tested and attention != NAME:
+        family = replace(family, max_model_len=int(min(family.max_model_len, _unmasked_window(model_class, text_config))))
     if family.long_after is not None and attention != NAME:
         family = replace(family, max_model_len=min(family.max_model_len, family.long_after), long_after=None)
     return Skeleton(family, model, _config_key(config), paged=attention == NAME)
@@ -466,16 +472,29 @@ def _nothing_depends_on_values(model: torch.nn.Module) -> Iterator[None]:
             module.rope_type = rope_type
 
 
+def _windowed(config: Any) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    return "sliding_attention" in layer_types if layer_types else bool(getattr(config, "sliding_window", None))
+
+
+def _unmasked_window(model_class: type, config: Any) -> float:
+    """Tokens up to which a model with sliding windows computes the same with and without them.
+
+    Where transformers has no mask for the windows, it leaves them to a cache that forgets, so that what a token sees depends on
+    how the prompt was cut into chunks.
+    """
+    made = vars(sys.modules[model_class.__module__]).keys() & _WINDOW_MASKS
+    return math.inf if made or not _windowed(config) else int(config.sliding_window)
+
+
 def _check_masks(architecture: str, config: Any, windows: Iterable[int | None]) -> None:
     """Refuse an architecture that nobody has tested if its masks may hide tokens in a way of which its attention is not told.
 
     The interface is told of sliding windows; chunks and others are in the mask alone, which the paged cache does not see, and a
     difference would show only in prompts that are longer than those of the check after loading.
     """
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    has_windows = "sliding_attention" in layer_types if layer_types else bool(getattr(config, "sliding_window", None))
-    others = layer_types - {"full_attention", "sliding_attention"}
-    if others or getattr(config, "attention_chunk_size", None) or (has_windows and not any(windows)):
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or getattr(config, "attention_chunk_size", None) or (_windowed(config) and not any(windows)):
         raise UnsupportedArchitecture(architecture, "which tokens it sees is in masks that the paged cache does not know of")
 
 

@@ -112,7 +112,10 @@ class ModelRunner:
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()
         if not self._checked:
-            self._check_first_layers()
+            try:
+                self._check_first_layers()
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UnsupportedArchitecture(self.family.architecture, f"its forward pass fails ({error})") from error
             self._checked = True
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()

@@ -224,6 +224,27 @@ def test_an_architecture_that_nobody_has_tested_is_run_as_far_as_it_can_be(tmp_p
     assert drain(engine) == {str(i): model.generate(prompt, 12) for i, prompt in enumerate(asked)}
 
 
+def test_a_window_that_only_a_forgetful_cache_knows_of_is_where_the_model_ends(tmp_path: Path):
+    config = {**_SMALL, "ffn_dim": 96, "sliding_window": 24, "num_codebooks": 2}
+    del config["intermediate_size"], config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]
+    model = save_model(tmp_path, "MoshiForCausalLM", config)
+    engine = make_engine(model, max_batch_tokens=8)
+    assert engine.max_model_len == 24
+    asked = prompts(3, 5, 12)
+    for i, prompt in enumerate(asked):
+        engine.add(request(str(i), prompt, 10))
+    assert drain(engine) == {str(i): model.generate(prompt, 10) for i, prompt in enumerate(asked)}
+
+
+def test_a_model_whose_forward_pass_fails_is_refused_and_not_served(tmp_path: Path):
+    config = {**_SMALL, "is_decoder": True}
+    del config["num_key_value_heads"]
+    # It counts positions from its padding token, and has none.
+    model = save_model(tmp_path, "RobertaForCausalLM", config)
+    with pytest.raises(UnsupportedArchitecture, match="fails"):
+        make_engine(model)
+
+
 @pytest.mark.parametrize(
     ("architecture", "model_type", "config", "reason"),
     [
