@@ -34,6 +34,7 @@ _COMMON = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 
 _NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _MOE = {**_GROUPED, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 _MLA = {
     **_COMMON,
@@ -67,8 +68,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "codegen": ("CodeGenForCausalLM", {**_OLD, "n_ctx": 512, "rotary_dim": 8}),
     "cohere": ("CohereForCausalLM", _GROUPED),
+    "cohere2": ("Cohere2ForCausalLM", {**_GROUPED, "sliding_window": 24, "layer_types": _ALTERNATING}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**_MLA, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**_MLA, "n_group": 2, "topk_group": 1}),
+    "exaone4": ("Exaone4ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "layer_types": _ALTERNATING}),
     "falcon": ("FalconForCausalLM", {**_FALCON, "alibi": False}),
     "falcon-alibi": ("FalconForCausalLM", {**_FALCON, "alibi": True, "parallel_attn": False}),
     "falcon-grouped": ("FalconForCausalLM", {**_FALCON, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -77,6 +80,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
     "glm": ("GlmForCausalLM", {**_GROUPED, "head_dim": 16}),
     "glm4": ("Glm4ForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**_MOE, "head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1}),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
     "gpt_neo": (
@@ -115,7 +119,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJForCausalLM", {**_OLD, "rotary_dim": 8}),
     "granite": ("GraniteForCausalLM", {**_GROUPED, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "granite_moe": ("GraniteMoeForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "helium": ("HeliumForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", {**_GROUPED, "head_dim": 16}),
     "llama": ("LlamaForCausalLM", _GROUPED),
     "llama3-rope": (
         "LlamaForCausalLM",
@@ -132,12 +138,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {**_GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ministral": ("MinistralForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "layer_types": _ALTERNATING}),
     "mistral": ("MistralForCausalLM", {**_GROUPED, "sliding_window": None}),
     "mistral-window": ("MistralForCausalLM", {**_GROUPED, "sliding_window": 24}),
     "mixtral": ("MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "mpt": ("MptForCausalLM", {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, **_NO_IDS}),
+    "nemotron": ("NemotronForCausalLM", _GROUPED),
     "olmo": ("OlmoForCausalLM", _GROUPED),
     "olmo2": ("Olmo2ForCausalLM", _GROUPED),
+    "olmo3": ("Olmo3ForCausalLM", {**_GROUPED, "sliding_window": 24, "layer_types": _ALTERNATING}),
     "olmoe": ("OlmoeForCausalLM", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("OPTForCausalLM", {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "phi": ("PhiForCausalLM", _COMMON),
