@@ -267,6 +267,8 @@ def _slices(group: Group, shape: torch.Size, tensors: Mapping[str, Tensor], chec
             stack_dim, join_dim = None, operations[0].dim
         case _:
             return None
+    if stack_dim == join_dim or min(stack_dim or 0, join_dim or 0) < 0:
+        return None
     ordered = [group.names[pattern] for pattern in group.converter.source_patterns]
     blocks = ordered if stack_dim is not None else [[name] for names in ordered for name in names]
     whole = torch.empty(shape, device="meta")
