@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -53,6 +54,8 @@ class FakeModel:
     state: str = "ready"
     max_model_len: int = 1024
     cold_start: str = "hit"
+    #: Of the model's ``generation_config.json``.
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     nbytes: int = 4 * 1024**2
     created: int = field(default_factory=lambda: int(time.time()))
     #: How far its loading is, as ``GET /admin/cluster`` tells it.
@@ -108,7 +111,9 @@ class FakeGateway:
 
     async def tokenizer(self, model: str) -> Tokenizer:
         openai.find_model(self.models(), model)
-        return byte_tokenizer()
+        tokenizer = copy.copy(byte_tokenizer())
+        tokenizer.sampling_defaults = self.deployed[model].sampling_defaults
+        return tokenizer
 
     def max_model_len(self, model: str) -> int:
         return self.deployed[model].max_model_len

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,6 +25,7 @@ from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
 from sllmdask.engine.engine import EngineThread, StepOutput, build_engine
+from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import (
@@ -409,6 +410,19 @@ class InstanceRegistry:
                 self._shelf.put(self._shelf.take(Path(path)))
 
         self._builder.submit(build)
+
+    async def examine(self, path: str, config: Mapping[str, Any]) -> FamilyInfo:
+        """Find out by building its structure whether a model of an architecture that nobody has tested can be run.
+
+        Raises :class:`UnsupportedArchitecture`.
+        """
+
+        def build() -> FamilyInfo:
+            skeleton = self._shelf.take(Path(path), config)
+            self._shelf.put(skeleton)
+            return skeleton.family
+
+        return await asyncio.get_running_loop().run_in_executor(self._builder, build)
 
     def put_aside(self, instance: Instance) -> None:
         """Keep the structure of a closed instance for the next one of its model."""

@@ -176,6 +176,9 @@ class SllmWorkerPlugin(WorkerPlugin):
             from sllmdask.engine.families import inspect_config
 
             family = await asyncio.to_thread(inspect_config, info.config)
+            if not family.tested:
+                family = await self.registry.examine(info.path, info.config)
+                logger.info("architecture is not tested, but can be run source=%s architecture=%s", source, family.architecture)
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
                 self._seen_on_disk(source)

@@ -34,7 +34,17 @@ T = TypeVar("T")
 NAME = "sllm_paged"
 
 #: Arguments of the interface that change nothing here: dropout is off, and positions are in the batch.
-_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
+)
 
 _CPU = torch.device("cpu")
 
@@ -219,6 +229,8 @@ class LayerProbe:
     def __init__(self) -> None:
         self.modules: dict[int, torch.nn.Module] = {}
         self.shapes: dict[int, LayerShape] = {}
+        #: Sliding windows, in tokens.
+        self.windows: dict[int, int | None] = {}
         #: What would change the result and is not implemented.
         self.unknown: set[str] = set()
 
@@ -231,7 +243,6 @@ class LayerProbe:
         options: AttentionOptions,
         others: Others,
     ) -> Tensor:
-        del options
         layer = _layer(module)
         if layer in self.shapes:
             self.unknown.add("two attentions in one layer")
@@ -240,6 +251,7 @@ class LayerProbe:
         self.unknown |= {name for name, given in others.items() if given is not None and name not in _HARMLESS}
         self.modules[layer] = module
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.windows[layer] = options.sliding_window
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 

@@ -29,6 +29,7 @@ from sllmdask.batching.scheduler import BatchScheduler, Chunk
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.choosing import Chooser
+from sllmdask.engine.compat import make_runner
 from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
@@ -124,7 +125,7 @@ def build_engine(
     config = read_config(checkpoint_dir)
     started = time.perf_counter()
     made = skeleton or build_skeleton(checkpoint_dir, config)
-    runner = ModelRunner(
+    runner = make_runner(
         made,
         checkpoint_dir,
         tensors,

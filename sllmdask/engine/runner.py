@@ -112,10 +112,17 @@ class ModelRunner:
         self.numerics_id = numerics_id(device, self.dtype, mode)
         try:
             filling = skeleton.fill(checkpoint_dir, tensors, self.dtype, device)
+            #: Bytes of weights that are not the given tensors but copies of them: in another dtype, or fused.
+            self.copied_nbytes = filling.copied_nbytes
             self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, str(checkpoint_dir), self._pack)
+                self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir), self._pack)
             else:
+                for fusion in (fusion for fusions in filling.fusions for fusion in fusions):
+                    for name in fusion.sources:
+                        fusion.take(name)
+                    for name, tensor in fusion.finish().items():
+                        skeleton.place(tensor, (name,))
                 for piece in (piece for pieces in filling.pieces for piece in pieces):
                     self._convert(piece)
                 for module in filling.modules:
@@ -149,7 +156,10 @@ class ModelRunner:
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()
         if not self._checked:
-            self._check_first_layers()
+            try:
+                self._check_first_layers()
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UnsupportedArchitecture(self.family.architecture, f"its forward pass fails ({error})") from error
             if self._deterministic:
                 self._check_determinism()
             self._checked = True
@@ -208,8 +218,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def _convert(self, piece: Piece) -> None:
-        dtype = self.dtype if piece.tensor.is_floating_point() else piece.tensor.dtype
-        converted = piece.tensor.to(self.device, dtype)
+        converted = piece.tensor.to(self.device, piece.dtype)
         self._skeleton.place(converted, piece.names)
         if len(piece.names) == 1:
             self._owned.add(converted.data_ptr())
@@ -266,7 +275,7 @@ class ModelRunner:
         follows the attention that it looks at is not run, so that little memory is touched.
         """
         started, waited_s = time.perf_counter(), self._gate.waited_s if self._gate else 0.0
-        modules = self._skeleton.attention[:_N_CHECKED_KINDS]
+        modules = self._skeleton.checked[:_N_CHECKED_KINDS]
         n_tokens = min(_N_CHECKED_TOKENS, self.n_blocks * self.block_size, self.family.max_model_len)
         ids = [(7 * i + 1) % self.vocab_size for i in range(n_tokens)]
         with torch.inference_mode(), self._skeleton.one_of_each_kind():
@@ -288,7 +297,7 @@ class ModelRunner:
         cuts = sorted({0, len(ids) // 2, max(len(ids) - 1, 0), len(ids)})
         chunks: list[list[Tensor]] = []
         for start, stop in pairwise(cuts):
-            with _first_outputs(modules) as outputs:
+            with first_outputs(modules) as outputs:
                 self._run_alone(ids, start, stop, [0])
             chunks.append(outputs)
         return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]
@@ -316,7 +325,7 @@ class ModelRunner:
     def _plain_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
         self._model.set_attn_implementation("eager")
         try:
-            with _first_outputs(modules) as outputs:
+            with first_outputs(modules) as outputs:
                 self._model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         finally:
             self._model.set_attn_implementation(NAME)
@@ -353,12 +362,12 @@ class _SeenEnough(Exception):
 
 
 @contextmanager
-def _first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+def first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
     """Collects the first output of each of `modules` inside the block, and ends the block after the last of them."""
     outputs: list[Tensor] = []
 
     def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0])
+        outputs.append(output[0] if isinstance(output, tuple) else output)
         if len(outputs) == len(modules):
             raise _SeenEnough
 

@@ -7,12 +7,13 @@ same point, so a request that moves or is resumed carries token ids only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sllmdask.engine.families import read_sampling_defaults
 from sllmdask.errors import CheckpointNotFound, InvalidRequest
 
 #: What a caller may hand to a chat template is its variables, not how the result is made.
@@ -50,14 +51,17 @@ def preload() -> None:
 class Tokenizer:
     """The tokenizer and the chat template of one checkpoint."""
 
-    def __init__(self, hf_tokenizer: Any) -> None:
+    def __init__(self, hf_tokenizer: Any, sampling_defaults: Mapping[str, Any] | None = None) -> None:
         self._hf = hf_tokenizer
+        #: How the checkpoint says that tokens are to be drawn where a request does not, by name of the parameter.
+        self.sampling_defaults: Mapping[str, Any] = sampling_defaults or {}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Read the tokenizer files in `path`; nothing is fetched and no code of the checkpoint is run.
 
         Raises :class:`CheckpointNotFound` if there is no directory, no tokenizer in it, or one that cannot be read.
+        :class:`CheckpointCorrupt` if its ``generation_config.json`` makes no sense.
         """
         if not Path(path).is_dir():  # transformers would take the path for the name of a model on a hub
             raise CheckpointNotFound(str(path), "there is no such directory")
@@ -71,7 +75,7 @@ class Tokenizer:
         # For some architectures, transformers makes up an empty tokenizer where the files are missing.
         if len(hf_tokenizer) <= len(hf_tokenizer.added_tokens_decoder):
             raise CheckpointNotFound(str(path), "it has no tokenizer files (tokenizer.json, or what the model's tokenizer needs)")
-        return cls(hf_tokenizer)
+        return cls(hf_tokenizer, read_sampling_defaults(Path(path)))
 
     @property
     def n_vocab(self) -> int:

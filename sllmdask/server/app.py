@@ -66,6 +66,7 @@ class FrontDoor:
         """Everything that can be wrong with the request itself is found before the first byte of an answer."""
         ask = read(await exchange.read_json(request))
         tokenizer = await self._gateway.tokenizer(ask.model)
+        ask = ask.with_defaults(tokenizer.sampling_defaults)
         if ask.sampling.grammar is not None:
             await asyncio.to_thread(check_grammar, ask.sampling.grammar, ask.grammar_field or "grammar")
         if ask.n_chars > LONG_PROMPT_CHARS:

@@ -138,6 +138,8 @@ class Ask:
     messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    #: Fields of the body; what is not among them is the model's to choose.
+    given: frozenset[str] = field(default=frozenset(), compare=False)
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -157,6 +159,11 @@ class Ask:
         return sum(len(message["content"]) for message in self.messages) + sum(
             len(text) for text in self.prompts if _is(text, str)
         )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Ask:
+        """The same, drawn by what the model's ``generation_config.json`` says where the body says nothing."""
+        changes = {name: value for name, value in defaults.items() if name not in self.given}
+        return replace(self, sampling=replace(self.sampling, **changes))
 
     def tokenise(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of each prompt; raises :class:`InvalidRequest` for what this model's tokenizer cannot mean."""
@@ -323,6 +330,7 @@ def _common(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
         "stream": stream,
         "include_usage": _flag(options, "include_usage") or continuous,
         "continuous_usage": continuous,
+        "given": frozenset(body),
     }
 
 

@@ -151,6 +151,7 @@ def test_deleting_a_model_frees_its_memory(url, tmp_path):
         ("missing", 400, "checkpoint_not_found", "no such directory"),
         ("truncated", 400, "checkpoint_corrupt", "model.safetensors"),
         ("unknown architecture", 400, "unsupported_architecture", "MambaForCausalLM"),
+        ("unlisted architecture", 400, "unsupported_architecture", "no KV cache between two steps"),
         ("too large", 503, "insufficient_memory", "of memory, but a worker has"),
         ("no tokenizer", 400, "checkpoint_not_found", "tokenizer"),
     ],
@@ -165,6 +166,9 @@ def test_a_bad_checkpoint_gets_one_clear_error_and_nothing_else_is_lost(url, che
     if case == "unknown architecture":
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    if case == "unlisted architecture":
+        config = {"architectures": ["OpenAIGPTLMHeadModel"], "model_type": "openai-gpt", "n_embd": 64, "n_head": 4, "n_layer": 2}
+        (path / "config.json").write_text(json.dumps(config))
     if case == "too large":
         with (path / "model.safetensors").open("wb") as file:
             header = json.dumps({"x": {"dtype": "U8", "shape": [2 * 1024**3], "data_offsets": [0, 2 * 1024**3]}}).encode()

@@ -31,9 +31,9 @@ from tests.engine.test_thread import Listener
 class Reader:
     """Stands for the loader: memory that holds rubbish until a tensor is delivered, and a `wait` that knows what has been."""
 
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, rubbish: float = torch.nan) -> None:
         self._model = model
-        self.tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.tensors.items()}
+        self.tensors = {name: torch.full_like(tensor, rubbish) for name, tensor in model.tensors.items()}
         self.waited_for: list[frozenset[str]] = []
         self._there: set[str] = set()
         self._error: BaseException | None = None

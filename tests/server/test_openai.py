@@ -36,6 +36,18 @@ def test_a_bare_chat_gets_openais_defaults_and_the_whole_window():
     assert not ask.stream and ask.is_chat
 
 
+def test_what_the_body_does_not_say_is_as_the_model_has_it():
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+
+    def chosen(**body: Any) -> tuple[float, float, int, float]:
+        params = chat(**body).with_defaults(defaults).params(1, 100)
+        return params.temperature, params.top_p, params.top_k, params.min_p
+
+    assert chosen() == chosen(temperature=None) == (0.6, 0.9, 20, 0.0)
+    assert chosen(top_p=0.5, min_p=0.1) == (0.6, 0.5, 20, 0.1)
+    assert chosen(temperature=1, top_p=1, top_k=-1) == (1.0, 1.0, 0, 0.0)
+
+
 def test_an_unseeded_request_draws_its_seed_once_per_prompt():
     ask = chat()
     seeds = {ask.params(1, 100).seed for _ in range(20)}
