@@ -284,7 +284,7 @@ class LLMEngine:
     def _run(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
         """One forward pass. If it raises, no sequence has changed: its tokens may be computed again."""
         choosers = [self._chooser(chunk.sequence) for chunk in chunks]
-        n_rows = [max(chooser.n_rows(chunk), chunk.samples) for chunk, chooser in zip(chunks, choosers, strict=True)]
+        n_rows = [max(chooser.n_rows(chunk), int(chunk.samples)) for chunk, chooser in zip(chunks, choosers, strict=True)]
         logits = self._runner.forward(chunks, n_rows)
         for chunk, chooser, stop, n in zip(chunks, choosers, accumulate(n_rows), n_rows, strict=True):
             if chooser.prompt is not None:
