@@ -461,7 +461,8 @@ class BatchScheduler:
             for follower in others:
                 follower.leader = first.request_id
             if others:
-                self._followers[first.request_id] = others
+                # It may have some of its own.
+                self._followers.setdefault(first.request_id, []).extend(others)
 
     def _lead(self, sequence: Sequence) -> None:
         """Queue the sequences whose tokens, but for the last, `sequence` has computed."""
@@ -474,12 +475,16 @@ class BatchScheduler:
             self._followers[sequence.request_id] = late
 
     def _age(self, now: float) -> None:
+        older = False
         for sequence in self._waiting:
             if sequence.waiting_since is None:
                 sequence.waiting_since = now
             if self.ageing:
-                sequence.level = int((sequence.waited + now - sequence.waiting_since) / self.ageing)
-        self._waiting.sort(key=self._urgency)
+                level = int((sequence.waited + now - sequence.waiting_since) / self.ageing)
+                older |= level != sequence.level
+                sequence.level = level
+        if older:
+            self._waiting.sort(key=self._urgency)
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int, int]:
         """Sort key, the most urgent first: higher priority, then earlier arrival, then the order in which they were added."""

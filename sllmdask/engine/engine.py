@@ -237,7 +237,7 @@ class LLMEngine:
 
         Raises what the load has failed of, or :class:`UnsupportedArchitecture`: the engine is of no use then.
         """
-        if not self._runner.settled:
+        if not self._runner.settled and not self._paused:
             self._runner.settle()
 
     def on_arrival(self, callback: Callable[[], None]) -> None:

@@ -170,6 +170,20 @@ def test_the_next_answer_leads_when_the_first_is(how: str):
     assert ("a#2", 29, 1) in computed, "it shares what the second has computed"
 
 
+def test_who_follows_a_follower_is_served_too_when_the_first_leader_leaves():
+    batch = scheduler(prefix_reuse=False)
+    choices = sequence("a", list(range(30))).choices(3)
+    fork = sequence("fork", list(range(30)), leader="a#1")
+    for added in (*choices, fork):
+        batch.add(added)
+    run(batch)
+    batch.finish("a", FinishReason.ABORT)
+    while batch.has_work:
+        run(batch)
+    assert not list(batch)
+    assert [served.finish_reason for served in (*choices[1:], fork)] == [FinishReason.LENGTH] * 3
+
+
 def test_each_answer_has_a_seed_of_its_own_and_the_first_that_of_the_request():
     choices = Sequence("a", [1], SamplingParams(seed=2**64 - 1)).choices(50)
     seeds = [choice.params.seed for choice in choices]

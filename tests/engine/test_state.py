@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,40 @@ def test_nothing_is_computed_twice_wherever_the_request_was(model: TinyModel, n_
     drain(target, outputs)
     assert tokens_of(outputs)["a"] == model.generate(prompt, 24)
     nothing_left(source, target)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mistral-window", "opt", "qwen3"])
+def test_a_request_of_any_architecture_moves(tmp_path: Any, name: str):
+    model = make_model(tmp_path, name)
+    [prompt] = prompts(1, 50, 50, seed=2)
+    source, target = make_engine(model), make_engine(model, block_size=8)
+    source.add(request("a", prompt, 20))
+    outputs = [output for _ in range(6) for output in source.step()]
+    move(source, target, "a")
+    drain(target, outputs)
+    assert tokens_of(outputs)["a"] == model.generate(prompt, 20)
+    nothing_left(source, target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_arrives_bit_for_bit_through_blocks_of_any_size(model: TinyModel, dtype: str):
+    [prompt] = prompts(1, 70, 70)
+    engines = [make_engine(model, dtype=dtype, block_size=size) for size in (16, 8, 32, 16)]
+    engines[0].add(request("a", prompt))
+    for _ in range(4):
+        engines[0].step()
+
+    def kv(engine: LLMEngine, epoch: int) -> bytes:
+        engine.export_open("a", epoch)
+        data: bytes = engine.export_freeze("a", epoch)["kv"]["data"]
+        engine.export_abort("a", epoch)
+        return data
+
+    before = kv(engines[0], 1)
+    assert len(before) == 5 * engines[0].stats().bytes_per_block
+    for epoch, (source, target) in enumerate(itertools.pairwise(engines), 2):
+        move(source, target, "a", epoch)
+    assert kv(engines[-1], 9) == before
 
 
 def test_a_request_wanders_between_crowded_engines_of_all_kinds(model: TinyModel):
@@ -686,8 +721,10 @@ def test_requests_come_and_go_while_an_engine_is_stopped(model: TinyModel):
     engine = make_engine(model)
     engine.add(request("a", prompt))
     before = engine.step()
+    memory = [weakref.ref(cache) for layer in engine._runner.caches for cache in layer]
     engine.park_all()
     engine.park_all()
+    assert not any(cache() is not None for cache in memory), "somebody still holds the cache"
     assert engine.step() == []
     engine.add(request("b", second))
     engine.add(request("c", second))
