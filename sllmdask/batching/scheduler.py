@@ -320,7 +320,7 @@ class BatchScheduler:
         sequence = self.hold(request_id)
         if sequence is None or not sequence.block_table:
             return None
-        return self._park(sequence)
+        return self._take_blocks(sequence)
 
     def resume(self, request_id: str) -> None:
         """End what :meth:`hold` or :meth:`park` began: run on with the blocks, or wait for some."""
@@ -351,10 +351,9 @@ class BatchScheduler:
         moves = []
         for sequence in self.running:
             self._running.remove(sequence)
-            if sequence.n_computed:
-                moves.append(self._park(sequence))
-            else:
-                self._free(sequence)
+            move = self._take_blocks(sequence)
+            if move is not None:
+                moves.append(move)
             bisect.insort(self._waiting, sequence, key=self._urgency)
         self.pool.forget_all()
         return moves
@@ -604,6 +603,13 @@ class BatchScheduler:
         if self.costs is None or not 0 < n_blocks <= self.n_parking_blocks - self.n_parked_blocks:
             return False
         return self.costs.park_s(sequence.n_computed) < self.costs.recompute_s(sequence.n_computed)
+
+    def _take_blocks(self, sequence: Sequence) -> Park | None:
+        """Park the sequence's KV, if there is some in its blocks."""
+        if sequence.n_computed:
+            return self._park(sequence)
+        self._free(sequence)
+        return None
 
     def _park(self, sequence: Sequence) -> Park:
         blocks = tuple(sequence.block_table[: blocks_for(sequence.n_computed, self.block_size)])

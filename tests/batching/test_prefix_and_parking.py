@@ -357,6 +357,17 @@ def test_who_arrives_finds_what_is_here_of_his_tokens():
     assert shape(run(batch)) == [("b", 12, 1)]
 
 
+def test_who_has_blocks_but_no_kv_yet_has_nothing_to_park():
+    batch = scheduler()
+    coming = sequence("a", list(range(10)))
+    incoming = batch.expect(coming, 10)
+    assert incoming is not None and batch.accept(incoming, coming, 0)
+    assert batch.park("a") is None
+    assert (coming.block_table, coming.n_parked, batch.pool.n_free) == ([], 0, 100)
+    batch.resume("a")
+    assert shape(run(batch)) == [("a", 0, 10)]
+
+
 def test_all_memory_is_given_away_and_everybody_comes_back_as_he_was():
     batch = scheduler()
     one, two = sequence("a", list(range(10))), sequence("b", list(range(50, 80)))
