@@ -367,4 +367,6 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 # A machine that is busy otherwise is slow, and that is no fault.
-TestLife.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TestLife.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

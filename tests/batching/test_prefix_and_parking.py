@@ -382,3 +382,33 @@ def test_all_memory_is_given_away_and_everybody_comes_back_as_he_was():
     plan = run(batch)
     assert shape(plan) == [("a", 10, 1), ("b", 6, 15)]
     assert [type(move) for move in plan.moves] == [Unpark, Unpark]
+
+
+def test_blocks_that_a_newcomer_shares_with_its_victim_are_no_room_for_it():
+    batch = scheduler(n_blocks=5)
+    text = list(range(12))
+    batch.add(sequence("low", [*text, 50, 51]))  # 4 of 5 blocks
+    batch.add(sequence("other", [60, 61], priority=1))
+    run(batch)
+    assert batch.pool.n_free == 0
+    batch.add(sequence("high", [*text, 70, 71, 72, 73, 74, 75, 76], priority=1))  # 3 are shared, 2 are not
+    assert not run(batch).preempted
+
+
+def test_who_is_on_his_way_has_a_place():
+    batch = scheduler(max_running=1)
+    incoming = batch.expect(sequence("a", [1, 2, 3]), 3)
+    assert incoming is not None
+    batch.add(sequence("b", [4, 5, 6]))
+    assert not run(batch).chunks
+    batch.refuse(incoming)
+    assert shape(run(batch)) == [("b", 0, 3)]
+
+
+def test_who_arrives_with_fewer_tokens_than_were_awaited_gives_blocks_back():
+    batch = scheduler()
+    coming = sequence("a", list(range(10)))
+    incoming = batch.expect(coming, 16)
+    assert incoming is not None and batch.extend(incoming, 16)
+    assert batch.accept(incoming, coming, 9)
+    assert (len(coming.block_table), batch.pool.n_used, batch.pool.n_free) == (3, 3, 97)
