@@ -171,6 +171,12 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
+    #: Whether a request begins with the KV of tokens that another one began with, too.
+    prefix_reuse: bool = True
+    #: Bytes of host memory for the KV of requests that gave way, where that is quicker than to compute it again; 0: none.
+    parking_memory: Bytes = Field(default=64 * 1024**2, ge=0)
+    #: Seconds of waiting that are worth one level of priority; 0: waiting counts for nothing.
+    ageing: Seconds = Field(default=30.0, ge=0)
     #: Whether an instance begins to serve while its weights are read: layer by layer, behind the reader.
     execute_while_loading: bool = True
     #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker

@@ -31,6 +31,7 @@
     │   └── SchedulerUnreachable
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left before the request reached it
+    ├── StateRefused                the cluster: a request cannot move with its KV, but it can with its tokens
     ├── Cancelled                   the caller went away
     ├── EngineError                 the engine failed this one request
     └── ServerError                 client.py: what a server answered; each is also of the class that its code names
@@ -481,6 +482,20 @@ class Cancelled(SllmError):
 
     def __init__(self, reason: str = "the client went away") -> None:
         super().__init__(reason)
+
+
+class StateRefused(SllmError):
+    """``StateRefused(request, reason)``: its state cannot be given or taken by this engine; it can go on from its tokens."""
+
+    http_status, type, code = 409, "invalid_request_error", "state_refused"
+
+    def __init__(self, request: str, reason: str) -> None:
+        super().__init__(request, reason)
+        self.request, self.reason = request, reason
+
+    @property
+    def message(self) -> str:
+        return f"The state of request {self.request!r} cannot move: {self.reason}. Its tokens can, and are computed again."
 
 
 class EngineError(SllmError):

@@ -331,6 +331,70 @@ class ModelRunner:
             self._model.set_attn_implementation(NAME)
         return outputs
 
+    # --- blocks of the cache as bytes --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Block ``targets[i]`` gets the content of ``sources[i]``; no block is in both."""
+        at, to = (torch.tensor(blocks, dtype=torch.long, device=self.device) for blocks in (sources, targets))
+        for cache in self._parts():
+            cache.index_copy_(0, to, cache.index_select(0, at))
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[int], n_tokens: int | None = None) -> Tensor:
+        """(len(blocks), bytes_per_block) bytes in host memory: layer by layer, keys before values, token by token.
+
+        `n_tokens`: what is in the last block after that many tokens is left out; zeros are in its place.
+        """
+        index = torch.tensor(blocks, dtype=torch.long, device=self.device)
+        parts = [cache.index_select(0, index).flatten(1).view(torch.uint8) for cache in self._parts()]
+        rows = torch.cat(parts, dim=1).cpu()
+        return rows if n_tokens is None else self.blank(rows, n_tokens)
+
+    def blank(self, rows: Tensor, n_tokens: int) -> Tensor:
+        """`rows` of :meth:`read_blocks` with zeros after the first `n_tokens` tokens, all in the last row."""
+        rows = rows.clone()
+        n_used, offset = n_tokens - (len(rows) - 1) * self.block_size, 0
+        for cache in self._parts():
+            token_nbytes = cache[0, 0].nbytes
+            rows[-1, offset + n_used * token_nbytes : offset + self.block_size * token_nbytes] = 0
+            offset += self.block_size * token_nbytes
+        return rows
+
+    @torch.inference_mode()
+    def write_tokens(self, slots: Sequence[int], rows: Tensor, block_size: int, skip: int = 0) -> None:
+        """Put KV into `slots`: one token after the other of `rows`, as :meth:`read_blocks` gives them, from token `skip` on.
+
+        `block_size`: of the engine that `rows` are from.
+        """
+        index, offset = torch.tensor(slots, dtype=torch.long, device=self.device), 0
+        for cache in self._parts():
+            nbytes = block_size * cache[0, 0].nbytes
+            part = rows[:, offset : offset + nbytes].clone(memory_format=torch.contiguous_format)
+            tokens = part.view(cache.dtype).view(-1, *cache.shape[2:])
+            cache.flatten(0, 1).index_copy_(0, index, tokens[skip : skip + len(slots)].to(self.device))
+            offset += nbytes
+
+    def write_blocks(self, blocks: Sequence[int], rows: Tensor) -> None:
+        """Put back what :meth:`read_blocks` gave, into any blocks."""
+        slots = [block * self.block_size + offset for block in blocks for offset in range(self.block_size)]
+        self.write_tokens(slots, rows, self.block_size)
+
+    def drop_cache(self) -> None:
+        """Give the cache's memory back. Nothing runs until :meth:`make_cache`."""
+        self.caches.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def make_cache(self) -> None:
+        """A cache of the same size, of zeros, after :meth:`drop_cache`."""
+        if not self.caches:
+            self.caches += _make_caches(self.layers, (self.n_blocks + 1, self.block_size), self.dtype, self.device)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """(n_blocks + 1, block_size, n_kv_heads, dim) for each layer, keys, then values."""
+        return (cache for layer in self.caches for cache in layer)
+
 
 def pick_device(name: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` as a device. Raises :class:`ConfigError` if there is no such device."""
