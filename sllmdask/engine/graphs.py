@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import bisect
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -70,26 +72,36 @@ class Recorder(Protocol):
         """Let go of every recording."""
 
 
+#: Instances of a process record one after the other, on one stream of the device: what its matrix library keeps for a stream, it
+#: keeps for good.
+_one_at_a_time = threading.Lock()
+
+
+@lru_cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """Records CUDA graphs, which share one pool of memory: only one of them runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        here = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            for _ in range(_N_WARM_UPS):
-                run()
-        here.wait_stream(self._stream)
+        here, aside = torch.cuda.current_stream(self._device), _stream_of(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: they load other models.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = run()
+        with _one_at_a_time:
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(_N_WARM_UPS):
+                    run()
+            here.wait_stream(aside)
+            # Other threads may allocate meanwhile: they load other models.
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                output = run()
         self._graphs.append(graph)
 
         def replay() -> Tensor:

@@ -193,37 +193,38 @@ def test_a_walk_may_be_split_into_parts_some_of_them_empty(n_splits: int, featur
     long = ((400, 1), (0, 1), (64, 1), (190, 1))
     check(Case(long, **features), n_splits=n_splits)
     check(Case(long, **features), n_splits=n_splits, max_rows=1)
-    check(Case(CHUNK, group=1, **features), n_splits=n_splits)
+    check(Case(((30, 3), (0, 9), (100, 1)), group=1, **features), n_splits=n_splits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n_splits", [1, 3])
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype, n_splits: int):
-    check(Case(MIXED, dtype=dtype, key_dim=64, value_dim=64, has_sinks=True), n_splits=n_splits)
+    check(Case(((30, 1), (45, 9)), dtype=dtype, key_dim=64, value_dim=64, has_sinks=True), n_splits=n_splits)
     check(Case(((700, 1), (0, 20)), dtype=dtype), n_splits=n_splits)
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_batches_attend_like_the_formula(seed: int):
     rng = random.Random(seed)
+    # The interpreter puts parts together a row and a head at a time, so few rows are split.
+    n_splits = rng.choice([None, 1, 2])
+    most = 5 if n_splits == 2 else 40
     shapes = tuple(
-        (rng.choice([0, rng.randrange(150)]), rng.choice([1, 1, rng.randint(1, 50)])) for _ in range(rng.randint(1, 7))
+        (rng.choice([0, rng.randrange(150)]), rng.choice([1, 1, rng.randint(1, most)])) for _ in range(rng.randint(1, 5))
     )
-    check(
-        Case(
-            shapes,
-            n_kv_heads=rng.choice([1, 2, 3]),
-            group=rng.choice([1, 2, 7, 8]),
-            key_dim=rng.choice([16, 24, 64, 80]),
-            value_dim=rng.choice([16, 24, 64, 80]),
-            block_size=rng.choice([8, 16, 32]),
-            window=rng.choice([None, rng.randint(1, 120)]),
-            softcap=rng.choice([None, 5.0]),
-            has_sinks=rng.random() < 0.5,
-            seed=seed,
-        ),
-        n_splits=rng.choice([None, 1, 2]),
+    case = Case(
+        shapes,
+        n_kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 7, 8]),
+        key_dim=rng.choice([16, 24, 64, 80]),
+        value_dim=rng.choice([16, 24, 64, 80]),
+        block_size=rng.choice([8, 16, 32]),
+        window=rng.choice([None, rng.randint(1, 120)]),
+        softcap=rng.choice([None, 5.0]),
+        has_sinks=rng.random() < 0.5,
+        seed=seed,
     )
+    check(case, n_splits=n_splits)
 
 
 def test_one_row_each_gives_the_same_bits_whether_it_is_told_or_not():
