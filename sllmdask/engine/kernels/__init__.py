@@ -1,1 +1,1 @@
-"""Attention kernels over paged KV."""
+"""Kernels that are compiled where they run."""
