@@ -332,6 +332,7 @@ def test_the_backend_takes_what_a_layer_gives():
     for cache in (batch.key_cache, batch.value_cache):
         cache.flatten(0, 1)[packed.new_slots] = NAN
     backend = TritonBackend()
+    backend.check(DEVICE)
     as_given = [part.transpose(0, 1)[None] for part in (new_keys, new_values, batch.query)]
     backend.store(as_given[0], as_given[1], batch.key_cache, batch.value_cache, packed)
     options = AttentionOptions(0.3, sliding_window=30, softcap=4.0)
@@ -339,6 +340,11 @@ def test_the_backend_takes_what_a_layer_gives():
     assert output.shape == (1, len(batch.query), 4, 16)
     torch.testing.assert_close(output[0].double(), batch.expected(), rtol=2e-5, atol=2e-5)
     backend.close()
+
+
+def test_the_backend_says_what_keeps_its_kernels_from_running():
+    with pytest.raises(RuntimeError, match="do not run here"):
+        TritonBackend().check(torch.device("meta"))
 
 
 def test_walks_are_split_where_few_programs_would_go_far():

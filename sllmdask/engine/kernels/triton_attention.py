@@ -61,6 +61,23 @@ class TritonBackend:
 
     name = "triton"
 
+    def check(self, device: torch.device) -> None:
+        """Compile the kernels and run them on two tokens. Raises :class:`RuntimeError` with what keeps them from it.
+
+        Triton needs a C compiler where it runs, a driver and a GPU that it knows, and a folder to keep its code in.
+        """
+        try:
+            ones = torch.ones(2, 1, 16, device=device)
+            keys, values = (torch.zeros(2, 16, 1, 16, device=device) for _ in range(2))
+            numbers = torch.tensor([0, 2], dtype=torch.int32, device=device)
+            store_kv(ones, ones, keys, values, torch.tensor([16, 17], device=device))
+            output = paged_attention(ones, keys, values, numbers[None, :1] + 1, numbers[1:], numbers, scaling=1.0, n_splits=2)
+            found = float(output.min())
+        except Exception as error:
+            raise RuntimeError(f"Triton's kernels do not run here: {error}") from error
+        if found != 1.0:
+            raise RuntimeError(f"Triton's kernels give {found} here instead of 1")
+
     def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Packed) -> None:
         """Write `key` (1, Hkv, T, Dk) and `value` (1, Hkv, T, Dv) of the batch's tokens into the cache of one layer."""
         store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.new_slots)
