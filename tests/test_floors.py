@@ -54,6 +54,7 @@ ALLOWED = {
     "safetensors": {"bench"},
     "torch": {"bench", "engine", "library", "loader/device.py", "loader/tiers.py"},
     "transformers": {"bench", "engine", "library"},
+    "triton": {"engine/kernels/triton_attention.py"},
     "yaml": {"config"},
 }
 #: Part of Python, but as telling as a package: it is listed above.
@@ -125,8 +126,8 @@ def test_the_command_line_loads_none_of_them_before_it_knows_the_command() -> No
 # --- what the package depends on -------------------------------------------------------------------------------------
 
 REPOSITORY = ROOT.parent
-#: Where the name to install differs from the name to import.
-DISTRIBUTION = {"yaml": "pyyaml"}
+#: Where the name to install differs from the name to import. Triton comes with the builds of torch that can use it.
+DISTRIBUTION = {"triton": "torch", "yaml": "pyyaml"}
 
 
 def required() -> set[str]:
