@@ -183,7 +183,9 @@ class EngineSettings(Frozen):
     #: started by hand, which does not know its neighbours.
     n_threads: int = Field(default=0, ge=0)
     #: What computes attention: ``auto`` is the fastest for the device.
-    attention: Literal["auto", "sdpa", "numba"] = "auto"
+    attention: Literal["auto", "sdpa", "numba", "triton"] = "auto"
+    #: Whether decode steps on a GPU are recorded as CUDA graphs.
+    cuda_graphs: bool = True
     #: Whether a request's logits have the same bits alone, in any batch, and computed again. CPU only.
     deterministic: bool = False
     #: Whether linear layers run over weights rearranged for the matrix library, on a CPU. ``always``: from the first token on;

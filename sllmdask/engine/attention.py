@@ -13,11 +13,14 @@ Source: PagedAttention (vLLM, SOSP '23); packed sequences without padding, Orca 
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sllmdask.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -259,18 +264,48 @@ class LayerProbe:
 
 
 def make_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`: ``sdpa`` anywhere, ``numba`` on the CPU, or for ``auto`` what is fastest on `device`.
+    """The backend called `name`: ``sdpa`` anywhere, ``numba`` on the CPU, ``triton`` on a GPU, or the fastest one for ``auto``.
 
     Raises :class:`ConfigError` if `device` does not have it.
     """
     if name == "numba" and device.type != "cpu":
         raise ConfigError(f"engine.attention is 'numba', which runs on the CPU only, not on {device.type}", "attention")
+    if name == "triton":
+        return _triton_backend(device)
+    if name == "auto" and device.type == "cuda":
+        return _fastest_on_a_gpu(device)
     if name == "sdpa" or device.type != "cpu":
         return SdpaBackend()
     # Here, because numba takes a while to import.
     from sllmdask.engine.kernels.cpu_attention import NumbaBackend
 
     return NumbaBackend()
+
+
+def _triton_backend(device: torch.device) -> Backend:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"engine.attention is 'triton', which runs on GPUs, not on {device.type}", "attention")
+    if not find_spec("triton"):
+        raise ConfigError(
+            "engine.attention is 'triton', but Triton is not installed; builds of torch for GPUs bring it", "attention"
+        )
+    # Here, because no other process has it.
+    from sllmdask.engine.kernels.triton_attention import TritonBackend
+
+    backend = TritonBackend()
+    try:
+        backend.check(device)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.attention cannot be 'triton': {error}", "attention") from error
+    return backend
+
+
+def _fastest_on_a_gpu(device: torch.device) -> Backend:
+    try:
+        return _triton_backend(device)
+    except ConfigError as error:
+        log.warning("attention on %s by torch, which is slower: cause=%s", device, error)
+        return SdpaBackend()
 
 
 class TorchStore:

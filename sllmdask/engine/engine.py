@@ -154,6 +154,7 @@ def build_engine(
         wait=wait,
         construct_s=time.perf_counter() - started if skeleton is None else 0.0,
         attention=settings.attention,
+        max_graph_batch=min(settings.max_running, settings.max_batch_tokens) if settings.cuda_graphs else 0,
         packing=Packing(settings.pack_weights, settings.pack_after, settings.pack_memory),
         deterministic=settings.deterministic,
     )

@@ -26,6 +26,7 @@ from sllmdask.engine.attention import NAME, Backend, LayerShape, PackedBatch, Pa
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
 from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.gating import ArrivalGate, Wait
+from sllmdask.engine.graphs import DecodeGraphs, DecodeInputs
 from sllmdask.engine.linears import LinearPacker, Packing, can_pack
 from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
 from sllmdask.engine.slots import SlotTables
@@ -55,6 +56,7 @@ class ModelRunner:
     :param wait: where the bytes of `tensors` are still arriving, blocks until those of these names are there
     :param construct_s: seconds that making the skeleton took, for :attr:`build_times`
     :param attention: the backend, by its name in :func:`make_backend`
+    :param max_graph_batch: sequences of the largest decode step that is recorded as a CUDA graph; 0: none is
     :param packing: whether, and when, linear layers run over packed weights
     :param deterministic: a row's bits shall not depend on what else is in the batch, nor on how its sequence was cut
     """
@@ -72,6 +74,7 @@ class ModelRunner:
         wait: Wait | None = None,
         construct_s: float = 0.0,
         attention: str = "auto",
+        max_graph_batch: int = 0,
         packing: Packing | None = None,
         deterministic: bool = False,
     ) -> None:
@@ -108,6 +111,8 @@ class ModelRunner:
         self._even = EvenActivations(self._model) if deterministic else None
         self._n_steps = 0
         self.backend: Backend = make_backend("numba" if deterministic else attention, device)
+        self._max_graph_batch = max_graph_batch
+        self.graphs: DecodeGraphs | None = None
         mode = "deterministic" if deterministic else f"{self.backend.name}-{self._packing.mode}"
         self.numerics_id = numerics_id(device, self.dtype, mode)
         try:
@@ -115,6 +120,7 @@ class ModelRunner:
             #: Bytes of weights that are not the given tensors but copies of them: in another dtype, or fused.
             self.copied_nbytes = filling.copied_nbytes
             self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
+            self.graphs = self._make_graphs()
             if wait is not None:
                 self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir), self._pack)
             else:
@@ -199,13 +205,19 @@ class ModelRunner:
             tables.append(blocks)
             n = n_rows[i] if n_rows else int(chunk.samples)
             last_rows += range(len(ids) - n, len(ids))
-        return self._run(StepInputs(ids, positions, PackedBatch(spans, tables, self.block_size, self.device), last_rows))
+        batch = PackedBatch(spans, tables, self.block_size, self.device)
+        if self.graphs is not None and self.settled and batch.max_rows == 1 and len(last_rows) == len(ids):
+            logits = self.graphs.run(ids, positions, batch)
+            if logits is not None:
+                return logits
+        return self._run(StepInputs(ids, positions, batch, last_rows))
 
     def close(self) -> None:
         """Let go of every tensor: the host memory behind the parameters may be used for something else now."""
         if self._gate is not None:
             self._gate.close()
             self._gate = None
+        self._close_graphs()
         self._packer.close()
         if self._even is not None:
             self._even.close()
@@ -258,6 +270,33 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(step.rows, dtype=torch.long, device=self.device),
             )
+        return cast(Tensor, output.logits)[0]
+
+    def _make_graphs(self) -> DecodeGraphs | None:
+        """Only Triton's backend reads nothing back from the device, so only its steps can be recorded.
+
+        Rotary frequencies that depend on the positions do read them.
+        """
+        if not self._max_graph_batch or self.backend.name != "triton" or self.family.long_after is not None:
+            return None
+        longest = min(self.family.max_model_len, self.n_blocks * self.block_size)
+        return DecodeGraphs(
+            self._run_decode,
+            max_running=self._max_graph_batch,
+            max_blocks=blocks_for(longest, self.block_size),
+            block_size=self.block_size,
+            device=self.device,
+        )
+
+    def _close_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
+
+    def _run_decode(self, inputs: DecodeInputs) -> Tensor:
+        # To Triton's backend they are a packed batch: it looks at nothing that they lack.
+        with attending(PagedBatch(self.caches, cast(PackedBatch, inputs), self.backend)):
+            output = self._model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, logits_to_keep=inputs.rows)
         return cast(Tensor, output.logits)[0]
 
     def _run_alone(self, ids: list[int], start: int, stop: int, rows: list[int]) -> Tensor:
@@ -382,6 +421,8 @@ class ModelRunner:
 
     def drop_cache(self) -> None:
         """Give the cache's memory back. Nothing runs until :meth:`make_cache`."""
+        # Their kernels were recorded with its addresses.
+        self._close_graphs()
         self.caches.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -390,6 +431,7 @@ class ModelRunner:
         """A cache of the same size, of zeros, after :meth:`drop_cache`."""
         if not self.caches:
             self.caches += _make_caches(self.layers, (self.n_blocks + 1, self.block_size), self.dtype, self.device)
+            self.graphs = self._make_graphs()
 
     def _parts(self) -> Iterator[Tensor]:
         """(n_blocks + 1, block_size, n_kv_heads, dim) for each layer, keys, then values."""

@@ -342,3 +342,20 @@ def test_without_a_batch_the_hook_is_plain_attention(tmp_path: Path, name: str):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert whole.shape == (1, 65)
+
+
+def test_triton_is_refused_by_name_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="'triton', which runs on GPUs, not on cpu"):
+        make_backend("triton", CPU)
+    monkeypatch.setattr("sllmdask.engine.attention.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        make_backend("triton", torch.device("cuda"))
+
+
+def test_where_triton_does_not_run_a_gpu_gathers_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("sllmdask.engine.attention.find_spec", lambda _name: None)
+    assert make_backend("auto", torch.device("cuda")).name == "sdpa"
+    assert "Triton is not installed" in caplog.text

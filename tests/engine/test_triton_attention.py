@@ -310,7 +310,7 @@ def test_a_cache_may_have_more_elements_than_an_int32_counts():
 
 
 def test_the_backend_takes_what_a_layer_gives():
-    case = Case(MIXED, window=30, softcap=4.0)
+    case = Case(MIXED, window=30, has_sinks=True, softcap=4.0)
     batch = make(case)
     packed = SimpleNamespace(
         new_slots=torch.cat(
@@ -335,7 +335,7 @@ def test_the_backend_takes_what_a_layer_gives():
     backend.check(DEVICE)
     as_given = [part.transpose(0, 1)[None] for part in (new_keys, new_values, batch.query)]
     backend.store(as_given[0], as_given[1], batch.key_cache, batch.value_cache, packed)
-    options = AttentionOptions(0.3, sliding_window=30, softcap=4.0)
+    options = AttentionOptions(0.3, sliding_window=30, softcap=4.0, sinks=batch.sinks)
     output = backend.attend(as_given[2], batch.key_cache, batch.value_cache, packed, options)
     assert output.shape == (1, len(batch.query), 4, 16)
     torch.testing.assert_close(output[0].double(), batch.expected(), rtol=2e-5, atol=2e-5)

@@ -94,7 +94,7 @@ class TritonBackend:
             scaling=options.scaling,
             sliding_window=options.sliding_window,
             softcap=options.softcap,
-            sinks=getattr(options, "sinks", None),
+            sinks=options.sinks,
             max_rows=batch.max_rows,
             max_context=batch.max_context,
         )
