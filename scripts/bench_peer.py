@@ -41,7 +41,6 @@ from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
 from sllmdask.loader.remote import Fetch
-from sllmdask.loader.tee import memory_view
 
 CHUNK = 2 * 1024**2
 TOKEN = "the bench's own token"
@@ -73,7 +72,7 @@ def send_plain(listener: socket.socket, address: int, nbytes: int) -> None:
         with sock:
             number, n = sock.recv(2)
             for start in range(number * CHUNK, nbytes, n * CHUNK):
-                sock.sendall(memory_view(address + start, min(CHUNK, nbytes - start)))
+                sock.sendall(libc.memory_view(address + start, min(CHUNK, nbytes - start)))
 
     while True:
         sock, _ = listener.accept()
@@ -86,7 +85,7 @@ def receive_plain(host: str, port: int, address: int, nbytes: int, n: int) -> No
             sock.settimeout(None)
             sock.send(bytes([number, n]))
             for start in range(number * CHUNK, nbytes, n * CHUNK):
-                view = memory_view(address + start, min(CHUNK, nbytes - start))
+                view = libc.memory_view(address + start, min(CHUNK, nbytes - start))
                 while view:
                     view = view[sock.recv_into(view, 0, socket.MSG_WAITALL) :]
 

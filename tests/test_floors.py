@@ -40,7 +40,7 @@ NEIGHBOURS = {("units", "errors")}
 ALLOWED = {
     "aiohttp": {"client", "server"},
     "click": {"cli", "cluster/worker_plugin.py"},
-    "ctypes": {"loader"},
+    "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},
     "huggingface_hub": {"loader/remote.py"},

@@ -21,7 +21,6 @@ replies of 24 bytes, ``status, nbytes, checksum``, before as many bytes. Integer
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fnmatch
 import hmac
 import json
@@ -41,13 +40,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, SllmError, SourceUnreachable
-from sllmdask.loader import fast_format
+from sllmdask.loader import fast_format, libc
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, address_of
 from sllmdask.loader.format import MAX_HEADER, CheckpointIndex, is_size
 from sllmdask.loader.plan import ChunkRead, ReadPlan
 from sllmdask.loader.remote import SMALL_PATTERNS, Limits, Sockets
-from sllmdask.loader.tee import FarFile, Manifest, Partial, address_of_bytes, check_name, checksum, memory_view
+from sllmdask.loader.tee import FarFile, Manifest, Partial, check_name, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -354,7 +353,7 @@ class Served:
         if found is None:
             found = checksum(address, nbytes)
             self.note(file, offset, nbytes, found)
-        wire.send(_REPLY.pack(_OK, nbytes, found), memory_view(address, nbytes))
+        wire.send(_REPLY.pack(_OK, nbytes, found), libc.memory_view(address, nbytes))
 
     def _send_file(self, wire: _Wire, file: int, offset: int, nbytes: int) -> None:
         # This range at once, and those that the receiver asks for next: the system's own read-ahead is small.
@@ -372,7 +371,7 @@ class Served:
             if n == 0:
                 raise _Refused(_GONE, f"{self.files[file]['name']} was cut short on this host")
             done += n
-        wire.send(_REPLY.pack(_OK, nbytes, checksum(address_of_bytes(scratch), nbytes)), view)
+        wire.send(_REPLY.pack(_OK, nbytes, checksum(libc.address_of_bytes(scratch), nbytes)), view)
 
 
 def _is_index(path: Path, fingerprint: str) -> bool:
@@ -662,7 +661,7 @@ class _Line:
         if nbytes == 0:
             raise _Refused(_BAD, "it answers without bytes")
         self._wire.receive_into(view[:nbytes])
-        if checksum(_address_of_view(view), nbytes) != expected:
+        if checksum(libc.address_of_bytes(view), nbytes) != expected:
             raise _Damaged
         return nbytes, expected
 
@@ -678,10 +677,6 @@ class _Line:
             if nbytes > limit:
                 raise _Refused(_BAD, f"it answers with {nbytes} bytes, and {limit} were asked for")
             return nbytes, found
-
-
-def _address_of_view(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 class PeerOrigin:
@@ -842,7 +837,7 @@ class PeerSource:
         Raises :class:`SourceUnreachable` when no address is left, :class:`CheckpointCorrupt` if the last one's frames are
         damaged, and :class:`Cancelled`.
         """
-        view, done, damaged, broken = memory_view(address, chunk.wanted), 0, 0, 0
+        view, done, damaged, broken = libc.memory_view(address, chunk.wanted), 0, 0, 0
         file = self._numbers[chunk.file]
         while done < chunk.wanted:
             generation = self._route.generation

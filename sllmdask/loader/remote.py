@@ -47,7 +47,7 @@ from sllmdask.errors import (
     SllmError,
     SourceUnreachable,
 )
-from sllmdask.loader import fast_format
+from sllmdask.loader import fast_format, libc
 from sllmdask.loader.arrivals import fresh
 from sllmdask.loader.buffers import Buffer
 from sllmdask.loader.format import (
@@ -62,7 +62,7 @@ from sllmdask.loader.format import (
 )
 from sllmdask.loader.plan import ChunkRead, ReadPlan, plan_reads
 from sllmdask.loader.reader import ChunkSource, check
-from sllmdask.loader.tee import FarFile, Manifest, Partial, Resumed, Tee, address_of_bytes, check_name, memory_view
+from sllmdask.loader.tee import FarFile, Manifest, Partial, Resumed, Tee, check_name
 
 #: A hub id, ``name`` or ``organisation/name``; the hub itself allows neither ``..`` nor ``--``.
 _HUB_ID = re.compile(r"^(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?$")
@@ -380,7 +380,7 @@ class _Client:
 
     def range(self, file: _HttpFile, offset: int, nbytes: int, address: int) -> None:
         """Bring these bytes of `file` to `address`. What has come before a failure is not asked for again."""
-        view, done = memory_view(address, nbytes), 0
+        view, done = libc.memory_view(address, nbytes), 0
 
         def attempt() -> None:
             nonlocal done
@@ -831,7 +831,7 @@ class _HttpOrigin:
         if end > len(found) and len(found) >= 8 and end <= min(8 + MAX_HEADER, file.nbytes or 0):
             if file.ranges:
                 rest = bytearray(end - len(found))
-                client.range(file, len(found), len(rest), address_of_bytes(rest))
+                client.range(file, len(found), len(rest), libc.address_of_bytes(rest))
                 found += bytes(rest)
             else:
                 found = client.head(file, end) or b""
@@ -1044,7 +1044,7 @@ class _Pull:
         scratch = bytearray(self.plan.largest_read)
         try:
             while (number := self._take()) is not None:
-                chunk, address = self.plan.chunks[number], address_of_bytes(scratch)
+                chunk, address = self.plan.chunks[number], libc.address_of_bytes(scratch)
                 source.fetch(chunk, address)
                 check(self.plan, number, address)
                 if not self.partial.holds(self.numbers[chunk.file], chunk.offset, chunk.wanted):

@@ -27,7 +27,7 @@ from sllmdask.errors import (
     DiskFull,
     TensorUnsupported,
 )
-from sllmdask.loader import atomic, writer
+from sllmdask.loader import libc, writer
 from sllmdask.loader.convert import TensorSource, convert, files_beside, from_bytes, verify, write_checkpoint
 from sllmdask.loader.fast_format import CHUNK
 from sllmdask.loader.format import read_index
@@ -502,11 +502,11 @@ def test_a_checkpoint_can_be_converted_in_place(tmp_path, source):
     assert not list(source.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("flag", ["_RENAME_NOREPLACE", "_RENAME_EXCHANGE"])
+@pytest.mark.parametrize("flag", ["RENAME_NOREPLACE", "RENAME_EXCHANGE"])
 def test_old_and_new_change_places_also_where_the_system_has_no_exchange(tmp_path, source, monkeypatch, flag):
-    monkeypatch.setattr(atomic, "_rename", lambda *_: False)
+    monkeypatch.setattr(libc, "renameat2", lambda *_: False)
     convert(source, tmp_path / "x")
-    if flag == "_RENAME_EXCHANGE":
+    if flag == "RENAME_EXCHANGE":
         convert(source, tmp_path / "x", "both", overwrite=True)
         assert read_index(tmp_path / "x", "split16").tensors
     assert sorted(os.listdir(tmp_path)) == ["source", "x"]
