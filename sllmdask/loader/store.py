@@ -50,9 +50,10 @@ from sllmdask.loader.buffers import Buffer, BufferPool, Staging, address_of, lea
 from sllmdask.loader.disk import PARTIAL, DiskTier
 from sllmdask.loader.fallback import Fallback
 from sllmdask.loader.format import CheckpointIndex, CheckpointInfo, read_index, read_info, variants
-from sllmdask.loader.hostpool import HostPool, PrivatePool, Segment
+from sllmdask.loader.hostpool import HostPool, Segment
 from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import BLOCK, ReadPlan, plan_reads
+from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.reader import ChunkSource, FileSystems, LocalFiles, read_chunks
 from sllmdask.loader.remote import Access, Fetch, Origin, is_remote, open_remote, origin_of
 from sllmdask.loader.tee import Tee

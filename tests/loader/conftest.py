@@ -17,8 +17,9 @@ from sllmdask.config import WorkerSettings
 from sllmdask.loader import libc
 from sllmdask.loader.buffers import lease_nbytes
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool, SharedPool
 from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Site
 from tests.loader.stores import CHUNK, Gate, N

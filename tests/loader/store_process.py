@@ -14,7 +14,7 @@ from typing import Any
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import SllmError
 from sllmdask.loader import libc
-from sllmdask.loader.hostpool import SharedPool
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore, HostLease
 from tests.loader.stores import CHUNK, flights_ended
 

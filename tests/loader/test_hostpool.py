@@ -23,8 +23,10 @@ import torch
 from sllmdask.errors import Cancelled, ConfigError, HostPoolUnavailable, InsufficientMemory
 from sllmdask.loader import libc
 from sllmdask.loader.buffers import address_of
-from sllmdask.loader.hostpool import PrivatePool, SharedPool
-from sllmdask.loader.keeper import GRANULE, address_of_pool
+from sllmdask.loader.extents import GRANULE
+from sllmdask.loader.keeper import address_of_pool
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.shared_pool import SharedPool
 from tests.loader.memfd import holders
 
 G = GRANULE
@@ -371,7 +373,7 @@ async def test_many_who_load_leave_and_evict_at_once_never_see_another_models_by
 WORKER = """
 import asyncio, gc, json, os, sys
 from sllmdask.errors import SllmError
-from sllmdask.loader.hostpool import SharedPool
+from sllmdask.loader.shared_pool import SharedPool
 
 async def main():
     pool = SharedPool(sys.argv[1], int(sys.argv[2]), grace_s=float(sys.argv[3]), trim_s=0.0)

@@ -16,7 +16,9 @@ import uuid
 import pytest
 
 from sllmdask.loader import keeper
-from sllmdask.loader.keeper import GRANULE, MAX_MESSAGE, STEP, Extents, Malformed, Member, Pool, address_of_pool
+from sllmdask.loader.extents import GRANULE, Extents
+from sllmdask.loader.keeper import address_of_pool
+from sllmdask.loader.ledger import MAX_MESSAGE, STEP, Job, Ledger, Malformed, Member
 from tests.loader.memfd import holders
 
 G = GRANULE
@@ -95,7 +97,7 @@ class Book:
     """A pool without a process: what is said to each member is read from its outbox."""
 
     def __init__(self, limit: int = 1000 * G) -> None:
-        self.pool = Pool(2 * limit + STEP, limit, clock=lambda: 123.0)
+        self.pool = Ledger(2 * limit + STEP, limit, clock=lambda: 123.0)
         self.now = 0.0
         self.ids = 0
 
@@ -127,7 +129,7 @@ class Book:
     def put(self, member: Member, key: str, nbytes: int = G, **meta: object) -> None:
         self.say(member, op="end", lease=self.fill(member, key, nbytes, **meta)["lease"])
 
-    def work(self) -> list[keeper.Job]:
+    def work(self) -> list[Job]:
         """Do all jobs that are due."""
         done = []
         while (job := self.pool.next_job(self.now)) is not None:
@@ -414,12 +416,12 @@ def test_pages_are_taken_and_given_back(monkeypatch, advise):
     memory = os.memfd_create("test")
     os.ftruncate(memory, 100 * G)
     pager = keeper._Pager(memory)
-    assert pager._do(keeper.Job(True, 4 * G, 8 * G))
+    assert pager._do(Job(True, 4 * G, 8 * G))
     assert os.fstat(memory).st_blocks * 512 == 8 * G
-    assert pager._do(keeper.Job(False, 4 * G, 6 * G))
+    assert pager._do(Job(False, 4 * G, 6 * G))
     assert os.fstat(memory).st_blocks * 512 == 2 * G
     monkeypatch.setattr(keeper, "_available_memory", lambda: 0)
-    assert not pager._do(keeper.Job(True, 4 * G, 8 * G)), "the machine needs its memory for other things"
+    assert not pager._do(Job(True, 4 * G, 8 * G)), "the machine needs its memory for other things"
     os.close(pager.fd)
     os.close(memory)
 

@@ -24,8 +24,8 @@ from sllmdask.loader import store as store_module
 from sllmdask.loader.buffers import lease_nbytes
 from sllmdask.loader.convert import convert
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool
 from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.store import CheckpointStore, read_checkpoint
 from tests.loader.stores import CHUNK, N, entry, flights_ended, reached, state, until, used
 

@@ -21,7 +21,7 @@ from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, DiskFull, Loa
 from sllmdask.loader import libc, remote
 from sllmdask.loader.convert import convert
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool
+from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.remote import Limits
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Gate as Held

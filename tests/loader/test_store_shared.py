@@ -15,8 +15,8 @@ import pytest
 
 from sllmdask.config import WorkerSettings
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import SharedPool
 from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.store_process import StoreProcess
 from tests.loader.stores import CHUNK, N, state, until
