@@ -35,12 +35,12 @@ import numpy as np
 from sllmdask.loader import libc
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, address_of, lease_nbytes
+from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
 from sllmdask.loader.kernels import warm_up
 from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.remote import Fetch
 
 CHUNK = 2 * 1024**2
 TOKEN = "the bench's own token"

@@ -43,7 +43,7 @@ ALLOWED = {
     "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},
-    "huggingface_hub": {"loader/remote.py"},
+    "huggingface_hub": {"loader/hub.py"},
     "numba": {"loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},

@@ -1,7 +1,7 @@
 """Checkpoints from another worker of ours: its memory, or its disk, by byte ranges of their files.
 
 :class:`DataServer` gives away what its `lookup` knows, in threads of its own; :class:`PeerOrigin` is where a receiver's
-:class:`~sllmdask.loader.remote.Fetch` takes a checkpoint from. Bytes are pulled: a connection has one request under way, so that
+:class:`~sllmdask.loader.fetch.Fetch` takes a checkpoint from. Bytes are pulled: a connection has one request under way, so that
 a receiver never gets more than it has room for. They go from the memory, or the page cache, of one side straight to their place
 on the other. Each frame carries its XXH64; one that arrives damaged is asked for once more.
 
@@ -43,9 +43,9 @@ from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, SllmError, So
 from sllmdask.loader import fast_format, libc
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, address_of
-from sllmdask.loader.format import MAX_HEADER, CheckpointIndex, is_size
+from sllmdask.loader.format import MAX_HEADER, SMALL_PATTERNS, CheckpointIndex, is_size
 from sllmdask.loader.plan import ChunkRead, ReadPlan
-from sllmdask.loader.remote import SMALL_PATTERNS, Limits, Sockets
+from sllmdask.loader.sockets import Limits, Sockets
 from sllmdask.loader.tee import FarFile, Manifest, Partial, check_name, checksum
 
 logger = logging.getLogger(__name__)

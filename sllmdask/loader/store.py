@@ -44,18 +44,20 @@ from sllmdask.errors import (
     SllmError,
     SourceUnreachable,
 )
+from sllmdask.loader.access import Access
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.bandwidth import BandwidthMeter
 from sllmdask.loader.buffers import Buffer, BufferPool, Staging, address_of, lease_nbytes
 from sllmdask.loader.disk import PARTIAL, DiskTier
 from sllmdask.loader.fallback import Fallback
+from sllmdask.loader.fetch import Fetch, Origin
 from sllmdask.loader.format import CheckpointIndex, CheckpointInfo, read_index, read_info, variants
 from sllmdask.loader.hostpool import HostPool, Segment
 from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import BLOCK, ReadPlan, plan_reads
 from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.reader import ChunkSource, FileSystems, LocalFiles, read_chunks
-from sllmdask.loader.remote import Access, Fetch, Origin, is_remote, open_remote, origin_of
+from sllmdask.loader.remote import is_remote, open_remote, origin_of
 from sllmdask.loader.tee import Tee
 from sllmdask.loader.tiers import StateDict, tensor_views
 from sllmdask.policy.estimate import PRIOR_BYTES_PER_S, smaller_is_faster

@@ -21,11 +21,12 @@ from sllmdask.loader import peer
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, address_of
 from sllmdask.loader.convert import convert
+from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
 from sllmdask.loader.peer import DataServer, PeerOrigin, Served
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.remote import Fetch, Limits
+from sllmdask.loader.sockets import Limits, Sockets
 from sllmdask.loader.tiers import tensor_views
 
 CHUNK = 32 * 1024
@@ -300,7 +301,7 @@ def test_another_version_of_the_checkpoint_is_not_mixed_in(origin, receive):
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_and_harms_nobody(origin, receive, tensors, assert_equal, request_):
-    line = caller().connect(address(origin), sockets := peer.Sockets(None))
+    line = caller().connect(address(origin), sockets := Sockets(None))
     line._wire.send(request_)
     status, nbytes, _ = peer._REPLY.unpack(line._wire.receive(peer._REPLY.size))
     assert status in (peer._BAD, peer._UNKNOWN)
@@ -316,7 +317,7 @@ def caller(key="m"):
 
 @pytest.mark.parametrize(("file", "offset", "nbytes"), [(99, 0, 1), (0, 2**62, 10), (0, 0, 2**63), (0, 0, 0), (2**32 - 1, 0, 1)])
 def test_a_range_outside_the_files_is_refused(origin, file, offset, nbytes):
-    with peer.Sockets(None) as sockets:
+    with Sockets(None) as sockets:
         line = caller().connect(address(origin), sockets)
         line.call("use")
         line._wire.send(peer._REQUEST.pack(peer._RANGE, file, offset, nbytes))

@@ -18,11 +18,11 @@ import torch
 
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, DiskFull, LoadFailed, SourceUnreachable
-from sllmdask.loader import libc, remote
+from sllmdask.loader import libc
 from sllmdask.loader.convert import convert
 from sllmdask.loader.format import read_index
 from sllmdask.loader.private_pool import PrivatePool
-from sllmdask.loader.remote import Limits
+from sllmdask.loader.sockets import Limits
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Gate as Held
 from tests.loader.serving import Site, gone_offline
@@ -36,7 +36,8 @@ ROOM = 256 * 1024**2
 @pytest.fixture
 def site(tmp_path, models, monkeypatch):
     """An HTTP server of the three models, ``site.url + "/a"`` and so on; who asks in vain asks again at once."""
-    monkeypatch.setattr(remote, "Limits", partial(Limits, backoff_s=0.001))
+    for module in ("http_origin", "hub"):
+        monkeypatch.setattr(f"sllmdask.loader.{module}.Limits", partial(Limits, backoff_s=0.001))
     with Site(tmp_path) as site:
         yield site
 
