@@ -38,7 +38,8 @@ from sllmdask.loader.buffers import BufferPool, address_of, lease_nbytes
 from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
 from sllmdask.loader.kernels import warm_up
-from sllmdask.loader.peer import DataServer, PeerOrigin, Served
+from sllmdask.loader.peer_origin import PeerOrigin
+from sllmdask.loader.peer_server import DataServer, Served
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
 

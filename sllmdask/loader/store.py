@@ -53,7 +53,8 @@ from sllmdask.loader.fallback import Fallback
 from sllmdask.loader.fetch import Fetch, Origin
 from sllmdask.loader.format import CheckpointIndex, CheckpointInfo, read_index, read_info, variants
 from sllmdask.loader.hostpool import HostPool, Segment
-from sllmdask.loader.peer import DataServer, PeerOrigin, Served
+from sllmdask.loader.peer_origin import PeerOrigin
+from sllmdask.loader.peer_server import DataServer, Served
 from sllmdask.loader.plan import BLOCK, ReadPlan, plan_reads
 from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.reader import ChunkSource, FileSystems, LocalFiles, read_chunks

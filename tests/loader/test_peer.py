@@ -17,13 +17,14 @@ import safetensors.torch
 import torch
 
 from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointNotFound, SourceUnreachable
-from sllmdask.loader import peer
+from sllmdask.loader import peer_origin, peer_server, peer_wire
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, address_of
 from sllmdask.loader.convert import convert
 from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
-from sllmdask.loader.peer import DataServer, PeerOrigin, Served
+from sllmdask.loader.peer_origin import PeerOrigin
+from sllmdask.loader.peer_server import DataServer, Served
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
 from sllmdask.loader.sockets import Limits, Sockets
@@ -178,7 +179,7 @@ def test_files_that_were_removed_are_still_given_away(checkpoint, receive, tenso
 
 
 def test_a_range_that_is_still_on_its_way_is_waited_for(hold, checkpoint, receive, tensors, assert_equal, monkeypatch):
-    monkeypatch.setattr(peer, "_WAIT_S", 0.01)
+    monkeypatch.setattr(peer_server, "_WAIT_S", 0.01)
     origin = hold(read_index(checkpoint))
     fetch, mine = receive(address(origin))
     done = []
@@ -246,7 +247,7 @@ def test_a_server_that_does_not_know_the_token_is_not_believed(receive):
         for _ in range(2):
             sock, _ = listener.accept()
             with sock:
-                sock.sendall(peer._GREETING.pack(peer._MAGIC, peer._OK, bytes(32)))
+                sock.sendall(peer_wire.GREETING.pack(peer_wire.MAGIC, peer_wire.OK, bytes(32)))
                 sock.recv(64)
                 sock.sendall(bytes(33))
 
@@ -289,22 +290,22 @@ def test_another_version_of_the_checkpoint_is_not_mixed_in(origin, receive):
 @pytest.mark.parametrize(
     "request_",
     [
-        peer._REQUEST.pack(99, 0, 0, 0),
-        peer._REQUEST.pack(peer._RANGE, 0, 0, 10),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 2**60),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 4) + b"nope",
-        peer._REQUEST.pack(peer._CALL, 0, 0, 2) + b"[]",
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "open", "key": ["m"]}).encode().ljust(30),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "shut", "key": "m"}).encode().ljust(30),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "join", "key": "m"}).encode().ljust(30),
+        peer_wire.REQUEST.pack(99, 0, 0, 0),
+        peer_wire.REQUEST.pack(peer_wire.RANGE, 0, 0, 10),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 2**60),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 4) + b"nope",
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 2) + b"[]",
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "open", "key": ["m"]}).encode().ljust(30),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "shut", "key": "m"}).encode().ljust(30),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "join", "key": "m"}).encode().ljust(30),
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_and_harms_nobody(origin, receive, tensors, assert_equal, request_):
     line = caller().connect(address(origin), sockets := Sockets(None))
     line._wire.send(request_)
-    status, nbytes, _ = peer._REPLY.unpack(line._wire.receive(peer._REPLY.size))
-    assert status in (peer._BAD, peer._UNKNOWN)
+    status, nbytes, _ = peer_wire.REPLY.unpack(line._wire.receive(peer_wire.REPLY.size))
+    assert status in (peer_wire.BAD, peer_wire.UNKNOWN)
     assert 0 < nbytes <= 1000
     sockets.__exit__(None, None, None)
     fetch, mine = receive(address(origin))
@@ -312,7 +313,7 @@ def test_a_request_that_makes_no_sense_is_refused_and_harms_nobody(origin, recei
 
 
 def caller(key="m"):
-    return peer._Caller(TOKEN.encode(), key, None, QUICK)
+    return peer_origin._Caller(TOKEN.encode(), key, None, QUICK)
 
 
 @pytest.mark.parametrize(("file", "offset", "nbytes"), [(99, 0, 1), (0, 2**62, 10), (0, 0, 2**63), (0, 0, 0), (2**32 - 1, 0, 1)])
@@ -320,20 +321,20 @@ def test_a_range_outside_the_files_is_refused(origin, file, offset, nbytes):
     with Sockets(None) as sockets:
         line = caller().connect(address(origin), sockets)
         line.call("use")
-        line._wire.send(peer._REQUEST.pack(peer._RANGE, file, offset, nbytes))
-        status, _, _ = peer._REPLY.unpack(line._wire.receive(peer._REPLY.size))
-        assert status == peer._BAD
+        line._wire.send(peer_wire.REQUEST.pack(peer_wire.RANGE, file, offset, nbytes))
+        status, _, _ = peer_wire.REPLY.unpack(line._wire.receive(peer_wire.REPLY.size))
+        assert status == peer_wire.BAD
 
 
 def test_the_token_is_never_sent(origin, receive, monkeypatch):
     sent = []
-    send = peer._Wire.send
+    send = peer_wire.Wire.send
 
     def noting(self, *parts):
         sent.extend(bytes(part) for part in parts)
         send(self, *parts)
 
-    monkeypatch.setattr(peer._Wire, "send", noting)
+    monkeypatch.setattr(peer_wire.Wire, "send", noting)
     fetch, mine = receive(address(origin))
     mine.fill(fetch.chunks())
     assert sent and not any(TOKEN.encode() in part for part in sent)
@@ -345,7 +346,7 @@ def test_the_token_is_never_sent(origin, receive, monkeypatch):
 @pytest.fixture
 def damage(monkeypatch):
     """``damage(n)``: the next n frames of a receiver arrive with a flipped bit."""
-    left, receive_into = [0], peer._Wire.receive_into
+    left, receive_into = [0], peer_wire.Wire.receive_into
 
     def damaging(self, view):
         receive_into(self, view)
@@ -353,7 +354,7 @@ def damage(monkeypatch):
             left[0] -= 1
             view[5000] ^= 4
 
-    monkeypatch.setattr(peer._Wire, "receive_into", damaging)
+    monkeypatch.setattr(peer_wire.Wire, "receive_into", damaging)
     return lambda n: left.__setitem__(0, n)
 
 
