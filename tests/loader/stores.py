@@ -67,5 +67,5 @@ async def reached(event: threading.Event) -> None:
 
 async def flights_ended(store: CheckpointStore) -> None:
     """Until the loads that were called off have ended, too."""
-    while flights := [flight.task for flight in store._flights]:
+    while flights := [flight.task for flight in store._loads.flights]:
         await asyncio.wait(flights)

@@ -28,10 +28,10 @@ from sllmdask.errors import (
     TensorUnsupported,
 )
 from sllmdask.loader import libc, writer
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.convert import TensorSource, convert, files_beside, from_bytes, verify, write_checkpoint
 from sllmdask.loader.fast_format import CHUNK
 from sllmdask.loader.format import read_index
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import _DTYPES, sources_of
 
 ALL_DTYPES = sorted(set(_DTYPES.values()), key=str)

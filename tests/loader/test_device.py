@@ -29,6 +29,7 @@ from sllmdask.loader import device as device_module
 from sllmdask.loader import libc, tiers, writer
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, BufferPool, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.device import (
     CudaDevice,
     DeviceCopy,
@@ -45,7 +46,6 @@ from sllmdask.loader.device import (
 from sllmdask.loader.format import CheckpointIndex, read_index
 from sllmdask.loader.plan import ChunkRead, ReadPlan, plan_reads
 from sllmdask.loader.reader import LocalFiles, read_chunks
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import device_views, sources_of
 from sllmdask.loader.writer import write_checkpoint
 

@@ -20,10 +20,10 @@ import sllmdask
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointTooNew
 from sllmdask.loader import kernels
 from sllmdask.loader.buffers import address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.convert import TensorSource, from_bytes, write_checkpoint
 from sllmdask.loader.fast_format import CHUNK, MAX_CHUNK, MAX_INDEX, VERSION, is_dense, place
 from sllmdask.loader.format import read_index, variants
-from sllmdask.loader.store import read_checkpoint
 
 PAGE = (Path(sllmdask.__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 

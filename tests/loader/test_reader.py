@@ -22,11 +22,11 @@ from sllmdask.errors import Cancelled, CheckpointCorrupt
 from sllmdask.loader import codec, libc, reader
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, Staging, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.format import CheckpointIndex, ChunkEntry, FileEntry, TensorEntry, read_index
 from sllmdask.loader.kernels import xxh64
 from sllmdask.loader.plan import BLOCK, ChunkRead, ReadPlan, plan_reads, round_up
 from sllmdask.loader.reader import FileSystems, LocalFiles, read_chunks
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import sources_of, tensor_views
 from sllmdask.loader.writer import write_checkpoint
 

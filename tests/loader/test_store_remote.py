@@ -79,7 +79,7 @@ def eventually(condition):
 
 async def complete(store, key):
     """Until the disk copy of `key` is complete."""
-    await until(store, lambda: store._records[key].path)
+    await until(store, lambda: store._loads.records[key].path)
 
 
 # --- from HTTP and from the hub --------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ async def test_an_interrupted_fetch_is_never_taken_for_a_checkpoint_and_goes_on_
     (name,) = downloads()
     assert name.endswith(".partial")
     assert not await store.on_disk(source)
-    assert store._lookup("m") is None, "what is not complete is not given away"
+    assert store._sharing.lookup("m") is None, "what is not complete is not given away"
     site.on_data = lambda *_: None
     before = site.n_data
     lease = await store.load("m", source)
@@ -204,7 +204,7 @@ async def test_a_fetch_that_nobody_waits_for_any_more_stops_and_promises_nothing
     with pytest.raises(asyncio.CancelledError):
         await load
     assert state(store, "m") == "absent"
-    assert store._lookup("m") is None
+    assert store._sharing.lookup("m") is None
     held.open()
     lease = await store.load("m", f"{site.url}/a")
     assert lease.tensors["w"].eq(0).all()
@@ -319,10 +319,10 @@ async def test_a_full_disk_ends_the_disk_copy_and_neither_the_load_nor_what_is_b
         patched.setattr(libc, "pwrite", failing)
         lease = await store.load("m", f"{site.url}/a")
         assert lease.tensors["w"].eq(0).all()
-        while store._tasks:
-            await asyncio.wait(store._tasks)
+        while store._background.tasks:
+            await asyncio.wait(store._background.tasks)
     assert (Path(lease.path) / "config.json").is_file(), "a model that is built now needs it"
-    assert store._lookup("other") is None
+    assert store._sharing.lookup("other") is None
     assert not await store.on_disk(f"{site.url}/a")
     lease.release()
     await store.evict("m")
@@ -517,7 +517,7 @@ async def test_receivers_at_once_form_a_chain_and_the_first_gives_its_bytes_once
     sent = dict.fromkeys((store.data_address for store in (giver, *takers)), 0)
     held = Held()
     for store in (giver, *takers):
-        plain = store._lookup
+        plain = store._sharing.lookup
 
         def counting(key, store=store, plain=plain):
             served = plain(key)
@@ -533,11 +533,11 @@ async def test_receivers_at_once_form_a_chain_and_the_first_gives_its_bytes_once
                 served._send_memory = send
             return served
 
-        store._server.lookup = counting
+        store._sharing._server.lookup = counting
     loads = []
     for number, taker in enumerate(takers, 1):
         loads.append(asyncio.create_task(taker.load("m", source, peers=[giver.data_address])))
-        await asyncio.to_thread(eventually, lambda number=number: len(giver._server.receivers("m")) == number)
+        await asyncio.to_thread(eventually, lambda number=number: len(giver._sharing._server.receivers("m")) == number)
     held.open()
     leases = await asyncio.gather(*loads)
     assert all(taken.tier_from == "peer" and taken.tensors["w"].eq(1).all() for taken in leases)
@@ -556,7 +556,7 @@ async def test_where_the_worker_dies_in_the_middle_the_source_itself_goes_on(new
     await giver.load("m", source)
     await complete(giver, "m")
     die = asyncio.Event()
-    loop, served = asyncio.get_running_loop(), giver._lookup("m")
+    loop, served = asyncio.get_running_loop(), giver._sharing.lookup("m")
     send_memory, held, n_sent = served._send_memory, Held(), []
 
     def send(*args):
@@ -570,7 +570,7 @@ async def test_where_the_worker_dies_in_the_middle_the_source_itself_goes_on(new
     before = site.n_data
     loading = asyncio.create_task(taker.load("m", source, whole=whole, peers=[giver.data_address]))
     await die.wait()
-    closing = asyncio.create_task(asyncio.to_thread(giver._server.close))
+    closing = asyncio.create_task(asyncio.to_thread(giver._sharing._server.close))
     held.open()
     lease = await loading
     await lease.complete()
@@ -589,7 +589,7 @@ async def test_bytes_of_two_versions_are_never_mixed(new_node, site, write_singl
     await complete(giver, "m")
     write_single(site.root / "b", {"w": torch.full((N,), 9.0)})
     os.utime(site.root / "b" / "model.safetensors", (1, 1))
-    served = giver._lookup("m")
+    served = giver._sharing.lookup("m")
     send_memory, n_sent = served._send_memory, []
 
     def send(*args):
@@ -609,7 +609,7 @@ async def test_bytes_of_two_versions_are_never_mixed(new_node, site, write_singl
 async def test_where_there_is_no_source_the_death_of_the_only_worker_is_named(new_node, models):
     giver, taker = await new_node(), await new_node()
     await giver.load("m", str(models["b"]))
-    served = giver._lookup("m")
+    served = giver._sharing.lookup("m")
     n_sent = []
     send_memory = served._send_memory
 
@@ -665,11 +665,11 @@ async def test_a_copy_that_left_the_disk_is_not_given_away_and_its_files_are_not
     giver, taker = await new_node(disk_quota=int(1.5 * nbytes)), await new_node()
     await giver.pull("a", f"{site.url}/a")
     await taker.inspect("a", f"{site.url}/a", peers=[giver.data_address])
-    served = giver._lookup("a")
+    served = giver._sharing.lookup("a")
     assert len(served._fds) > 1
     assert [path for path in open_files() if str(giver._disk.final(f"{site.url}/a")) in path]
     await giver.pull("b", f"{site.url}/b")
-    assert giver._lookup("a") is None
+    assert giver._sharing.lookup("a") is None
     assert not [path for path in open_files() if str(giver._disk.root) in path and "deleted" in path]
 
 

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllmdask.loader.buffers import BufferPool, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.format import BITS, read_index
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import _DTYPES, tensor_views
 
 #: safetensors has all but these two.
