@@ -27,21 +27,10 @@ from sllmdask.loader.extents import GRANULE
 from sllmdask.loader.keeper import address_of_pool
 from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.shared_pool import SharedPool
-from tests.loader.memfd import holders
+from tests.loader.memfd import ended, holders
+from tests.loader.stores import until
 
 G = GRANULE
-
-
-async def until(pool, condition):
-    """Return when `condition` holds, which is asked after each change."""
-    changed = asyncio.Event()
-    end = pool.subscribe(changed.set)
-    try:
-        while not condition():
-            changed.clear()
-            await asyncio.wait_for(changed.wait(), 30)
-    finally:
-        end()
 
 
 async def fill(pool, key, nbytes=G, value=1, **meta):
@@ -452,11 +441,6 @@ class Worker:
 
 
 @pytest.fixture
-def name():
-    return f"test-{uuid.uuid4()}"
-
-
-@pytest.fixture
 def new_worker(name):
     workers = []
 
@@ -491,10 +475,6 @@ async def unmapped():
     """Return when that thread has done everything."""
     await asyncio.sleep(0)
     await asyncio.to_thread(int)
-
-
-def ended(pidfd):
-    return bool(select.select([pidfd], [], [], 30)[0])
 
 
 cluster = pytest.mark.cluster

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import select
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from sllmdask.loader import keeper
 from sllmdask.loader.extents import GRANULE, Extents
 from sllmdask.loader.keeper import address_of_pool
 from sllmdask.loader.ledger import MAX_MESSAGE, STEP, Job, Ledger, Malformed, Member
-from tests.loader.memfd import holders
+from tests.loader.memfd import ended, holders
 
 G = GRANULE
 
@@ -499,10 +498,6 @@ def _listening_pid(name: str) -> int:
     pid = member.hear("welcome")["pid"]
     member.close()
     return pid
-
-
-def ended(pidfd: int, timeout_s: float = 20.0) -> bool:
-    return bool(select.select([pidfd], [], [], timeout_s)[0])
 
 
 @pytest.mark.cluster

@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -29,24 +28,12 @@ from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
 from sllmdask.loader.sockets import Limits, Sockets
 from sllmdask.loader.tiers import tensor_views
+from tests.loader.stores import eventually
+from tests.loader.tensors import files_of
 
 CHUNK = 32 * 1024
 TOKEN = "a token that nobody guesses"
 QUICK = Limits(connect_s=5, idle_s=10, attempts=3, backoff_s=0.001)
-
-
-@pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    return {f"model.layers.{i}.weight": torch.randn(100 + 37 * i, 33, generator=generator) for i in range(20)}
-
-
-@pytest.fixture
-def checkpoint(tmp_path, write_sharded, tensors):
-    names = sorted(tensors)
-    directory = write_sharded(tmp_path / "origin", [{n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]}])
-    (directory / "tokenizer.json").write_text('{"a": 1}')
-    return directory
 
 
 class Holder:
@@ -135,7 +122,9 @@ def test_it_also_goes_to_disk_where_that_is_wanted(origin, receive, checkpoint, 
     with fetch.tee(mine.plan, mine.buffer) as tee:
         assert_equal(mine.fill(fetch.chunks(), tee=tee), tensors)
         path = tee.finish()
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == {f.name: f.read_bytes() for f in checkpoint.iterdir()}
+    expected = files_of(checkpoint)
+    del expected["README.md"]
+    assert files_of(path) == expected
     assert read_index(path).fingerprint == origin.index.fingerprint
 
 
@@ -431,14 +420,7 @@ def test_receivers_of_one_server_form_a_chain(hold, checkpoint, receive, tensors
     for i in range(3):
         assert_equal(outcomes[i], tensors)
     assert [source.n_rerouted for source in sources] == [0, 0, 0]
-    until(lambda: origin.server.receivers("m") == [])
-
-
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    eventually(lambda: origin.server.receivers("m") == [])
 
 
 def test_without_chaining_all_are_fed_by_the_first(hold, checkpoint, receive, tensors, assert_equal):
@@ -457,7 +439,7 @@ def test_who_comes_when_the_others_are_done_is_fed_by_the_first(origin, receive,
         source = source_of(fetch)
         assert_equal(mine.fill(source), tensors)
         assert source.upstream == address(origin)
-        until(lambda: origin.server.receivers("m") == [])
+        eventually(lambda: origin.server.receivers("m") == [])
 
 
 def test_who_loses_what_is_before_it_goes_back_to_the_first_server(hold, checkpoint, receive, tensors, assert_equal):
@@ -465,7 +447,7 @@ def test_who_loses_what_is_before_it_goes_back_to_the_first_server(hold, checkpo
     receivers = [receive(address(origin)) for _ in range(3)]
     sources, threads, outcomes = start_all(receivers)
     receivers[1][1].close()
-    until(lambda: sources[2].upstream == address(origin))
+    eventually(lambda: sources[2].upstream == address(origin))
     assert address(receivers[1][1]) not in origin.server.receivers("m")
     origin.fill()
     for thread in threads:
@@ -542,7 +524,7 @@ def test_a_killed_process_in_the_chain_costs_the_others_nothing_but_time(hold, c
     for i in {0, 1, 2} - {killed}:
         pipes[i].send("the end")
         processes[i].join()
-    until(lambda: origin.server.receivers("m") == [])
+    eventually(lambda: origin.server.receivers("m") == [])
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -616,13 +616,6 @@ def scripted(fast: Written) -> tuple[ReadPlan, Callable[..., Scripted], np.ndarr
     index, data = fast
     stored = Path(index.path("0.bin")).read_bytes()
     return plan_reads(index, 1), lambda *args: Scripted([stored], *args), data
-
-
-@pytest.fixture
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
 
 
 def test_bytes_may_come_from_anywhere(scripted, no_thread_is_left):

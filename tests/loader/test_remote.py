@@ -33,6 +33,7 @@ from sllmdask.loader.reader import read_chunks
 from sllmdask.loader.remote import find_fetched, local_name, open_remote
 from sllmdask.loader.sockets import Limits
 from sllmdask.loader.tiers import tensor_views
+from tests.loader.tensors import files_of
 
 CHUNK = 32 * 1024
 QUICK = Limits(connect_s=5, idle_s=5, attempts=4, backoff_s=0.001)
@@ -153,22 +154,6 @@ def serve(tmp_path):
 
 
 @pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    return {f"model.layers.{i}.weight": torch.randn(100 + 37 * i, 33, generator=generator) for i in range(20)}
-
-
-@pytest.fixture
-def checkpoint(tmp_path, write_sharded, tensors):
-    """Two shards of some 20 chunks, and small files."""
-    names = sorted(tensors)
-    directory = write_sharded(tmp_path / "origin", [{n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]}])
-    (directory / "tokenizer.json").write_text('{"a": 1}')
-    (directory / "README.md").write_text("not wanted")
-    return directory
-
-
-@pytest.fixture
 def site(serve, checkpoint):
     return serve(checkpoint)
 
@@ -194,10 +179,6 @@ def load(fetch, *, tee=True, cancel=None, finish=True):
 
 def opened(site, final, **options):
     return Fetch.open(HttpDirectory(site.url, limits=options.pop("limits", QUICK), **options), final)
-
-
-def files_of(directory):
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def partial_of(final):

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sllmdask.loader.sockets import Limits
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Gate as Held
 from tests.loader.serving import Site, gone_offline
-from tests.loader.stores import CHUNK, N, entry, reached, state, until, used
+from tests.loader.stores import CHUNK, N, entry, eventually, reached, state, until, used
 
 TOKEN = "a token that nobody guesses"
 #: Bytes: memory for any test.
@@ -69,12 +68,17 @@ def open_files():
     return found
 
 
-def eventually(condition):
-    """Of what tells nobody when it changes."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def dies_after(served, n):
+    """`served` gives away n pieces from memory, and from then on nobody anything."""
+    send_memory, n_sent = served._send_memory, []
+
+    def send(*args):
+        n_sent.append(args)
+        if len(n_sent) > n:
+            raise ConnectionResetError("it died")
+        send_memory(*args)
+
+    served._send_memory = send
 
 
 async def complete(store, key):
@@ -590,15 +594,7 @@ async def test_bytes_of_two_versions_are_never_mixed(new_node, site, write_singl
     write_single(site.root / "b", {"w": torch.full((N,), 9.0)})
     os.utime(site.root / "b" / "model.safetensors", (1, 1))
     served = giver._sharing.lookup("m")
-    send_memory, n_sent = served._send_memory, []
-
-    def send(*args):
-        n_sent.append(args)
-        if len(n_sent) > 10:
-            raise ConnectionResetError("it died")
-        send_memory(*args)
-
-    served._send_memory = send
+    dies_after(served, 10)
     with pytest.raises(SourceUnreachable, match="another version"):
         await taker.load("m", source, peers=[giver.data_address])
     # Without the worker the new one is loaded, all of it.
@@ -610,16 +606,7 @@ async def test_where_there_is_no_source_the_death_of_the_only_worker_is_named(ne
     giver, taker = await new_node(), await new_node()
     await giver.load("m", str(models["b"]))
     served = giver._sharing.lookup("m")
-    n_sent = []
-    send_memory = served._send_memory
-
-    def send(*args):
-        n_sent.append(args)
-        if len(n_sent) > 10:
-            raise ConnectionResetError("it died")
-        send_memory(*args)
-
-    served._send_memory = send
+    dies_after(served, 10)
     address = giver.data_address
     with pytest.raises(SourceUnreachable) as caught:
         await taker.load("m", "/elsewhere/b", peers=[address])
