@@ -121,7 +121,8 @@ class Ours(HostStarter):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        from sllmdask.loader.hostpool import PrivatePool, SharedPool
+        from sllmdask.loader.private_pool import PrivatePool
+        from sllmdask.loader.shared_pool import SharedPool
         from sllmdask.loader.store import CheckpointStore
 
         capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 4

@@ -136,7 +136,7 @@ class Deployment(Frozen):
 
     @property
     def source(self) -> str:
-        """A directory, a hub id, or ``demo:NAME``."""
+        """A directory, an http(s) address, a hub id, or ``demo:NAME``."""
         return self.backend_config.pretrained_model_name_or_path or self.model
 
     def warnings(self) -> list[str]:

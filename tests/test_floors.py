@@ -41,10 +41,10 @@ NEIGHBOURS = {("units", "errors")}
 ALLOWED = {
     "aiohttp": {"client", "server"},
     "click": {"cli", "cluster/worker_plugin.py"},
-    "ctypes": {"loader"},
+    "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},
-    "huggingface_hub": {"loader/remote.py"},
+    "huggingface_hub": {"loader/hub.py"},
     "llguidance": {"engine/grammar.py"},
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},

@@ -39,7 +39,8 @@ from sllmdask.errors import (
     Unavailable,
 )
 from sllmdask.loader.device import CudaDevice, DeviceCopy
-from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.loader.records import HostLease
+from sllmdask.loader.store import CheckpointStore
 from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)

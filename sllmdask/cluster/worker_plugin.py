@@ -98,7 +98,9 @@ class SllmWorkerPlugin(WorkerPlugin):
 
     async def _open_store(self, worker: Worker) -> CheckpointStore:
         """The store over memory that this worker shares with the others of its node, or, where that cannot be had, its own."""
-        from sllmdask.loader.hostpool import HostPool, PrivatePool, SharedPool
+        from sllmdask.loader.hostpool import HostPool
+        from sllmdask.loader.private_pool import PrivatePool
+        from sllmdask.loader.shared_pool import SharedPool
         from sllmdask.loader.store import CheckpointStore
 
         settings = self.settings.worker

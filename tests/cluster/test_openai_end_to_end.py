@@ -16,7 +16,7 @@ import pytest
 import sllmdask
 from sllmdask import Client
 from sllmdask.errors import Cancelled, ModelNotFound
-from tests.cluster.harness import BIN, Processes, get, post, until, workers
+from tests.cluster.harness import BIN, Processes, get, instances, post, until, workers
 
 pytestmark = pytest.mark.cluster
 
@@ -215,8 +215,7 @@ def test_our_clients_cancel_reaches_the_engine(ours, demo_url):
 
 
 def idle(url: str) -> bool:
-    instances = [instance for worker in workers(url) for instance in worker["instances"]]
-    return not any(instance["n_requests"] or (instance["engine"] or {}).get("n_running") for instance in instances)
+    return not any(instance["n_requests"] or (instance["engine"] or {}).get("n_running") for instance in instances(url))
 
 
 # --- how tokens are chosen, and what is told of them -----------------------------------------------------------------

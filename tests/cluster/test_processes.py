@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_checkpoint
-from tests.cluster.harness import Processes, Stream, get, post, until, workers
+from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
 
 pytestmark = pytest.mark.cluster
 
@@ -37,10 +37,6 @@ def reference(path: Path, prompt: str, max_tokens: int) -> str:
 
 def text_of(stream: Stream) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in stream.chunks() if chunk["choices"])
-
-
-def instances(url: str) -> list[dict]:
-    return [instance for worker in workers(url) for instance in worker["instances"]]
 
 
 def state_of(url: str, model: str) -> str:
