@@ -22,6 +22,16 @@ STATIC = "transformers, padded batch"
 ONE_BY_ONE = "transformers, one by one"
 
 
+def engine_settings(device: str, n_threads: int, settings: dict[str, Any]) -> Any:
+    """``EngineSettings``; raises :class:`BenchError` where the engine does not know one of `settings`."""
+    from sllmdask.config import EngineSettings
+
+    unknown = [name for name in settings if name not in EngineSettings.model_fields]
+    if unknown:
+        raise BenchError(f"this engine has no setting {', '.join(unknown)}")
+    return EngineSettings(**({"device": device, "n_threads": n_threads} | settings))
+
+
 class OurEngine:
     """The engine as an instance runs it: in its thread, with an event loop that hears of each step.
 
@@ -32,12 +42,8 @@ class OurEngine:
         self, directory: Path, device: str, n_threads: int, settings: dict[str, Any], watch: Callable[[Any], Any] | None = None
     ) -> None:
         """`watch` is called with the engine before its thread starts; what it returns is :attr:`watched`."""
-        from sllmdask.config import EngineSettings
         from sllmdask.engine.engine import EngineThread, build_engine
 
-        unknown = [name for name in settings if name not in EngineSettings.model_fields]
-        if unknown:
-            raise BenchError(f"this engine has no setting {', '.join(unknown)}")
         self._loop = asyncio.new_event_loop()
         self._answers: dict[str, list[int]] = {}
         #: When the loop heard of each token.
@@ -45,8 +51,7 @@ class OurEngine:
         self._n_left = 0
         self._error: Exception | None = None
         self._on_token: Callable[[Any], None] = _ignore
-        made = EngineSettings(**({"device": device, "n_threads": n_threads} | settings))
-        engine = build_engine(directory, load_tensors(directory), made)
+        engine = build_engine(directory, load_tensors(directory), engine_settings(device, n_threads, settings))
         self.watched = watch(engine) if watch else None
         self.thread = EngineThread(engine, self._loop, self._on_outputs, self._fail, name="bench")
 
