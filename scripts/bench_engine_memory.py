@@ -18,7 +18,7 @@ from scripts.bench_load_measure import estimate
 from scripts.bench_load_process import give_back_memory, memory_of_self
 from scripts.bench_load_report import align
 
-#: Of the pool: how much of it is filled.
+#: Of the pool: how many tokens are asked for.
 _FILLED = 0.9
 _KV_MEMORY = 32 * 1024**2
 #: Requests that are in the engine at a time.
@@ -29,12 +29,13 @@ class Held:
     """An engine whose memory is looked at from inside its process."""
 
     def __init__(self, directory: Path, vocabulary: int, n_threads: int, settings: dict[str, Any]) -> None:
-        # No prefix is shared between random prompts; where one were kept, its blocks would not count as held.
-        self._engine = OurEngine(directory, "cpu", n_threads, {"kv_memory": _KV_MEMORY} | settings, watch=lambda engine: engine)
+        # All prompts in one step: then all blocks are held at a time.
+        roomy = {"kv_memory": _KV_MEMORY, "max_batch_tokens": 8192, "max_running": 256}
+        self._engine = OurEngine(directory, "cpu", n_threads, roomy | settings, watch=lambda engine: engine)
         self._vocabulary = vocabulary
 
     def kv(self, seed: int) -> dict[str, float]:
-        """Bytes of KV that the engine reports at its fullest, and those of its cache that became resident."""
+        """Bytes of the blocks that were handed out, as the engine reports them, and those of its cache that became resident."""
         engine, rng = self._engine, random.Random(seed)
         stats = engine.stats()
         address = engine.watched._runner.caches[0][0].data_ptr()
@@ -43,33 +44,22 @@ class Held:
         # Whole blocks: a request's last token has no KV yet when it ends, so two are drawn, and one is computed.
         length = min(256, engine.watched.max_model_len - 2) // stats["block_size"] * stats["block_size"]
         prompts = [self._prompt(rng, length - 1) for _ in range(n_tokens // length)]
-        most = 0
-        step = engine.watched.step
-
-        def step_and_look() -> Any:
-            nonlocal most
-            try:
-                return step()
-            finally:
-                # By the tables: which of them are full is known after the step, before a request that ended has left.
-                most = max(most, in_use)
-
-        in_use = 0
+        blocks: set[int] = set()
         plan = engine.watched._scheduler.plan
 
         def plan_and_look() -> Any:
-            nonlocal in_use
             planned = plan()
-            in_use = stats["blocks_total"] - engine.watched.stats().blocks_free
+            for chunk in planned.chunks:
+                blocks.update(chunk.sequence.block_table)
             return planned
 
-        engine.watched.step, engine.watched._scheduler.plan = step_and_look, plan_and_look
+        engine.watched._scheduler.plan = plan_and_look
         try:
             engine.answer(Work(prompts, [2] * len(prompts)))
         finally:
-            engine.watched.step, engine.watched._scheduler.plan = step, plan
+            engine.watched._scheduler.plan = plan
         return {
-            "reported_nbytes": most * stats["bytes_per_block"],
+            "reported_nbytes": len(blocks) * stats["bytes_per_block"],
             "resident_nbytes": resident_of_mapping(address) - before,
             "n_requests": len(prompts),
         }

@@ -165,7 +165,15 @@ def text(result: dict[str, Any]) -> str:
     contenders = result["contenders"]
     bases = [base for base in (http.SERVE if result["over_http"] else MANAGER, ONE_BY_ONE) if base in contenders]
     lines: list[tuple[str, ...]] = [
-        ("", "tokens/s", "95 %", "tokens/CPU s", "95 %", *(f"CPU x {base.split(', ')[-1]}" for base in bases), "equal answers")
+        (
+            "",
+            "tokens/s",
+            "95 %",
+            "tokens/CPU s",
+            "95 %",
+            *(f"CPU x {base.split(', ')[0 if result['over_http'] else -1]}" for base in bases),
+            "equal answers",
+        )
     ]
     for name, of in contenders.items():
         equal = result.get("answers", {}).get(name)
