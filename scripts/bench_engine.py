@@ -1,264 +1,192 @@
 #!/usr/bin/env python
-"""How many tokens per second does the engine generate, next to transformers on the same model?
+"""What does the engine do with a CPU second, next to transformers on the same model, and what holds the rest?
 
-Contenders, in one process and on the same weights, dtype and threads: our engine in its thread; transformers' continuous
-batching manager in its thread; ``model.generate()`` one request after the other. They take turns, and each figure is the median
-of its turns: wall and CPU seconds, prefill included. In float32 the contenders' tokens are compared as well.
+The models have the shapes of real ones and random weights; they are made once and kept in the work directory. Each contender
+has a process of its own that stays, with one turn behind it that does not count; a turn is timed inside. Contenders take one
+turn each per repeat, in an order shuffled anew by a seed; figures are medians with 95 % bootstrap intervals, and ratios pair
+turns of the same repeat. Sampling is greedy and no answer ends early. Threads that wait do not spin
+(OMP_WAIT_POLICY=PASSIVE).
+
+``--scenario throughput`` (the default): tokens per second and per CPU second, prefill included, of requests that arrive
+together: our engine in its thread, by default and with settings that may make it faster or exact; transformers' continuous
+batching manager; ``generate`` with all requests in one left-padded batch, and one by one (some of them, as its rate does not
+depend on how many). Over HTTP: ``sllmdask up`` and ``transformers serve --continuous-batching``; CPU seconds there are those
+of all processes of the server. Lengths of answers are ``uniform``, or ``mixed``: lognormal, 4 to 128. In float32 answers are
+compared token for token with those of our first contender; where they differ, the margin between the two best logits is
+reported.
+
+``--scenario roofline``: the fraction of what the machine could do, and where a step's time goes. A decode step cannot be
+faster than its weights and KV come from memory, nor than its products are computed; a prefill step not than its products.
+Both rates are measured, and the best of several ways counts. Shares are from timers around the parts of a step, which the
+script hangs in.
+
+``--scenario latency``: time between tokens of streams that decode while prompts of 1,024 tokens arrive, for several token
+budgets of a step, and for one that cuts no prompt.
+
+``--scenario prefix``: time to the first token of a second request that begins with the same 1,024 tokens, over the first's.
+
+``--scenario instances``: two engines in two processes, over one.
+
+``--scenario swap``: two models take turns on one slot in the midst of answers, the weights of both staying in memory; the
+pause of each swap. An engine that can park its requests does; otherwise it is closed and built anew, and they are computed
+again. The answers must be those of models that were never swapped.
+
+``--scenario memory``: the KV bytes that the engine reports over those that are resident; and what is left of 1,000 random
+requests, many of them aborted: blocks, memory, threads, file handles.
 
     python scripts/bench_engine.py --quick
-    python scripts/bench_engine.py --models 0.12b --dtypes float32 bfloat16 --streams 1 8 32 --json engine.json
+    python scripts/bench_engine.py --models 0.12b --dtypes float32 bfloat16 --repeats 3 --json engine.json
+    python scripts/bench_engine.py --only 'sllmdask*' --set engine.max_batch_tokens=256 --set engine.block_size=32
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import platform
-import random
-import statistics
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-#: Llama shapes: layers, width, heads, KV heads, width of the MLP, vocabulary.
-SHAPES = {
-    "small": (6, 384, 6, 2, 1024, 8000),
-    "0.12b": (12, 768, 12, 4, 2048, 32000),
-    "0.5b": (24, 896, 14, 2, 4864, 151936),
-}
-OURS, MANAGER, GENERATE = "sllmdask", "transformers continuous batching", "transformers generate, one by one"
-#: ``generate`` is as fast per token for the first requests as for all of them.
-N_ONE_BY_ONE = 2
+from scripts.bench_engine_latency import Latency, Prefix
+from scripts.bench_engine_measure import machine
+from scripts.bench_engine_memory import Memory
+from scripts.bench_engine_model import SHAPES
+from scripts.bench_engine_roofline import Roofline
+from scripts.bench_engine_run import OurVariant, Scenario, Variant, parse_variant
+from scripts.bench_engine_slots import Instances, Swap
+from scripts.bench_engine_throughput import Throughput, entrants
+from scripts.bench_load import choose, default_work_dir
+from scripts.bench_load_measure import BenchError
+from scripts.bench_load_report import Progress, check_plot, plot
 
-Answers = list[list[int]]
+SCENARIOS: dict[str, type[Scenario]] = {
+    "throughput": Throughput,
+    "roofline": Roofline,
+    "latency": Latency,
+    "prefix": Prefix,
+    "instances": Instances,
+    "swap": Swap,
+    "memory": Memory,
+}
+#: Our engine beside its defaults, where `--set` says nothing. What it does not know yet is named, and the rest goes on.
+VARIANTS = {
+    "throughput": [Variant({"pack_weights": "always"}), Variant({"deterministic": True})],
+    "roofline": [Variant({"pack_weights": "always"}), Variant({"deterministic": True})],
+    "latency": [Variant({"pack_weights": "always"})],
+    "prefix": [Variant({"prefix_reuse": False})],
+}
+MODELS = {"roofline": ["0.12b", "0.5b"], "memory": ["small"], "throughput": ["0.12b"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["small"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens per answer")
-    parser.add_argument("--prompt-tokens", nargs=2, type=int, default=[32, 96], metavar=("MIN", "MAX"))
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="the small model, 2 turns, short answers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args()
-    if args.quick:
-        args.models, args.repeats, args.new_tokens = ["small"], 2, 8
-    # Read when torch is imported, so before anything of ours is.
-    os.environ.update(OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE")
-    results = [result for model in args.models for dtype in args.dtypes for result in compare(model, dtype, args)]
-    arguments = {name: value for name, value in vars(args).items() if name != "json"}
-    report = {"machine": machine(), "arguments": arguments, "results": results}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def compare(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians and ratios for each number of streams."""
-    model, directory = make_model(name, dtype, args.seed)
-    engine = OurEngine(model, directory, args.threads)
-    manager = Manager(model, args.new_tokens)
-    contenders: dict[str, Callable[[Answers, int], Answers]] = {
-        OURS: engine.generate,
-        MANAGER: manager.generate,
-        GENERATE: lambda prompts, n_tokens: one_by_one(model, prompts[:N_ONE_BY_ONE], n_tokens),
-    }
-    rng = random.Random(args.seed)
-    results = []
+    args = parse_arguments()
+    # As Ctrl-C does: the processes of the contenders are ended too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for n_streams in args.streams:
-            n_vocab = SHAPES[name][-1]
-            prompts = [[rng.randrange(n_vocab) for _ in range(rng.randint(*args.prompt_tokens))] for _ in range(n_streams)]
-            results.append({"model": name, "dtype": dtype, "streams": n_streams} | take_turns(contenders, prompts, args))
-            print_result(results[-1])
-    finally:
-        engine.close()
-        manager.close()
-    return results
+        run(args)
+    except BenchError as error:
+        sys.exit(f"bench_engine: {error}")
+    except KeyboardInterrupt:
+        sys.exit("bench_engine: stopped")
 
 
-def take_turns(
-    contenders: dict[str, Callable[[Answers, int], Answers]], prompts: Answers, args: argparse.Namespace
-) -> dict[str, Any]:
-    names = list(contenders)
-    answers = {name: contenders[name](prompts, args.new_tokens) for name in names}  # the turn that warms up
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(args.repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            n_tokens = sum(map(len, contenders[name](prompts, args.new_tokens)))
-            seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-            turns[name].append({"tokens_per_s": n_tokens / seconds, "tokens_per_cpu_s": n_tokens / cpu_seconds})
-    medians = {
-        name: {unit: statistics.median(turn[unit] for turn in turns[name]) for unit in ("tokens_per_s", "tokens_per_cpu_s")}
-        for name in names
-    }
-    ratios = {name: {unit: medians[OURS][unit] / medians[name][unit] for unit in medians[name]} for name in names if name != OURS}
-    same = {name: share_of_equal(answers[OURS], answers[name]) for name in names if name != OURS}
-    return {"medians": medians, "ratio_of_ours_to": ratios, "equal_answers": same, "turns": turns, "load": os.getloadavg()[0]}
-
-
-def share_of_equal(ours: Answers, theirs: Answers) -> float:
-    return statistics.mean(mine == other for mine, other in zip(ours, theirs, strict=False))
-
-
-def make_model(name: str, dtype: str, seed: int) -> tuple[Any, Path]:
-    """A Llama with random weights, and a directory that holds its ``config.json``."""
-    import torch
-    import transformers
-
-    n_layers, width, n_heads, n_kv_heads, mlp, n_vocab = SHAPES[name]
-    config = transformers.LlamaConfig(
-        num_hidden_layers=n_layers,
-        hidden_size=width,
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_kv_heads,
-        intermediate_size=mlp,
-        vocab_size=n_vocab,
-        max_position_embeddings=4096,
-        architectures=["LlamaForCausalLM"],
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", choices=SCENARIOS, default="throughput")
+    parser.add_argument(
+        "--models", nargs="+", choices=SHAPES, help="shapes (default: 0.12b; memory: small; roofline: 0.12b 0.5b)"
     )
-    torch.manual_seed(seed)
-    # Not `.to(dtype)` afterwards: it would round the rotary frequencies too, which `from_pretrained` does not.
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    directory = Path(tempfile.mkdtemp(prefix="bench-engine-"))
-    config.save_pretrained(directory)
-    return model, directory
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: CPU seconds say little then")
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32], help="requests at a time")
+    parser.add_argument("--lengths", nargs="+", choices=["uniform", "mixed"], default=["uniform", "mixed"])
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens per answer; the median of mixed ones is 22/32 of it")
+    parser.add_argument("--prompt-tokens", nargs=2, type=int, default=[32, 96], metavar=("MIN", "MAX"))
+    parser.add_argument("--long-prompt", type=int, default=1024, help="tokens of the prompts of latency and prefix")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256, 512], help="tokens of a step, for latency")
+    parser.add_argument("--requests", type=int, default=1000, help="random requests, for memory")
+    parser.add_argument("--one-by-one", type=int, default=4, metavar="N", help="requests that one by one is timed with at most")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="append",
+        metavar="engine.KEY=VALUE",
+        help="one more contender, our engine with these settings, in place of those that a scenario has; may be repeated",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="contenders by name: '*' and '?' match, case does not matter"
+    )
+    parser.add_argument("--list", action="store_true", help="name the contenders and stop")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts, lengths and the order of turns")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds after which a turn has failed")
+    parser.add_argument(
+        "--work-dir", type=Path, default=default_work_dir() / "engine", help="where the models are kept (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians: .png, .svg or .pdf")
+    parser.add_argument("--quick", action="store_true", help="does it work? A tiny model, two repeats: no figures to publish")
+    args = parser.parse_args(argv)
+    args.models = args.models or MODELS.get(args.scenario, ["0.12b"])
+    if args.quick:
+        args.models, args.dtypes, args.streams, args.repeats, args.new_tokens = ["tiny"], ["float32"], [1, 4], 2, 6
+        args.long_prompt, args.budgets, args.requests, args.one_by_one = 96, [16, 32], 40, 2
+    for name in ("repeats", "threads", "new_tokens", "long_prompt", "requests", "one_by_one"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"--{name}: there is no directory {path.resolve().parent}")
+    if args.device == "cuda" and args.scenario in ("roofline", "memory", "instances"):
+        parser.error(f"--scenario {args.scenario} is for the CPU")
+    return args
 
 
-class OurEngine:
-    """The engine over the very tensors of transformers' model, as an instance runs it: in its thread, with an event loop."""
-
-    def __init__(self, model: Any, directory: Path, n_threads: int) -> None:
-        from sllmdask.config import EngineSettings
-        from sllmdask.engine.engine import EngineThread, build_engine
-
-        self._loop = asyncio.new_event_loop()
-        self._answers: dict[str, list[int]] = {}
-        self._n_left = 0
-        settings = EngineSettings(device="cpu", n_threads=n_threads)
-        self._thread = EngineThread(
-            build_engine(directory, model.state_dict(), settings), self._loop, self._on_outputs, self._on_failed, name="bench"
+def run(args: argparse.Namespace) -> None:
+    variants = [Variant(), *(map(parse_variant, args.set) if args.set else VARIANTS.get(args.scenario, []))]
+    everybody: list[Any] = (
+        entrants(variants) if args.scenario == "throughput" else [OurVariant.of(variant) for variant in variants]
+    )
+    chosen = choose(everybody, args.only)
+    if args.list:
+        print("\n".join(one.name for one in chosen))
+        return
+    if args.plot:
+        check_plot(args.plot)
+    try:
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"--work-dir {args.work_dir}: {error.strerror}") from None
+    facts = machine(args.threads)
+    print(f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_nbytes'] / 1e9:.0f} GB; {args.threads} threads", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-engine-") as logs:
+        log = Path(logs) / "contenders.log"
+        scenario = SCENARIOS[args.scenario](args, chosen, Progress(), log)
+        scenario.run()
+    for name, reason in scenario.failed.items():
+        print(f"not run: {name}: {reason}")
+    if args.quick:
+        print("\n--quick: these are no figures, only a sign that it works")
+    if args.json:
+        # Where somebody keeps files is no fact about a machine.
+        arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        report = {"machine": facts, "arguments": arguments, "results": scenario.results, "failed": scenario.failed}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot and scenario.panels:
+        plot(
+            args.plot,
+            scenario.panels,
+            {facts["cpu"]: f"({facts['cores']} cores)", "threads": args.threads, "repeats": args.repeats},
         )
-
-    def generate(self, prompts: Answers, n_tokens: int) -> Answers:
-        from sllmdask.batching.sequence import SamplingParams, Sequence
-
-        self._answers, self._n_left = {str(i): [] for i in range(len(prompts))}, len(prompts)
-        for i, prompt in enumerate(prompts):
-            self._thread.submit(Sequence(str(i), prompt, SamplingParams(max_tokens=n_tokens, temperature=0.0)))
-        self._loop.run_forever()
-        return list(self._answers.values())
-
-    def close(self) -> None:
-        self._thread.close()
-        self._loop.close()
-
-    def _on_outputs(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            if output.error:
-                raise output.error
-            self._answers[output.request_id].append(output.token_id)
-            self._n_left -= output.final
-        if not self._n_left:
-            self._loop.stop()
-
-    def _on_failed(self, error: Exception) -> None:
-        raise error
-
-
-class Manager:
-    """transformers' continuous batching, started once; batch size and cache are those of our defaults, or larger."""
-
-    def __init__(self, model: Any, n_tokens: int) -> None:
-        from transformers import GenerationConfig
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-        self._model = model
-        model.set_attn_implementation("sdpa")
-        self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(max_new_tokens=n_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512),
-        )
-        self._manager.start()
-        self._n_runs = 0
-
-    def generate(self, prompts: Answers, n_tokens: int) -> Answers:
-        self._n_runs += 1
-        ids = [f"{self._n_runs}-{i}" for i in range(len(prompts))]
-        for request_id, prompt in zip(ids, prompts, strict=True):
-            self._manager.add_request(prompt, request_id=request_id, max_new_tokens=n_tokens)
-        answers: dict[str, list[int]] = {}
-        while len(answers) < len(ids):
-            result = self._manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                if result.error:
-                    raise RuntimeError(result.error)
-                answers[result.request_id] = list(result.generated_tokens)
-        return [answers[request_id] for request_id in ids]
-
-    def close(self) -> None:
-        self._manager.stop(block=True)
-
-
-def one_by_one(model: Any, prompts: Answers, n_tokens: int) -> Answers:
-    import torch
-
-    answers = []
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
-        )
-        answers.append(output[0, len(prompt) :].tolist())
-    model.set_attn_implementation(implementation)
-    return answers
-
-
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        named = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = named[0] if named else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def print_result(result: dict[str, Any]) -> None:
-    print(f"{result['model']} {result['dtype']}, {result['streams']} streams (load {result['load']:.1f})")
-    for name, median in result["medians"].items():
-        line = f"  {name:35} {median['tokens_per_s']:8.1f} tokens/s {median['tokens_per_cpu_s']:8.1f} tokens/CPU s"
-        if name != OURS:
-            ratio = result["ratio_of_ours_to"][name]
-            line += f"   ours: {ratio['tokens_per_s']:.2f}x, by CPU {ratio['tokens_per_cpu_s']:.2f}x"
-            line += f", equal answers {result['equal_answers'][name]:.0%}"
-        print(line, flush=True)
+    if not scenario.results:
+        raise BenchError("nobody could be measured")
 
 
 if __name__ == "__main__":

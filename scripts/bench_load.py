@@ -16,7 +16,8 @@ The checkpoint has the shapes of a real model; it and its copies in other format
   every load, SHA-256 of every tensor once per contender; a wrong byte fails the run. "private" says how much of the result
   lies in the process's own memory: a mapping of the page cache has all its bytes resident too, but they are the kernel's to drop.
 * The limit is direct reads of the same files into memory that is there already, in the same shuffled order, with the number of
-  threads and the size of reads that were fastest on this disk.
+  threads and the size of reads that were fastest on this disk. Each format has files, and so a limit, of its own: a disk need not
+  be equally fast everywhere. Compressed files are compared with the safetensors files.
 
 ``--scenario host``: from host memory (ours: the tier that the workers of a node share; others: the page cache) to a model whose
 forward pass could begin, in a warm process, for three sizes; each model then proves it by a token. Also: how much memory a second
@@ -144,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
         results.append(result)
     if args.quick:
         print("\n--quick: these are no figures, only a sign that it works")
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    # Where somebody keeps files is no fact about a machine.
+    arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     if args.json:
         report = {"machine": facts, "arguments": arguments, "results": [result.as_json() for result in results]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -209,12 +211,14 @@ def load_text(result: LoadResult, args: argparse.Namespace) -> str:
     limit = measure.estimate(result.limit_s)
     n_threads, chunk = result.limit_setting
     rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads}" for threads, rate in result.copy_bytes_per_s.items())
+    limits = ", ".join(f"{name} {statistics.median(seconds):.3f} s" for name, seconds in result.limits_s.items())
     what = f"{result.size}, {result.truth.nbytes / 1e9:.2f} GB, {len(result.truth.digests)} tensors"
     lines = [
         f"{what}: cold files to {args.device} memory",
         f"limit: {n_threads} threads, reads of {chunk // MIB} MiB; memory copies: {rates}",
         f"{args.repeats} repeats in {duration(result.wall_s)}; taking memory: {statistics.median(result.backing_s):.2f} s each",
         table(result.rows(), limit, result.truth.nbytes / limit.median),
+        f"direct reads of the files of each format: {limits}",
         "* ours. x limit: over direct reads. peak x: most resident memory over the checkpoint's bytes.",
         *(f"not run: {name}: {reason}" for name, reason in (result.skipped | NOT_HERE).items()),
         *(f"FAILED: {name}: {reason}" for name, reason in result.failed.items()),

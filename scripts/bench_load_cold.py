@@ -19,18 +19,19 @@ from scripts.bench_load_measure import MIB, BenchError, Truth, WrongBytes
 from scripts.bench_load_process import ContenderFailed, ContenderProcess, NotInstalled
 from scripts.bench_load_report import Progress, Row
 
-LIMIT = "direct reads"
+#: The format whose files are read for the limit of contenders of another one: of their own, but for those that are smaller.
+LIMIT_OF = {"split16": "safetensors"}
 #: Of the checkpoint's bytes: how much memory is taken and given back before a load. A mapping, a copy of it, and some more.
 BACKED = 2.2
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """Everything that was measured. `loads` has one list per contender, `limit_s` one figure per repeat."""
+    """Everything that was measured. `loads` has one list per contender, `limits_s` one figure per repeat, by format."""
 
     size: str
     truth: Truth
-    limit_s: list[float]
+    limits_s: dict[str, list[float]]
     limit_setting: tuple[int, int]
     copy_bytes_per_s: dict[str, float]
     loads: dict[str, list[Load]]
@@ -41,19 +42,24 @@ class LoadResult:
     failed: dict[str, str]
     wall_s: float
 
-    def rows(self) -> list[Row]:
-        ours = {contender.name: contender.ours for contender in CONTENDERS}
-        return [self._row(name, ours[name], loads) for name, loads in self.loads.items()]
+    @property
+    def limit_s(self) -> list[float]:
+        """Direct reads of the safetensors files."""
+        return self.limits_s["safetensors"]
 
-    def _row(self, name: str, ours: bool, loads: list[Load]) -> Row:
-        seconds = [load.seconds for load in loads]
+    def rows(self) -> list[Row]:
+        contenders = {contender.name: contender for contender in CONTENDERS}
+        return [self._row(contenders[name], loads) for name, loads in self.loads.items()]
+
+    def _row(self, contender: type[Contender], loads: list[Load]) -> Row:
+        name, ours, seconds = contender.name, contender.ours, [load.seconds for load in loads]
         return Row(
             name=name,
             setting=self.settings[name],
             ours=ours,
             n_loads=len(loads),
             seconds=measure.estimate(seconds),
-            ratio=measure.estimate_ratio(seconds, self.limit_s),
+            ratio=measure.estimate_ratio(seconds, self.limits_s[_limit_of(contender)]),
             fastest_s=min(seconds),
             cpu_s=statistics.median(load.cpu_s for load in loads),
             bytes_per_s=self.truth.nbytes / statistics.median(seconds),
@@ -68,10 +74,11 @@ class LoadResult:
             "scenario": "load",
             "checkpoint": {"size": self.size, "nbytes": self.truth.nbytes, "tensors": len(self.truth.digests)},
             "limit": {
-                "seconds": self.limit_s,
+                "seconds": self.limits_s,
                 "threads": n_threads,
                 "chunk": chunk,
                 "median": asdict(limit),
+                "medians": {name: statistics.median(seconds) for name, seconds in self.limits_s.items()},
                 "bytes_per_s": self.truth.nbytes / limit.median,
                 "copy_bytes_per_s": self.copy_bytes_per_s,
             },
@@ -124,7 +131,7 @@ class LoadScenario:
             stack.callback(self._close)
             self._progress.stage("finding the direct-read limit", len(measure.LIMIT_SETTINGS) * self._args.tries)
             limit_setting = measure.find_limit(source, self._args.tries, self._start_cold, self._progress.step)
-            limit_s, loads = self._repeat(source, limit_setting)
+            limits_s, loads = self._repeat(limit_setting)
         self._progress.stage("measuring memory copies")
         n_cores = len(os.sched_getaffinity(0))
         size = min(1024 * MIB, measure.available_memory() // 4)
@@ -136,7 +143,7 @@ class LoadScenario:
         return LoadResult(
             self._size,
             self._truth,
-            limit_s,
+            limits_s,
             limit_setting,
             rates,
             loads,
@@ -243,27 +250,34 @@ class LoadScenario:
         check_bytes(name, load, self._truth)
         return load
 
-    def _repeat(self, source: Path, limit_setting: tuple[int, int]) -> tuple[list[float], dict[str, list[Load]]]:
-        names = [LIMIT, *self._contenders]
-        limit_s: list[float] = []
+    def _repeat(self, limit_setting: tuple[int, int]) -> tuple[dict[str, list[float]], dict[str, list[Load]]]:
+        formats = dict.fromkeys(["safetensors", *map(_limit_of, self._contenders.values())])
+        limits = {f"direct reads, {name}": name for name in formats}
+        names = [*limits, *self._contenders]
+        limits_s: dict[str, list[float]] = {name: [] for name in formats}
         loads: dict[str, list[Load]] = {name: [] for name in self._contenders}
         self._progress.stage("loading", self._args.repeats * len(names))
         for repeat, name in measure.turns(names, self._args.repeats, self._args.seed):
             self._progress.step(f"repeat {repeat + 1} of {self._args.repeats}: {name}")
-            if name == LIMIT:
-                limit_s.append(measure.limit_seconds(source, limit_setting, self._start_cold))
+            if name in limits:
+                directory = self._checkpoints.directory(limits[name])
+                limits_s[limits[name]].append(measure.limit_seconds(directory, limit_setting, self._start_cold))
             elif name in self._contenders:
                 try:
                     loads[name].append(self._load(name, self._processes[name]))
                 except ContenderFailed as error:
                     self._fail(name, str(error))
         # Ratios pair the loads of a repeat: who missed one has none.
-        return limit_s, {name: found for name, found in loads.items() if name in self._contenders}
+        return limits_s, {name: found for name, found in loads.items() if name in self._contenders}
 
     def _close(self) -> None:
         for process in self._processes.values():
             process.close()
         self._processes.clear()
+
+
+def _limit_of(contender: type[Contender]) -> str:
+    return LIMIT_OF.get(contender.format, contender.format)
 
 
 def check_bytes(name: str, load: Load, truth: Truth) -> None:

@@ -40,7 +40,7 @@ def table(rows: Sequence[Row], limit: Estimate, limit_bytes_per_s: float) -> str
     lines = [HEADINGS]
     lines.append(
         (
-            "direct reads (the limit)",
+            "direct reads, safetensors",
             f"{limit.median:.3f}",
             _range(limit),
             "1.00",
@@ -202,8 +202,9 @@ def _draw(panel: Panel, axes: Any) -> None:
         color=[ours if bar.ours else others for bar in bars],
         error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#303030"},
     )
+    style = {"fontsize": 9, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8}}
     for position, bar in enumerate(bars):
-        axes.annotate(bar.label, (bar.seconds.high, position), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(bar.label, (bar.seconds.high, position), xytext=(5, 0), textcoords="offset points", va="center", **style)
     legend = [Patch(color=ours, label="sllmdask"), Patch(color=others, label="others")]
     if panel.limit is not None:
         seconds = panel.limit.median

@@ -121,7 +121,8 @@ class Ours(HostStarter):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        from sllmdask.loader.hostpool import PrivatePool, SharedPool
+        from sllmdask.loader.private_pool import PrivatePool
+        from sllmdask.loader.shared_pool import SharedPool
         from sllmdask.loader.store import CheckpointStore
 
         capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 4
@@ -201,7 +202,8 @@ class Ours(HostStarter):
         return Started(seconds, phases, None)
 
     def answer(self, prompt: list[int]) -> int:
-        from sllmdask.batching.sequence import SamplingParams, Sequence
+        from sllmdask.batching.params import SamplingParams
+        from sllmdask.batching.sequence import Sequence
 
         self._engine.add(Sequence("first", prompt, SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)))
         outputs: list[Any] = []

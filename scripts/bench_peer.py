@@ -35,13 +35,13 @@ import numpy as np
 from sllmdask.loader import libc
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, address_of, lease_nbytes
+from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
 from sllmdask.loader.kernels import warm_up
-from sllmdask.loader.peer import DataServer, PeerOrigin, Served
+from sllmdask.loader.peer_origin import PeerOrigin
+from sllmdask.loader.peer_server import DataServer, Served
 from sllmdask.loader.plan import ReadPlan, plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.remote import Fetch
-from sllmdask.loader.tee import memory_view
 
 CHUNK = 2 * 1024**2
 TOKEN = "the bench's own token"
@@ -73,7 +73,7 @@ def send_plain(listener: socket.socket, address: int, nbytes: int) -> None:
         with sock:
             number, n = sock.recv(2)
             for start in range(number * CHUNK, nbytes, n * CHUNK):
-                sock.sendall(memory_view(address + start, min(CHUNK, nbytes - start)))
+                sock.sendall(libc.memory_view(address + start, min(CHUNK, nbytes - start)))
 
     while True:
         sock, _ = listener.accept()
@@ -86,7 +86,7 @@ def receive_plain(host: str, port: int, address: int, nbytes: int, n: int) -> No
             sock.settimeout(None)
             sock.send(bytes([number, n]))
             for start in range(number * CHUNK, nbytes, n * CHUNK):
-                view = memory_view(address + start, min(CHUNK, nbytes - start))
+                view = libc.memory_view(address + start, min(CHUNK, nbytes - start))
                 while view:
                     view = view[sock.recv_into(view, 0, socket.MSG_WAITALL) :]
 

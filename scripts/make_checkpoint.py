@@ -151,7 +151,7 @@ def make_checkpoint(
             partial / "model.safetensors.index.json", {"metadata": {"total_size": shape.nbytes}, "weight_map": weight_map}
         )
     _write_json(partial / "config.json", shape.config())
-    _write_tokenizer(partial)
+    write_tokenizer(partial)
     for path in partial.iterdir():
         with path.open("rb") as file_on_disk:
             os.fsync(file_on_disk.fileno())
@@ -190,7 +190,7 @@ def _weights(name: str, shape: tuple[int, ...], scale: float, seed: int) -> Any:
     return tensor
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """A tokenizer of the 256 bytes and three special tokens, with a chat template: enough to serve the model."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

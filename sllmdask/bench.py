@@ -34,7 +34,7 @@ from sllmdask.loader import libc
 from sllmdask.loader.buffers import BufferPool, address_of, lease_nbytes
 from sllmdask.loader.format import CheckpointIndex, read_index, variants
 from sllmdask.loader.plan import plan_reads
-from sllmdask.loader.reader import cached_pages, read_chunks
+from sllmdask.loader.reader import read_chunks
 from sllmdask.loader.tiers import StateDict, tensor_views
 from sllmdask.units import format_bytes
 
@@ -266,7 +266,7 @@ def _drop(files: list[Path]) -> bool:
         try:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            left += cached_pages(fd, 0, os.fstat(fd).st_size)
+            left += libc.cached_pages(fd, 0, os.fstat(fd).st_size)
         finally:
             os.close(fd)
     return left == 0
@@ -277,7 +277,7 @@ def _can_check(path: Path) -> bool:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.pread(fd, PAGE, 0)
-        return cached_pages(fd, 0, PAGE) > 0
+        return libc.cached_pages(fd, 0, PAGE) > 0
     finally:
         os.close(fd)
 

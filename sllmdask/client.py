@@ -133,7 +133,11 @@ def server_error(http_status: int, envelope: Mapping[str, Any], request_id: str 
 
 @dataclass
 class Response:
-    """A whole answer. `usage` has OpenAI's keys; the last three are the server's account of where and how it ran."""
+    """A whole answer. `usage` has OpenAI's keys; the three after it are the server's account of where and how it ran.
+
+    `text`, `finish_reason` and `logprobs` are those of the first choice. `choices` has them all, with their ``index``; `logprobs`
+    is ``None`` unless asked for, and otherwise in the shape that OpenAI gives it in a chat, or in a completion.
+    """
 
     id: str
     model: str
@@ -143,6 +147,8 @@ class Response:
     cold_start: str | None = None
     node: str | None = None
     queue_ms: int | None = None
+    logprobs: dict[str, Any] | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
 
 class GenerateFuture:
@@ -152,6 +158,7 @@ class GenerateFuture:
         self._loop = loop
         self._on_progress = on_progress
         self._pieces: list[str] = []
+        self._choices: dict[int, dict[str, Any]] = {}
         self._response = Response(id="", model=model)
         self._changed = asyncio.Event()
         self._outcome: Future[None] = Future()
@@ -234,9 +241,23 @@ class GenerateFuture:
         if self._task is not None:
             self._task.cancel()
 
-    def _add(self, text: str) -> None:
-        self._pieces.append(text)
-        self._changed.set()
+    def _take(self, part: Mapping[str, Any]) -> None:
+        """What one chunk says of one choice."""
+        fresh: dict[str, Any] = {"index": part["index"], "text": [], "finish_reason": None, "logprobs": None}
+        choice = self._choices.setdefault(part["index"], fresh)
+        choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+        if told := part.get("logprobs"):
+            choice["logprobs"] = choice["logprobs"] or {}
+            for name, values in told.items():
+                if values is None:
+                    choice["logprobs"].setdefault(name, None)
+                else:
+                    choice["logprobs"].setdefault(name, []).extend(values)
+        if text := part.get("text") or part.get("delta", {}).get("content"):
+            choice["text"].append(text)
+            if part["index"] == 0:
+                self._pieces.append(text)
+                self._changed.set()
 
     def _say(self, progress: str) -> None:
         self.progress = progress
@@ -245,6 +266,10 @@ class GenerateFuture:
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._response.text = "".join(self._pieces)
+        self._response.choices = [choice | {"text": "".join(choice["text"])} for _, choice in sorted(self._choices.items())]
+        if 0 in self._choices:
+            self._response.finish_reason = self._choices[0]["finish_reason"]
+            self._response.logprobs = self._choices[0]["logprobs"]
         if task.cancelled():
             self._outcome.set_exception(errors.Cancelled("The request was cancelled by its client."))
         elif (error := task.exception()) is not None:
@@ -289,8 +314,10 @@ class AsyncClient:
         self, model: str, prompt: Prompt, *, chat: bool = True, on_progress: OnProgress = None, **params: Any
     ) -> GenerateFuture:
         """Ask `model`. A text is one turn of a chat, or with ``chat=False`` the beginning of a text to go on with; a list holds
-        a chat's messages. `params` are OpenAI's: ``max_tokens``, ``temperature``, ``seed``, ``stop``...; `on_progress` is called
-        on the client's thread with what :attr:`GenerateFuture.progress` becomes."""
+        a chat's messages. `params` are the fields of the body: ``max_tokens``, ``temperature``, ``seed``, ``stop``,
+        ``response_format``...; ``logprobs=3`` asks for the three likeliest tokens beside each one, in a chat too. With ``n=2``
+        the pieces and the text are those of the first choice, and :attr:`Response.choices` has both. `on_progress` is called on
+        the client's thread with what :attr:`GenerateFuture.progress` becomes."""
         return self._submit(model, prompt, chat, params, None, on_progress)
 
     def map(
@@ -443,6 +470,9 @@ class AsyncClient:
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
             path, body["prompt"] = "/v1/completions", prompt
+        wanted = body.get("logprobs")
+        if "messages" in body and isinstance(wanted, int) and not isinstance(wanted, bool):
+            body = {**body, "logprobs": True, "top_logprobs": wanted}
         future._begin(self._run(future, path, body, turn))
         self._futures.add(future)
         future._outcome.add_done_callback(lambda _: self._futures.discard(future))
@@ -486,9 +516,7 @@ def _take_chunk(future: GenerateFuture, chunk: dict[str, Any]) -> None:
     if chunk.get("usage"):
         future._response.usage = chunk["usage"]
     for choice in chunk["choices"]:
-        future._response.finish_reason = choice["finish_reason"] or future._response.finish_reason
-        if text := choice.get("text") or choice.get("delta", {}).get("content"):
-            future._add(text)
+        future._take(choice)
 
 
 def _floats(data: str | list[float]) -> list[float]:

@@ -170,7 +170,7 @@ class Deployment(Frozen):
 
     @property
     def source(self) -> str:
-        """A directory, a hub id, or ``demo:NAME``."""
+        """A directory, an http(s) address, a hub id, or ``demo:NAME``."""
         return self.backend_config.pretrained_model_name_or_path or self.model
 
     def warnings(self) -> list[str]:
@@ -207,6 +207,12 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
+    #: Whether a request begins with the KV of tokens that another one began with, too.
+    prefix_reuse: bool = True
+    #: Bytes of host memory for the KV of requests that gave way, where that is quicker than to compute it again; 0: none.
+    parking_memory: Bytes = Field(default=64 * 1024**2, ge=0)
+    #: Seconds of waiting that are worth one level of priority; 0: waiting counts for nothing.
+    ageing: Seconds = Field(default=30.0, ge=0)
     #: LoRA adapters that one instance holds at once; the one that was used longest ago gives way.
     max_adapters: int = Field(default=8, ge=1, le=MAX_COUNT)
     #: Whether an instance begins to serve while its weights are read: layer by layer, behind the reader.
@@ -214,6 +220,19 @@ class EngineSettings(Frozen):
     #: Threads of one instance; 0: the host's cores divided by the slots, of all workers that ``up`` starts, or of a worker
     #: started by hand, which does not know its neighbours.
     n_threads: int = Field(default=0, ge=0)
+    #: What computes attention: ``auto`` is the fastest for the device.
+    attention: Literal["auto", "sdpa", "numba", "triton"] = "auto"
+    #: Whether decode steps on a GPU are recorded as CUDA graphs.
+    cuda_graphs: bool = True
+    #: Whether a request's logits have the same bits alone, in any batch, and computed again. CPU only.
+    deterministic: bool = False
+    #: Whether linear layers run over weights rearranged for the matrix library, on a CPU. ``always``: from the first token on;
+    #: ``auto``: rearranged in the background when the model is hot.
+    pack_weights: Literal["auto", "always", "never"] = "auto"
+    #: Steps with work after which a model is hot.
+    pack_after: int = Field(default=32, ge=0, le=MAX_COUNT)
+    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then.
+    pack_memory: Bytes = Field(default=0, ge=0)
 
 
 class WorkerSettings(Frozen):

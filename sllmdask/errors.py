@@ -2,7 +2,8 @@
 
     SllmError
     ├── ConfigError                 the operator: a file, a flag or an environment variable is wrong
-    │   └── PortInUse
+    │   ├── PortInUse
+    │   └── DeterminismUnavailable
     ├── CheckpointError             the operator: the files of a model are wrong
     │   ├── CheckpointNotFound
     │   ├── CheckpointCorrupt
@@ -33,6 +34,7 @@
     │   └── SchedulerUnreachable
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left before the request reached it
+    ├── StateRefused                the cluster: a request cannot move with its KV, but it can with its tokens
     ├── Cancelled                   the caller went away
     ├── EngineError                 the engine failed this one request
     └── ServerError                 client.py: what a server answered; each is also of the class that its code names
@@ -49,9 +51,8 @@ from typing import Any
 
 
 def _bytes(nbytes: int) -> str:
-    from sllmdask.units import format_bytes  # which raises our errors
-
-    return format_bytes(nbytes)
+    """``"1.5 GiB"``. Here, because the module of units raises our errors."""
+    return f"{nbytes / 1024**3:.1f} GiB" if nbytes >= 1024**3 else f"{nbytes / 1024**2:.1f} MiB"
 
 
 class SllmError(Exception):
@@ -96,6 +97,22 @@ class PortInUse(ConfigError):
     @property
     def message(self) -> str:
         return f"Port {self.port} on {self.host} is taken by another program. Choose another with --port, or stop that program."
+
+
+class DeterminismUnavailable(ConfigError):
+    """``DeterminismUnavailable(reason)``: ``engine.deterministic`` asks for bits that this machine does not keep."""
+
+    def __init__(self, reason: str) -> None:
+        SllmError.__init__(self, reason)
+        self.reason = reason
+        self.param = "deterministic"
+
+    @property
+    def message(self) -> str:
+        return (
+            f"engine.deterministic cannot be kept here: {self.reason}. "
+            "Set it to false, or run the model on a worker where it can be kept."
+        )
 
 
 class CheckpointError(SllmError):
@@ -518,6 +535,20 @@ class Cancelled(SllmError):
 
     def __init__(self, reason: str = "the client went away") -> None:
         super().__init__(reason)
+
+
+class StateRefused(SllmError):
+    """``StateRefused(request, reason)``: its state cannot be given or taken by this engine; it can go on from its tokens."""
+
+    http_status, type, code = 409, "invalid_request_error", "state_refused"
+
+    def __init__(self, request: str, reason: str) -> None:
+        super().__init__(request, reason)
+        self.request, self.reason = request, reason
+
+    @property
+    def message(self) -> str:
+        return f"The state of request {self.request!r} cannot move: {self.reason}. Its tokens can, and are computed again."
 
 
 class EngineError(SllmError):

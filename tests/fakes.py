@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from sllmdask.batching.params import TokenLogprobs
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import (
     Delta,
@@ -50,6 +52,11 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(hf_tokenizer)
 
 
+def told_of(token_id: int, n_top: int) -> TokenLogprobs:
+    """Log probabilities that name their token: it is the second likeliest."""
+    return TokenLogprobs(-token_id / 100, (7, token_id, 9)[:n_top], (-0.001, -token_id / 100, -9.5)[:n_top])
+
+
 @dataclass
 class FakeModel:
     """One deployment. An event that is set opens its gate; ``None`` is no gate."""
@@ -58,6 +65,8 @@ class FakeModel:
     state: str = "ready"
     max_model_len: int = 1024
     cold_start: str = "hit"
+    #: Of the model's ``generation_config.json``.
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     nbytes: int = 4 * 1024**2
     created: int = field(default_factory=lambda: int(time.time()))
     #: How far its loading is, as ``GET /admin/cluster`` tells it.
@@ -121,7 +130,9 @@ class FakeGateway:
 
     async def tokenizer(self, model: str) -> Tokenizer:
         openai.find_model(self.models(), model)
-        return byte_tokenizer()
+        tokenizer = copy.copy(byte_tokenizer())
+        tokenizer.sampling_defaults = self.deployed[model].sampling_defaults
+        return tokenizer
 
     def resolve(self, model: str, adapter: str | None) -> tuple[str, tuple[str, str] | None]:
         base, _, named = model.rpartition(":")
@@ -278,7 +289,12 @@ class FakeGateway:
                 raise model.fail
             await asyncio.sleep(0)
             shown = text.push(journal.accept(0, index, [token_id]))
-            yield Delta(shown, (token_id,))
+            n_top, n_top_prompt = request.params.logprobs, request.params.prompt_logprobs
+            told = () if n_top is None else (told_of(token_id, n_top),)
+            of_prompt = None
+            if n_top_prompt is not None and index == 0:
+                of_prompt = tuple(told_of(each, n_top_prompt) for each in request.prompt_ids[1:])
+            yield Delta(shown, (token_id,), told, of_prompt)
             if text.stopped:
                 break
         if rest := text.flush():
@@ -341,6 +357,7 @@ def every_error() -> list[SllmError]:
         errors.SllmError("something"),
         errors.ConfigError("bad", "key"),
         errors.PortInUse("127.0.0.1", 1),
+        errors.DeterminismUnavailable("gone"),
         errors.CheckpointError("bad files"),
         errors.CheckpointNotFound("/x", "no such directory"),
         errors.CheckpointCorrupt("a.safetensors", "w", "truncated"),

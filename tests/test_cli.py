@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from sllmdask import __version__
+from sllmdask.batching.params import Grammar
 from sllmdask.cli import main
 from sllmdask.cluster.journal import Progress
 from sllmdask.config import Deployment, Settings
@@ -211,6 +212,26 @@ def test_generate_passes_sampling_on(serve: Serve):
     run("generate", "m", "x", "--temperature", "0", "--seed", "5", "--max-tokens", "3")
     params = server.gateway.asked[0].params
     assert (params.temperature, params.seed, params.max_tokens) == (0.0, 5, 3)
+
+
+def test_generate_passes_any_field_on(serve: Serve, tmp_path: Path):
+    server = serve(m=FakeModel())
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    options = ("--top-p", "0.5", "--stop", "a", "--stop", "b", "-p", "frequency_penalty=0.5", "-p", 'logit_bias={"3": 1}')
+    run("generate", "m", "x", *options, "--json-schema", str(tmp_path / "schema.json"))
+    params = server.gateway.asked[0].params
+    assert (params.top_p, params.stop, params.frequency_penalty, params.logit_bias) == (0.5, ("a", "b"), 0.5, ((3, 1.0),))
+    assert params.grammar == Grammar("json_schema", '{"type": "object"}')
+    assert "NAME=VALUE" in run("generate", "m", "x", "-p", "seed", code=2).stderr
+    assert "cannot set model" in run("generate", "m", "x", "-p", "model=n", code=2).stderr
+    assert "Cannot read a JSON schema" in run("generate", "m", "x", "--json-schema", "/nowhere.json", code=2).stderr
+
+
+def test_generate_prints_all_answers_and_log_probabilities_as_json(serve: Serve):
+    serve(m=FakeModel(answer=str.upper))
+    answer = json.loads(run("generate", "m", "ab", "--raw", "--json", "-n", "2", "--logprobs", "1").stdout)
+    assert [choice["text"] for choice in answer["choices"]] == ["AB", "AB"]
+    assert answer["logprobs"]["tokens"] == ["A", "B"]
 
 
 @pytest.mark.parametrize(

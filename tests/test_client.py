@@ -47,6 +47,7 @@ def test_a_submitted_prompt_is_a_turn_of_a_chat_and_its_future_has_the_text(serv
         cold_start="disk",
         node="0",
         queue_ms=250,
+        choices=[{"index": 0, "text": response.text, "finish_reason": "stop", "logprobs": None}],
     )
     assert response.usage["completion_tokens"] == 27
 
@@ -172,7 +173,7 @@ def test_an_error_of_the_server_is_the_class_that_its_code_names(error: errors.S
     envelope = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     told = server_error(error.http_status, envelope, "rid")
     assert isinstance(told, ServerError)
-    if type(error) not in (errors.SllmError, errors.RequestError, errors.PortInUse):
+    if type(error) not in (errors.SllmError, errors.RequestError, errors.PortInUse, errors.DeterminismUnavailable):
         assert isinstance(told, type(error))
     again = pickle.loads(pickle.dumps(told))
     for one in (told, again):
@@ -281,6 +282,35 @@ async def test_the_async_client_has_the_same_methods(serve: Serve):
         assert await waiting
         with pytest.raises(errors.ModelNotFound):
             await client.submit("none", "x")
+
+
+def test_log_probabilities_of_a_stream_are_put_together(serve: Serve):
+    server = serve(m=FakeModel(answer=lambda _: "aü"))
+    with Client(server.url) as client:
+        chat = client.submit("m", "x", logprobs=2).response(10)
+        raw = client.submit("m", "x", chat=False, logprobs=0, echo=True).response(10)
+        plain = client.submit("m", "x").response(10)
+    assert [entry["token"] for entry in chat.logprobs["content"]] == ["a", "\\xc3", "\\xbc"]
+    assert {len(entry["top_logprobs"]) for entry in chat.logprobs["content"]} == {2}
+    assert chat.logprobs["refusal"] is None
+    assert raw.text == "xaü"
+    assert raw.logprobs["tokens"] == ["x", "a", "\\xc3", "\\xbc"]
+    assert raw.logprobs["text_offset"] == [0, 1, 2, 2]
+    assert plain.logprobs is None
+
+
+def test_of_several_answers_the_first_is_the_text_and_all_are_choices(serve: Serve):
+    server = serve(m=FakeModel(answer=str.upper))
+    with Client(server.url) as client:
+        future = client.submit("m", "ab", chat=False, n=3, logprobs=1)
+        assert list(future) == ["A", "B"]
+        response = future.response(10)
+    assert response.text == "AB"
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in response.choices] == [
+        (index, "AB", "stop") for index in range(3)
+    ]
+    assert response.choices[0]["logprobs"] == response.logprobs
+    assert response.usage["prompt_tokens"] == 2
 
 
 def test_embeddings_come_in_the_order_of_the_inputs_however_many_there_are(serve: Serve):

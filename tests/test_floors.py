@@ -17,6 +17,7 @@ import sllmdask
 ROOT = Path(sllmdask.__file__).parent
 
 FLOOR = {
+    "compiling": 1,
     "errors": 1,
     "units": 1,
     "config": 2,
@@ -40,11 +41,12 @@ NEIGHBOURS = {("units", "errors")}
 ALLOWED = {
     "aiohttp": {"client", "server"},
     "click": {"cli", "cluster/worker_plugin.py"},
-    "ctypes": {"loader"},
+    "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},
-    "huggingface_hub": {"loader/remote.py"},
-    "numba": {"loader"},
+    "huggingface_hub": {"loader/hub.py"},
+    "llguidance": {"engine/grammar.py"},
+    "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},
     "pydantic": {"config"},
@@ -52,6 +54,7 @@ ALLOWED = {
     "safetensors": {"bench"},
     "torch": {"bench", "engine", "library", "loader/device.py", "loader/tiers.py"},
     "transformers": {"bench", "engine", "library"},
+    "triton": {"engine/kernels/triton_attention.py"},
     "yaml": {"config"},
 }
 #: Part of Python, but as telling as a package: it is listed above.
@@ -123,14 +126,16 @@ def test_the_command_line_loads_none_of_them_before_it_knows_the_command() -> No
 # --- what the package depends on -------------------------------------------------------------------------------------
 
 REPOSITORY = ROOT.parent
-#: Where the name to install differs from the name to import.
-DISTRIBUTION = {"yaml": "pyyaml"}
+#: Where the name to install differs from the name to import. Triton comes with the builds of torch that can use it.
+DISTRIBUTION = {"triton": "torch", "yaml": "pyyaml"}
 
 
 def required() -> set[str]:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
-    return {re.split(r"[^\w-]", line)[0] for line in setup["options"]["install_requires"].split()}
+    extras = setup["options.extras_require"]
+    lines = [line for extra in extras if extra not in ("test", "dev") for line in extras[extra].split()]
+    return {re.split(r"[^\w-]", line)[0] for line in [*setup["options"]["install_requires"].split(), *lines]}
 
 
 def test_every_package_that_is_imported_is_required() -> None:

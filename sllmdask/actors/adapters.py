@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from sllmdask.engine.lora import LoraAdapter
 from sllmdask.errors import EngineError, InstanceGone, SllmError
-from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.loader.records import HostLease
+from sllmdask.loader.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from distributed.comm import Comm
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.embeddings import InputLedger
 from sllmdask.actors.streams import Message, Outbox, messages
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
@@ -34,7 +34,9 @@ from sllmdask.engine.embedding import (
     build_embedding_skeleton,
 )
 from sllmdask.engine.engine import EngineThread, LLMEngine, StepOutput, build_engine
-from sllmdask.engine.lora import LoraAdapter, check_adapter
+from sllmdask.engine.families import FamilyInfo
+from sllmdask.engine.lora import LoraAdapter, check_adapter, why_no_adapters
+from sllmdask.engine.pooling import EmbeddingInfo
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import (
@@ -51,7 +53,8 @@ from sllmdask.errors import (
 )
 from sllmdask.loader.device import CudaDevice, DeviceCopy
 from sllmdask.loader.format import read_index
-from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.loader.records import HostLease
+from sllmdask.loader.store import CheckpointStore
 from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
@@ -115,6 +118,8 @@ class Instance:
         self._requests: dict[str, tuple[str, int]] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
         self._returning: set[asyncio.Task[None]] = set()
+        #: Grammars of requests that the engine will get.
+        self._compiling: set[asyncio.Task[None]] = set()
         #: Set while there is none.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -312,15 +317,49 @@ class Instance:
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
         self._idle.clear()
-        if adapter is not None:
+        if adapter is None:
+            self._begin(sequence, self._engine, (front_door, epoch))
+        else:
             waiting = asyncio.create_task(self._submit_with(adapter, sequence, (front_door, epoch)))
             self._waiting_for_adapters.add(waiting)
             waiting.add_done_callback(self._waiting_for_adapters.discard)
-            return
+
+    def _begin(self, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]) -> None:
+        if sequence.params.grammar is None:
+            self._hand_over(sequence, engine)
+        else:
+            compiling = asyncio.create_task(self._compile(sequence, sequence.params.grammar, engine, waiting))
+            self._compiling.add(compiling)
+            compiling.add_done_callback(self._compiling.discard)
+
+    def _hand_over(self, sequence: TokenSequence, engine: EngineThread) -> None:
         try:
-            self._engine.submit(sequence)
+            engine.submit(sequence)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
-            self._answer_error(request_id, error)
+            self._answer_error(sequence.request_id, error)
+
+    async def _compile(self, sequence: TokenSequence, grammar: Grammar, engine: EngineThread, waiting: tuple[str, int]) -> None:
+        """Hand a request over once its grammar is compiled, which may take longer than a step and is not done in its thread."""
+        failure: SllmError | None = None
+        path = ""
+        # The tokenizer's files may be renamed meanwhile, because a fetch was completed.
+        while self._lease is not None and self._lease.path != path:
+            path = self._lease.path
+            try:
+                await asyncio.to_thread(engine.prepare, grammar, Path(path))
+                failure = None
+                break
+            except SllmError as error:
+                failure = error
+            except Exception as error:
+                logger.exception("grammar failed model=%s instance=%s", self.model, self.id)
+                failure = EngineError(f"The grammar could not be prepared: {error}")
+        if self._requests.get(sequence.request_id) != waiting:
+            return  # cancelled, or answered because the instance is gone
+        if failure is None:
+            self._hand_over(sequence, engine)
+        else:
+            self._answer_error(sequence.request_id, failure)
 
     async def _submit_with(self, adapter: tuple[str, str], sequence: TokenSequence, waiting: tuple[str, int]) -> None:
         request_id = sequence.request_id
@@ -333,7 +372,7 @@ class Instance:
                 return
             self._uses[request_id] = use
             sequence.salt = use.salt
-            self._engine.submit(sequence)
+            self._begin(sequence, self._engine, waiting)
         except SllmError as error:
             if self._requests.get(request_id) == waiting:
                 self._answer_error(request_id, error)
@@ -401,7 +440,7 @@ class Instance:
                 self._forget(output.request_id)
             ids = [] if output.token_id is None else [output.token_id]
             reason = None if output.finish_reason is None else str(output.finish_reason)
-            self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason])
+            self._registry.send(front_door, ["tokens", output.request_id, epoch, output.index, ids, reason, *_scores(output)])
 
     def _on_vectors(self, outputs: list[StepOutput]) -> None:
         """One step's vectors, on the loop: one message per request."""
@@ -463,6 +502,15 @@ class Instance:
         self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
 
 
+def _scores(output: StepOutput) -> list[Any]:
+    """What a message of tokens has beyond them where log probabilities were asked for: those of its token, and of the prompt."""
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return []
+    of_token = [] if output.logprobs is None else [output.logprobs.as_wire()]
+    of_prompt = output.prompt_logprobs
+    return [of_token, None if of_prompt is None else [each.as_wire() for each in of_prompt]]
+
+
 async def _why(lease: HostLease, failure: SllmError) -> SllmError:
     """Why an engine that waited for its weights has ended: what became of them says more than `failure`, which it ended with."""
     try:
@@ -508,10 +556,25 @@ class InstanceRegistry:
 
         self._builder.submit(build)
 
-    def _skeleton(self, path: Path, embedding: EmbeddingChoice | None) -> Skeleton:
+    def _skeleton(self, path: Path, embedding: EmbeddingChoice | None, config: Mapping[str, Any] | None = None) -> Skeleton:
         if embedding is None:
-            return self._shelf.take(path)
+            return self._shelf.take(path, config)
         return build_embedding_skeleton(path, **embedding, shelf=self._shelf)
+
+    async def examine(
+        self, path: str, config: Mapping[str, Any], embedding: EmbeddingChoice | None = None
+    ) -> FamilyInfo | EmbeddingInfo:
+        """Find out by building its structure whether a model that is not known to run can be run.
+
+        Raises :class:`UnsupportedArchitecture`.
+        """
+
+        def build() -> FamilyInfo | EmbeddingInfo:
+            skeleton = self._skeleton(Path(path), embedding, config)
+            self._shelf.put(skeleton)
+            return skeleton.info if isinstance(skeleton, EmbeddingSkeleton) else skeleton.family
+
+        return await asyncio.get_running_loop().run_in_executor(self._builder, build)
 
     def put_aside(self, instance: Instance) -> None:
         """Keep the structure of a closed instance for the next one of its model."""
@@ -526,6 +589,8 @@ class InstanceRegistry:
             shapes = {tensor.name: tensor.shape for tensor in read_index(path).tensors}
             skeleton = self._shelf.take(Path(base))
             try:
+                if (reason := why_no_adapters(skeleton.paged, self.settings.deterministic)) is not None:
+                    raise AdapterUnsupported(name, reason)
                 check_adapter(name, Path(path), shapes, skeleton.model)
             finally:
                 self._shelf.put(skeleton)

@@ -147,7 +147,8 @@ def _weights_nbytes(path: Path) -> int | None:
 def _local(source: str) -> Path:
     """The directory or file `source`, fetched to the store if it is elsewhere."""
     from sllmdask.cluster.dask_settings import read_settings
-    from sllmdask.loader.remote import Access, is_remote, open_remote
+    from sllmdask.loader.access import Access
+    from sllmdask.loader.remote import is_remote, open_remote
 
     path = Path(source).expanduser()
     if path.exists() or not is_remote(source):

@@ -16,18 +16,62 @@ from sllmdask.cli.shell import UNREACHABLE, F, command, connect, exit_code, json
 from sllmdask.errors import ConfigError, SllmError
 
 if TYPE_CHECKING:
-    from sllmdask.client import Client, GenerateFuture
+    from sllmdask.client import Client, GenerateFuture, Response
+
+#: What the arguments say, and what the client says itself.
+_OWN_FIELDS = {"model", "prompt", "messages", "chat", "stream", "stream_options", "max_in_flight", "on_progress"}
 
 
 def _sampling_options(command: F) -> F:
     for option in (
         click.option("--max-tokens", type=int, help="Tokens of the answer at most.  [default: what the window holds]"),
         click.option("--temperature", type=float, help="0 takes the likeliest token.  [default: 1]"),
+        click.option("--top-p", type=float, help="Only the likeliest tokens that have this probability together.  [default: 1]"),
         click.option("--seed", type=int, help="The same seed draws the same answer."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer before this text; up to four times."),
+        click.option("--json-schema", metavar="FILE", help="The answer is JSON that fits the schema in FILE."),
+        click.option(
+            "-p", "--param", "others", multiple=True, metavar="NAME=VALUE", help="Any other field; VALUE is JSON or text."
+        ),
         click.option("--timeout", type=float, help="Seconds that an answer may take, loading included."),
     ):
         command = option(command)
     return command
+
+
+def _fields(others: Sequence[str], json_schema: str | None, **given: Any) -> dict[str, Any]:
+    """The fields of the body that the options ask for."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value not in (None, ())
+    }
+    if json_schema is not None:
+        try:
+            with open(json_schema, encoding="utf-8") as file:
+                schema = json.load(file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"Cannot read a JSON schema from {json_schema}: {error}") from None
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    for other in others:
+        name, found, text = other.partition("=")
+        if not found or not name:
+            raise click.UsageError(f"--param takes NAME=VALUE, not {other!r}.")
+        if name in _OWN_FIELDS:
+            raise click.UsageError(f"--param cannot set {name}.")
+        try:
+            fields[name] = json.loads(text)
+        except ValueError:
+            fields[name] = text
+    return fields
+
+
+def _facts(response: Response) -> dict[str, Any]:
+    """What --json prints of an answer; log probabilities and further answers only where they were asked for."""
+    facts = dict(vars(response))
+    if response.logprobs is None:
+        del facts["logprobs"]
+    if len(response.choices) < 2:
+        del facts["choices"]
+    return facts
 
 
 @command()
@@ -36,6 +80,8 @@ def _sampling_options(command: F) -> F:
 @click.option("--input", "input_file", metavar="FILE", help="Prompts: a line each, or JSON objects with 'prompt' or 'messages'.")
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts of --input asked at once.")
 @click.option("--raw", is_flag=True, help="Go on with the prompt's text, instead of answering it as a chat.")
+@click.option("-n", type=int, help="Answers to each prompt; --json has them all.  [default: 1]")
+@click.option("--logprobs", type=int, help="With --json: log probabilities of each token and of so many of the likeliest.")
 @_sampling_options
 @server_option
 @json_option
@@ -45,18 +91,17 @@ def generate(
     input_file: str | None,
     threads: int,
     raw: bool,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int | None,
+    n: int | None,
+    logprobs: int | None,
     timeout: float | None,
     server: str | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Ask MODEL. Without a PROMPT and --input, the prompt is read from stdin."""
     if prompt is not None and input_file is not None:
         raise click.UsageError("Give a PROMPT or --input, not both.")
-    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    params = {key: value for key, value in given.items() if value is not None}
+    params = _fields(n=n, logprobs=logprobs, **sampling)
     if input_file is not None:
         prompts = _read_prompts(input_file)
         with connect(server) as client:
@@ -75,7 +120,7 @@ def generate(
                     click.echo(piece, nl=False)
         response = future.response()
     if as_json:
-        print_json(vars(response))
+        print_json(_facts(response))
     else:
         click.echo()
 
@@ -155,7 +200,7 @@ def _print_answers(futures: Sequence[GenerateFuture], timeout_s: float | None, a
                 worst = max(worst, exit_code(caught))
             waiting.hide()
             if as_json:
-                answer = vars(future.response()) if error is None else {}
+                answer = _facts(future.response()) if error is None else {}
                 click.echo(json.dumps({"index": i, **answer, "error": str(error) if error else None}, ensure_ascii=False))
             elif error is None:
                 click.echo(future.result())
@@ -223,15 +268,12 @@ def _read_texts(path: str) -> list[str]:
 def chat(
     model: str,
     system: str | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int | None,
     timeout: float | None,
     server: str | None,
+    **sampling: Any,
 ) -> None:
     """Talk with MODEL. /clear forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer."""
-    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    params = {key: value for key, value in given.items() if value is not None}
+    params = _fields(**sampling)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     with connect(server) as client:

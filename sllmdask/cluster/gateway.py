@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from distributed.core import ConnectionPool
 from distributed.security import Security
 
 from sllmdask.actors.streams import Message, Outbox, messages, open_stream
+from sllmdask.batching.params import TokenLogprobs
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import (
     Delta,
@@ -418,8 +419,8 @@ class Gateway:
             case ["refuse", _, error]:
                 journal.state = "refused"
                 raise from_wire(error)
-            case ["tokens", _, epoch, index, token_ids, reason] if epoch == journal.epoch:
-                return self._accept(active, index, list(token_ids), reason)
+            case ["tokens", _, epoch, index, token_ids, reason, *scores] if epoch == journal.epoch:
+                return self._accept(active, index, list(token_ids), reason, *scores)
             case ["embeddings", _, epoch, vectors]:
                 return self._accept_vectors(active, epoch, vectors)
             case ["error", _, epoch, error] if epoch == journal.epoch:
@@ -438,23 +439,34 @@ class Gateway:
             return [] if journal.output_ids else [Progress("working", "working")]
         return [_loading(journal.request.model, told)]
 
-    def _accept(self, active: _Active, index: int, token_ids: list[int], reason: str | None) -> list[GatewayEvent]:
+    def _accept(
+        self,
+        active: _Active,
+        index: int,
+        token_ids: list[int],
+        reason: str | None,
+        logprobs: Sequence[Any] = (),
+        prompt_logprobs: Sequence[Any] | None = None,
+    ) -> list[GatewayEvent]:
         """The next tokens as text. A stop string ends the answer here; what the engine made beyond it is not counted."""
         journal = active.journal
         n_before = len(journal.output_ids)
-        text = active.text.push(journal.accept(journal.epoch, index, token_ids))
+        accepted = journal.accept(journal.epoch, index, token_ids)
+        text = active.text.push(accepted)
         if active.text.stopped:
             del journal.output_ids[active.text.n_accepted :]
             reason = FinishReason.STOP
         fresh = tuple(journal.output_ids[n_before:])
+        told = tuple(map(TokenLogprobs.from_wire, logprobs[len(logprobs) - len(accepted) :][: len(fresh)])) if logprobs else ()
+        of_prompt = None if prompt_logprobs is None or n_before else tuple(map(TokenLogprobs.from_wire, prompt_logprobs))
         if reason is None:
-            return [Delta(text, fresh)] if fresh else []
+            return [Delta(text, fresh, told, of_prompt)] if fresh else []
         text += active.text.flush()
         if active.text.stopped:  # a stop string that ends in half a character is only seen at the end
             reason = FinishReason.STOP
         journal.state = "finished"
         end = Finished(FinishReason(reason), journal.request.n_prompt_tokens, len(journal.output_ids))
-        return [Delta(text, fresh), end] if fresh or text else [end]
+        return [Delta(text, fresh, told, of_prompt), end] if fresh or text else [end]
 
     def _accept_vectors(self, active: _Active, epoch: int, vectors: list[Any]) -> list[GatewayEvent]:
         journal = active.journal

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.batching.params import SamplingParams, TokenLogprobs
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.errors import EngineError
 
 
@@ -73,10 +74,15 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that may be shown, and the accepted tokens behind it; `text` is empty while a stop string may still begin."""
+    """Text that may be shown, and the accepted tokens behind it; `text` is empty while a stop string may still begin.
+
+    Where asked for, `logprobs` has one item for each of them, and the first delta those of the prompt's tokens after its first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 N_EVENTS = 10_000
 #: Seconds between two comparisons of the heartbeats' account with ours: a report that was lost is found here.
 RECONCILE_S = 2.0
+#: Seconds for which an account may still list an instance that has failed: that of a heartbeat is not the newest one.
+FAILED_S = 10.0
 #: Seconds that a worker may take for a short answer, and for one before which it may have to fetch a checkpoint.
 ASK_S, FETCH_S = 30.0, 7200.0
 #: Seconds that changes of models are gathered before the front doors hear of them.
@@ -112,6 +114,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._n_workers_told = 0
         #: Instances that nobody knows, being unloaded.
         self._strays: set[str] = set()
+        #: When instances have failed, by instance, for `FAILED_S`.
+        self._failed_at: dict[str, float] = {}
         #: The newest account of each worker, by address.
         self._accounts: dict[str, dict[str, Any]] = {}
         #: The last report of each load, by instance: one that takes requests may still be read.
@@ -145,6 +149,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def on(self, event: ev.Event) -> None:
         """The one way into the controller."""
         self.events.append(event)
+        if isinstance(event, ev.LoadFailed | ev.InstanceLost):
+            self._failed_at[event.instance] = event.at
         if isinstance(event, ev.LoadFinished):
             self._takes_requests(event)
         try:
@@ -275,7 +281,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         for instance, stats in account["instances"].items():
             if "read_s" in stats.get("load", {}) or stats.get("n_output_tokens"):
                 self._read(instance)
-        for instance in account["instances"].keys() - self.controller.instances.keys() - self._strays:
+        now = time.monotonic()
+        self._failed_at = {instance: at for instance, at in self._failed_at.items() if now < at + FAILED_S}
+        # What has just failed its worker has ended itself.
+        known = self.controller.instances.keys() | self._strays | self._failed_at.keys()
+        for instance in account["instances"].keys() - known:
             # It was called off while nobody could be told, or its unloading went unanswered.
             self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))

@@ -102,7 +102,9 @@ class SllmWorkerPlugin(WorkerPlugin):
 
     async def _open_store(self, worker: Worker) -> CheckpointStore:
         """The store over memory that this worker shares with the others of its node, or, where that cannot be had, its own."""
-        from sllmdask.loader.hostpool import HostPool, PrivatePool, SharedPool
+        from sllmdask.loader.hostpool import HostPool
+        from sllmdask.loader.private_pool import PrivatePool
+        from sllmdask.loader.shared_pool import SharedPool
         from sllmdask.loader.store import CheckpointStore
 
         settings = self.settings.worker
@@ -183,10 +185,14 @@ class SllmWorkerPlugin(WorkerPlugin):
                 raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(source, resolve_source(source))
             family, embedding = await asyncio.to_thread(_inspect, info, task, pooling, normalize)
+            choice = None if embedding is None else {"pooling": pooling, "normalize": normalize}
+            if not family.tested:
+                family = await self.registry.examine(info.path, info.config, choice)
+                logger.info("can be run, by its structure source=%s architecture=%s", source, family.architecture)
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
                 self._seen_on_disk(source)
-            self.registry.prepare(info.path, None if embedding is None else {"pooling": pooling, "normalize": normalize})
+            self.registry.prepare(info.path, choice)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:

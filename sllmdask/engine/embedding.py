@@ -26,7 +26,8 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams, Sequence
+from sllmdask.batching.params import Grammar, SamplingParams
+from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.attention import NAME, AttentionOptions, Others, attending
 from sllmdask.engine.construct import (
@@ -37,6 +38,7 @@ from sllmdask.engine.construct import (
     _config_key,
     _decoder_layers,
     _kinds,
+    _nothing_depends_on_values,
     _places,
     _stages,
     _tied_groups,
@@ -64,6 +66,7 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+_NO_TEXT = "This is an embedding model: it does not generate text. Send the input to /v1/embeddings."
 #: Two inputs that are compared with transformers' own attention before the model answers.
 _CHECKED_LENGTHS = (5, 3)
 
@@ -127,6 +130,8 @@ class PackedInputs:
         """As :meth:`~sllmdask.engine.attention.AttentionContext.attend`: (1, H, T, D) each -> (1, T, Hq, Dv)."""
         self.n_calls += 1
         self.unknown |= {name for name, given in others.items() if given is not None and name not in _HARMLESS}
+        if options.sinks is not None:
+            self.unknown.add("attention sinks")
         causal = _is_causal(module) and others.get("is_causal") is not False
         n_repeats = query.shape[1] // key.shape[1]
         if n_repeats > 1:
@@ -177,23 +182,24 @@ class EmbeddingSkeleton(Skeleton):
         self.info = info
         self.model = model
         self.key = key
+        self.arguments = frozenset(inspect.signature(model.forward).parameters)
         self._places = _places(model)
         self._tied = _tied_groups(model)
         self._layers = _decoder_layers(model)
         self._kind_of = _kinds(self._layers)
         self.kinds = sorted(set(self._kind_of))
         self._stages = _stages(model, [], [])
-        self._probe_attention()
+        self._probe_inputs()
         self._computed = _compute_buffers(model)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
 
     @torch.no_grad()
-    def _probe_attention(self) -> None:
+    def _probe_inputs(self) -> None:
         probe = PackedInputs([2])
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         arguments = {"position_ids": torch.zeros_like(ids)} if self.info.packs else {}
         try:
-            with attending(probe):
+            with attending(probe), _nothing_depends_on_values(self.model):
                 self.model(input_ids=ids, **arguments, **_without_cache(self.info))
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             reason = f"its forward pass cannot be looked through ({error})"
@@ -268,9 +274,7 @@ class EmbeddingRunner:
             filling = skeleton.fill(
                 checkpoint_dir, {_modern(name): tensor for name, tensor in tensors.items()}, self.dtype, device
             )
-            for piece in (piece for pieces in filling.pieces for piece in pieces):
-                kind = self.dtype if piece.tensor.is_floating_point() else piece.tensor.dtype
-                skeleton.place(piece.tensor.to(device, kind), piece.names)
+            skeleton.place_all(filling, lambda piece: skeleton.place(piece.tensor.to(device, piece.dtype), piece.names))
             assigned = time.perf_counter()
             if self.info.packs:
                 self._check()
@@ -453,6 +457,11 @@ class EmbeddingEngine:
         return bool(self._waiting)
 
     @property
+    def stalled(self) -> bool:
+        """Never: a step needs no memory that somebody else may have."""
+        return False
+
+    @property
     def sequences(self) -> tuple[Sequence, ...]:
         """All that wait."""
         return tuple(self._waiting.values())
@@ -464,9 +473,7 @@ class EmbeddingEngine:
     def add(self, sequence: Sequence) -> None:
         """Take an input in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken."""
         if not isinstance(sequence, EmbeddingSequence):
-            raise InvalidRequest(
-                "This is an embedding model: it does not generate text. Send the input to /v1/embeddings.", "model"
-            )
+            raise InvalidRequest(_NO_TEXT, "model")
         if sequence.request_id in self._waiting:
             raise InvalidRequest(f"Request {sequence.request_id!r} is here already.")
         if not sequence.prompt_ids:
@@ -482,6 +489,11 @@ class EmbeddingEngine:
             raise InvalidRequest(f"dimensions must be {rule}, not {sequence.dimensions}.", "dimensions")
         self._waiting[sequence.request_id] = sequence
         self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
+        """Raises :class:`InvalidRequest`: there is no text that could fit a grammar."""
+        del grammar, checkpoint_dir
+        raise InvalidRequest(_NO_TEXT, "model")
 
     def abort(self, request_id: str) -> bool:
         """Drop an input; ``False`` if it is not here. No output says so."""
@@ -569,7 +581,7 @@ class EmbeddingEngine:
             return self._fail(sequence, ArithmeticError("the model's output is not a number"))
         self._n_vectors += 1
         data = vector.contiguous().numpy().astype("<f4", copy=False).tobytes()
-        return EmbeddingOutput(sequence.request_id, 0, None, FinishReason.STOP, None, data)
+        return EmbeddingOutput(sequence.request_id, 0, None, FinishReason.STOP, vector=data)
 
     def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)

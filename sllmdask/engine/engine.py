@@ -10,28 +10,37 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import BlockPool
-from sllmdask.batching.scheduler import BatchScheduler, Chunk
+from sllmdask.batching.params import Grammar, TokenLogprobs
+from sllmdask.batching.scheduler import BatchScheduler, Chunk, Copy, Move, Park, ParkingCosts, StepPlan, Unpark
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
+from sllmdask.engine.choosing import Chooser
+from sllmdask.engine.compat import make_runner
 from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
+from sllmdask.engine.grammar import GrammarCompiler
+from sllmdask.engine.linears import Packing
+from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.lora import LoraAdapter, read_adapter
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
-from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError
+from sllmdask.engine.transfer import Transfer
+from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError, StateRefused
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +48,11 @@ T = TypeVar("T")
 
 #: What a forward pass raises over one batch: shapes, indexes, numbers, memory. Anything else ends the engine.
 _STEP_FAILURES = (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError)
+
+#: Bytes per second between a device's memory and the host's, until some were moved.
+_PARKING_BYTES_PER_S = 4e9
+#: Moves of less than that tell nothing about the speed.
+_MIN_MEASURED_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,9 @@ class StepOutput:
     token_id: int | None
     finish_reason: FinishReason | None = None
     error: SllmError | None = None
+    #: Where asked for, those of this token; and with the first token, those of the prompt's tokens after its first.
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def final(self) -> bool:
@@ -68,6 +85,7 @@ class EngineStats:
     n_running: int
     n_waiting: int
     blocks_total: int
+    #: What the next request may have: blocks that nobody holds, those that keep a prefix (`blocks_cached`) among them.
     blocks_free: int
     block_size: int
     bytes_per_block: int
@@ -79,6 +97,21 @@ class EngineStats:
     n_preemptions: int
     #: Seconds of the first step with work, the wait for weights on their way included; ``None`` before it.
     first_step_s: float | None = None
+    #: Bytes of weights that are packed for the matrix library, in whole or in part beside the plain ones.
+    packed_nbytes: int = 0
+    #: What decides on the bits of its results: :func:`sllmdask.engine.numerics.numerics_id`.
+    numerics_id: str = ""
+    #: ``blocks_total == blocks_free + blocks_used + blocks_reserved``, always.
+    blocks_used: int = 0
+    #: Promised to requests that come from elsewhere.
+    blocks_reserved: int = 0
+    blocks_cached: int = 0
+    #: Tokens whose KV was not computed because a prefix was found.
+    n_reused_tokens: int = 0
+    #: Requests that are stopped: parked by somebody, or about to leave.
+    n_held: int = 0
+    #: Bytes of KV that are in host memory while their requests wait.
+    parked_nbytes: int = 0
 
     def as_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,13 +137,14 @@ def build_engine(
     first pass follows the bytes layer by layer. Tensors of another dtype are converted as they come. A load that fails makes
     :meth:`LLMEngine.step` raise its error.
 
-    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`;
+    Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`
+    (:class:`DeterminismUnavailable` where ``settings.deterministic`` cannot be promised);
     with `wait` given, what only shows when the first layers run is raised by the first step.
     """
     config = read_config(checkpoint_dir)
     started = time.perf_counter()
     made = skeleton or build_skeleton(checkpoint_dir, config)
-    runner = ModelRunner(
+    runner = make_runner(
         made,
         checkpoint_dir,
         tensors,
@@ -120,16 +154,27 @@ def build_engine(
         kv_memory=settings.kv_memory,
         wait=wait,
         construct_s=time.perf_counter() - started if skeleton is None else 0.0,
+        attention=settings.attention,
+        max_graph_batch=min(settings.max_running, settings.max_batch_tokens) if settings.cuda_graphs else 0,
+        packing=Packing(settings.pack_weights, settings.pack_after, settings.pack_memory),
+        deterministic=settings.deterministic,
     )
-    return LLMEngine(runner, settings, read_eos_token_ids(checkpoint_dir, config))
+    eos_token_ids = read_eos_token_ids(checkpoint_dir, config)
+    grammars = GrammarCompiler(checkpoint_dir, runner.vocab_size, eos_token_ids)
+    return LLMEngine(runner, settings, eos_token_ids, grammars)
 
 
 class LLMEngine:
     """Continuous batching over one :class:`ModelRunner`. Used by one thread."""
 
-    def __init__(self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int], grammars: GrammarCompiler
+    ) -> None:
         self.settings = settings
         self.eos_token_ids = eos_token_ids
+        self._grammars = grammars
+        #: They follow from the sequences' tokens alone, so one that is missing is made again.
+        self._choosers: WeakKeyDictionary[Sequence, Chooser] = WeakKeyDictionary()
         self._runner = runner
         self._pool = BlockPool(runner.n_blocks)
         self._scheduler = BatchScheduler(
@@ -138,7 +183,18 @@ class LLMEngine:
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
             max_model_len=runner.family.max_model_len,
+            # A sequence that grows beyond such a length is computed again from its first token, in its blocks.
+            prefix_reuse=settings.prefix_reuse and runner.family.long_after is None,
+            ageing=settings.ageing,
+            n_parking_blocks=settings.parking_memory // runner.bytes_per_block,
         )
+        #: KV of parked sequences, (n_blocks, bytes_per_block) each, by request.
+        self._parked: dict[str, Tensor] = {}
+        self._transfer = Transfer(self._scheduler, runner, self._parked, self._check)
+        self._paused = False
+        self._stalled = False
+        self._parking_bytes_per_s = _PARKING_BYTES_PER_S
+        self._prefill_tokens_per_s: float | None = None
         self._n_steps = 0
         self._step_s = 0.0
         self._first_step_s: float | None = None
@@ -152,7 +208,20 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether a step would do something; never while :attr:`paused`."""
+        return not self._paused and self._scheduler.has_work
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last step could do nothing, and the next one cannot either, until something is told from outside.
+
+        All blocks are with requests that leave, enter or are held."""
+        return self._stalled
+
+    @property
+    def paused(self) -> bool:
+        """Whether the engine has given its KV memory away, see :meth:`park_all`."""
+        return self._paused
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -164,7 +233,20 @@ class LLMEngine:
         return self._scheduler.find(request_id)
 
     def add(self, sequence: Sequence) -> None:
-        """Take a request in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken."""
+        """Take a request in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken.
+
+        For several answers to one prompt, add all of :meth:`Sequence.choices`: the prompt is computed once.
+        """
+        self._check(sequence)
+        # What is told of a prompt's tokens comes out when they are computed, and KV that is at hand does not have it.
+        sequence.from_scratch |= sequence.params.prompt_logprobs is not None
+        self._chooser(sequence)
+        self._scheduler.add(sequence)
+        self._stalled = False
+        if sequence.leader is None:
+            self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def _check(self, sequence: Sequence) -> None:
         if not sequence.prompt_ids:
             raise InvalidRequest("The prompt is empty.", "prompt")
         if sequence.salt and sequence.salt not in self._runner.adapters:
@@ -175,19 +257,28 @@ class LLMEngine:
             raise InvalidRequest(f"Token id {strange[0]} is not in the model's vocabulary of {n_vocab}.", "prompt")
         if len(sequence.output_ids) >= sequence.params.max_tokens:
             raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
-        self._scheduler.add(sequence)
-        self._n_prompt_tokens += len(sequence.prompt_ids)
+
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
+        """Compile a grammar before a request with it comes, which takes up to seconds. From any thread.
+
+        `checkpoint_dir`: where the checkpoint is by now. Raises :class:`InvalidRequest`.
+        """
+        self._grammars.prepare(grammar, checkpoint_dir)
 
     def read_adapter(self, name: str, directory: Path, tensors: Mapping[str, Tensor]) -> LoraAdapter:
         """The LoRA adapter in `directory`, with `tensors` under their names in its file, for this model. On any thread.
 
-        Raises :class:`AdapterUnsupported` or :class:`CheckpointNotFound`.
+        Raises :class:`AdapterUnsupported`, also where the engine takes no adapters, or :class:`CheckpointNotFound`.
         """
         runner = self._runner
+        runner.adapters.refuse(name)
         return read_adapter(name, directory, tensors, runner.model, runner.dtype, runner.device)
 
     def add_adapter(self, adapter: LoraAdapter) -> None:
-        """From now on requests may have `adapter`, by its salt; its tensors must stay until :meth:`remove_adapter`."""
+        """From now on requests may have `adapter`, by its salt; its tensors must stay until :meth:`remove_adapter`.
+
+        Raises :class:`AdapterUnsupported` where the engine takes none.
+        """
         self._runner.adapters.add(adapter)
 
     def remove_adapter(self, salt: bytes) -> None:
@@ -199,7 +290,7 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
-        return self._scheduler.finish(request_id, FinishReason.ABORT) is not None
+        return self._finish(request_id, FinishReason.ABORT)
 
     @property
     def build_times(self) -> BuildTimes:
@@ -210,7 +301,7 @@ class LLMEngine:
 
         Raises what the load has failed of, or :class:`UnsupportedArchitecture`: the engine is of no use then.
         """
-        if not self._runner.settled:
+        if not self._runner.settled and not self._paused:
             self._runner.settle()
 
     def on_arrival(self, callback: Callable[[], None]) -> None:
@@ -227,21 +318,26 @@ class LLMEngine:
         Raises what :meth:`settle` raises, while weights are on their way.
         """
         self.settle()
+        if self._paused:
+            return []
         started = time.perf_counter()
-        plan = self._scheduler.plan()
+        plan = self._plan(started)
         outputs: list[StepOutput] = []
-        if plan.chunks:
+        chunks = self._within_memory(plan.chunks)
+        self._make_moves(plan.moves)
+        if chunks:
             try:
-                outputs = self._run(plan.chunks)
+                outputs = self._run(chunks)
             except _STEP_FAILURES as error:
-                if len(plan.chunks) == 1:
-                    outputs = [self._fail(plan.chunks[0].sequence, error)]
+                if len(chunks) == 1:
+                    outputs = [self._fail(chunks[0].sequence, error)]
                 else:
-                    outputs = self._run_one_by_one(plan.chunks)
+                    outputs = self._run_one_by_one(chunks)
         self._n_steps += 1
         self._step_s += time.perf_counter() - started
-        if plan.chunks and self._first_step_s is None:
+        if chunks and self._first_step_s is None:
             self._first_step_s = time.perf_counter() - started
+        self._learn(plan, time.perf_counter() - started)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -258,22 +354,215 @@ class LLMEngine:
             n_output_tokens=self._n_output_tokens,
             n_preemptions=self._scheduler.n_preemptions,
             first_step_s=self._first_step_s,
+            packed_nbytes=self._runner.packed_nbytes,
+            numerics_id=self._runner.numerics_id,
+            blocks_used=self._pool.n_used,
+            blocks_reserved=self._pool.n_reserved,
+            blocks_cached=self._pool.n_cached,
+            n_reused_tokens=self._scheduler.n_reused_tokens,
+            n_held=len(self._scheduler.held),
+            parked_nbytes=sum(rows.nbytes for rows in self._parked.values()),
         )
 
     def close(self) -> None:
         """Drop all requests and let go of the model, the cache and the tensors that were lent to :func:`build_engine`."""
         for sequence in self.sequences:
             self.abort(sequence.request_id)
+        self._transfer.close()
         self._runner.close()
+
+    # --- requests that stop, leave or enter -----------------------------------------------------------------------------
+
+    @property
+    def model_id(self) -> str:
+        """Tells these weights from another model's: states of another id are refused. Whoever moves requests sets it."""
+        return self._transfer.model_id
+
+    @model_id.setter
+    def model_id(self, model_id: str) -> None:
+        self._transfer.model_id = model_id
+
+    def park(self, request_id: str) -> bool:
+        """Stop a request until :meth:`resume`, with its KV in host memory; ``False`` if it is not here.
+
+        Raises :class:`StateRefused` while it leaves for another engine.
+        """
+        self._refuse_frozen(request_id)
+        move = self._scheduler.park(request_id)
+        if move is not None:
+            self._make_moves((move,))
+        return self.find(request_id) is not None
+
+    def resume(self, request_id: str) -> bool:
+        """Let a request go on that was parked, exactly where it stopped; ``False`` if it is not here."""
+        self._refuse_frozen(request_id)
+        self._scheduler.resume(request_id)
+        self._stalled = False
+        return self.find(request_id) is not None
+
+    def recompute(self, request_id: str) -> bool:
+        """Drop a request's KV, wherever it is; its tokens are computed again. ``False`` if it is not here."""
+        self._refuse_frozen(request_id)
+        self._scheduler.recompute(request_id)
+        self._parked.pop(request_id, None)
+        self._stalled = False
+        return self.find(request_id) is not None
+
+    def park_all(self) -> None:
+        """Stop between two steps and give the KV memory away: that of all requests is in host memory until :meth:`resume_all`.
+
+        Requests may come and end meanwhile; nothing runs. Raises :class:`StateRefused` while a request leaves or enters.
+        """
+        if self._transfer.under_way:
+            raise StateRefused(self._transfer.under_way[0], "its move must end before the engine stops")
+        if not self._paused:
+            self._make_moves(self._scheduler.yield_all())
+            self._runner.drop_cache()
+            self._paused = True
+
+    def resume_all(self) -> None:
+        """Take KV memory again, and let all requests that ran before :meth:`park_all` go on, exactly where they stopped."""
+        if self._paused:
+            self._runner.make_cache()
+            self._paused = self._stalled = False
+
+    def export_open(self, request_id: str, epoch: int) -> dict[str, Any]:
+        """See :class:`Transfer`, for this and all that follow."""
+        self._refuse_paused(request_id)
+        return self._transfer.export_open(request_id, epoch)
+
+    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
+        return self._transfer.export_read(request_id, epoch, since_block, max_blocks)
+
+    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
+        sequence = self.find(request_id)
+        if sequence is not None and self._chooser(sequence).prompt is not None:
+            raise StateRefused(request_id, "log probabilities of its prompt come with its first token; move it after that")
+        return self._transfer.export_freeze(request_id, epoch, since_block)
+
+    def export_commit(self, request_id: str, epoch: int) -> bool:
+        committed = self._transfer.export_commit(request_id, epoch)
+        if self.find(request_id) is None:
+            self._parked.pop(request_id, None)
+        self._stalled = False
+        return committed
+
+    def export_abort(self, request_id: str, epoch: int) -> bool:
+        self._stalled = False
+        return self._transfer.export_abort(request_id, epoch)
+
+    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
+        self._refuse_paused(str(manifest.get("request_id", "")))
+        return self._transfer.import_open(manifest, n_tokens)
+
+    def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
+        return self._transfer.import_write(request_id, epoch, chunk)
+
+    def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
+        self._stalled = False
+        return self._transfer.import_commit(request_id, epoch, state, kv)
+
+    def import_abort(self, request_id: str, epoch: int) -> bool:
+        self._stalled = False
+        return self._transfer.import_abort(request_id, epoch)
+
+    def _refuse_frozen(self, request_id: str) -> None:
+        if self._transfer.frozen(request_id):
+            raise StateRefused(request_id, "it is leaving for another engine")
+
+    def _refuse_paused(self, request_id: str) -> None:
+        if self._paused:
+            raise StateRefused(request_id, "the engine has given its memory away")
+
+    def _finish(self, request_id: str, reason: FinishReason) -> bool:
+        self._parked.pop(request_id, None)
+        self._stalled = False
+        return self._scheduler.finish(request_id, reason) is not None
+
+    # --- one step ----------------------------------------------------------------------------------------------------------
+
+    def _plan(self, now: float) -> StepPlan:
+        plan = self._scheduler.plan(now)
+        idle = not plan.chunks and not plan.preempted
+        if idle and self._scheduler.has_work and self._transfer.relieve():
+            # Blocks that were only kept to be sent again: requests come first.
+            plan = self._scheduler.plan(now)
+            idle = not plan.chunks and not plan.preempted
+        self._stalled = idle and self._scheduler.has_work
+        return plan
+
+    def _make_moves(self, moves: Iterable[Move]) -> None:
+        for move in moves:
+            match move:
+                case Copy(source, target):
+                    self._runner.copy_blocks([source], [target])
+                case Park(sequence, blocks):
+                    started = time.perf_counter()
+                    try:
+                        rows = self._runner.read_blocks(blocks)
+                    except _STEP_FAILURES as error:
+                        log.warning("not parked, to be computed again: request=%s cause=%r", sequence.request_id, error)
+                        sequence.n_parked = 0
+                    else:
+                        self._parked[sequence.request_id] = rows
+                        self._learn_parking(rows.nbytes, time.perf_counter() - started)
+                case Unpark(sequence, first, blocks):
+                    rows = self._parked.pop(sequence.request_id)
+                    if blocks:
+                        self._runner.write_blocks(blocks, rows[first : first + len(blocks)])
+
+    def _learn_parking(self, nbytes: int, seconds: float) -> None:
+        if nbytes >= _MIN_MEASURED_NBYTES:
+            self._parking_bytes_per_s = (self._parking_bytes_per_s + nbytes / seconds) / 2
+
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        """Note how fast prompts are computed, from steps that are mostly that, and tell the scheduler what giving way costs."""
+        if plan.n_tokens > 2 * len(plan.chunks):
+            rate, known = plan.n_tokens / seconds, self._prefill_tokens_per_s
+            self._prefill_tokens_per_s = rate if known is None else (known + rate) / 2
+            bytes_per_token = self._runner.bytes_per_block // self._runner.block_size
+            self._scheduler.costs = ParkingCosts(bytes_per_token, self._parking_bytes_per_s, self._prefill_tokens_per_s)
 
     def _run(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
         """One forward pass. If it raises, no sequence has changed: its tokens may be computed again."""
-        logits = self._runner.forward(chunks)
+        choosers = [self._chooser(chunk.sequence) for chunk in chunks]
+        n_rows = [max(chooser.n_rows(chunk), int(chunk.samples)) for chunk, chooser in zip(chunks, choosers, strict=True)]
+        logits = self._runner.forward(chunks, n_rows)
+        for chunk, chooser, stop, n in zip(chunks, choosers, accumulate(n_rows), n_rows, strict=True):
+            if chooser.prompt is not None:
+                chooser.prompt.add(chunk.stop, logits[stop - n : stop])
         sampling = [chunk for chunk in chunks if chunk.samples]
+        if len(sampling) < len(logits):
+            logits = logits[[stop - 1 for stop, chunk in zip(accumulate(n_rows), chunks, strict=True) if chunk.samples]]
         tokens = sample(logits, [self._draw(chunk.sequence) for chunk in sampling])
+        logprobs = self._logprobs(logits, sampling, tokens)
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        return [self._accept(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+        drawn = zip(sampling, tokens, logprobs, strict=True)
+        return [self._accept(chunk.sequence, token, told) for chunk, token, told in drawn]
+
+    def _within_memory(self, chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        """`chunks`, cut where the log probabilities of prompts need more logits than one step may make; the rest comes later."""
+        left = rows_at_once(self._runner.vocab_size)
+        kept = []
+        for chunk in chunks:
+            n_rows = self._chooser(chunk.sequence).n_rows(chunk)
+            n_later = max(0, n_rows - left)
+            left -= n_rows - n_later
+            if chunk.n_tokens > n_later:
+                kept.append(replace(chunk, n_tokens=chunk.n_tokens - n_later) if n_later else chunk)
+        return tuple(kept)
+
+    def _logprobs(self, logits: Tensor, chunks: list[Chunk], tokens: list[int | None]) -> list[TokenLogprobs | None]:
+        """What is told of each token that was drawn from a row of `logits`, where it is asked for."""
+        asked = {row: n for row, chunk in enumerate(chunks) if (n := chunk.sequence.params.logprobs) is not None}
+        rows = [row for row in asked if tokens[row] is not None]
+        told: list[TokenLogprobs | None] = [None] * len(tokens)
+        if rows:
+            found = token_logprobs(logits[rows], [tokens[row] or 0 for row in rows], max(asked.values()))
+            for row, each in zip(rows, found, strict=True):
+                told[row] = each.likeliest(asked[row])
+        return told
 
     def _run_one_by_one(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
         """Run each chunk alone, to find out whose fault it was."""
@@ -287,30 +576,37 @@ class LLMEngine:
 
     def _draw(self, sequence: Sequence) -> Draw:
         early = len(sequence.output_ids) < sequence.params.min_tokens
-        return Draw(sequence.params, sequence.n_tokens, self._stop_ids(sequence) if early else frozenset())
+        return self._chooser(sequence).draw(sequence, self._stop_ids(sequence) if early else frozenset())
+
+    def _chooser(self, sequence: Sequence) -> Chooser:
+        chooser = self._choosers.get(sequence)
+        if chooser is None:
+            chooser = self._choosers[sequence] = Chooser(sequence, self._runner.vocab_size, self._grammars)
+        return chooser
 
     def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
         eos = frozenset() if sequence.params.ignore_eos else self.eos_token_ids
         return eos.union(sequence.params.stop_token_ids)
 
-    def _accept(self, sequence: Sequence, token: int | None) -> StepOutput:
+    def _accept(self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
         if token is None:
             return self._fail(sequence, ArithmeticError("the model's output is not a number"))
         index = len(sequence.output_ids)
         sequence.output_ids.append(token)
         self._n_output_tokens += 1
         reason = None
-        if token in self._stop_ids(sequence):
+        if token in self._stop_ids(sequence) or self._chooser(sequence).ended(sequence):
             reason = FinishReason.STOP
         elif index + 1 >= sequence.params.max_tokens or sequence.n_tokens >= self.max_model_len:
             reason = FinishReason.LENGTH
         if reason:
-            self._scheduler.finish(sequence.request_id, reason)
-        return StepOutput(sequence.request_id, index, token, reason)
+            self._finish(sequence.request_id, reason)
+        prompt_logprobs = self._chooser(sequence).take_prompt()
+        return StepOutput(sequence.request_id, index, token, reason, None, logprobs, prompt_logprobs)
 
     def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
-        self._scheduler.finish(sequence.request_id, FinishReason.ERROR)
+        self._finish(sequence.request_id, FinishReason.ERROR)
         error = EngineError(f"The engine could not go on with this request: {cause}")
         return _failure(sequence, error)
 
@@ -327,11 +623,16 @@ class StepEngine(Protocol):
     def has_work(self) -> bool: ...
 
     @property
+    def stalled(self) -> bool: ...
+
+    @property
     def sequences(self) -> tuple[Sequence, ...]: ...
 
     def find(self, request_id: str) -> Sequence | None: ...
 
     def add(self, sequence: Sequence) -> None: ...
+
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None: ...
 
     def abort(self, request_id: str) -> bool: ...
 
@@ -426,6 +727,10 @@ class EngineThread:
         self._send(_Call(run, future))
         return future
 
+    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
+        """See :meth:`LLMEngine.prepare`. Waits, in the caller's thread."""
+        self._engine.prepare(grammar, checkpoint_dir)
+
     def stats(self) -> dict[str, Any]:
         """:class:`EngineStats` after the last step, as plain types."""
         return self._stats.as_wire()
@@ -486,7 +791,7 @@ class EngineThread:
 
     def _next_commands(self) -> Iterator[_Command]:
         """All that wait; blocks for one if the engine has nothing to do. What is not asked for stays in the queue."""
-        if not self._engine.has_work:
+        if not self._engine.has_work or self._engine.stalled:
             yield self._commands.get()
         with suppress(Empty):
             while True:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sllmdask.engine.construct import Filling, Piece
 from sllmdask.errors import Cancelled, EngineError, LoadFailed, SllmError
@@ -23,21 +24,39 @@ from sllmdask.errors import Cancelled, EngineError, LoadFailed, SllmError
 #: Blocks until the tensors of these names in the checkpoint are there; raises what the load has failed of.
 Wait = Callable[[Collection[str]], None]
 
+#: Makes a module ready to run, once its weights are there.
+Prepare = Callable[[torch.nn.Module], None]
+
 
 class ArrivalGate:
     """Holds each module of `filling` back until its weights are there.
 
     :param wait: called in a thread of the gate's own, for one stage after the other
     :param convert: puts a piece into the model, on that thread, before its stage opens
+    :param place: puts a parameter that was fused into the model, in the same way
     :param source: names the checkpoint in errors
+    :param prepare: does what is left to do for a module, on that thread, before its stage opens
     """
 
-    def __init__(self, filling: Filling, wait: Wait, convert: Callable[[Piece], None], source: str) -> None:
+    def __init__(
+        self,
+        filling: Filling,
+        wait: Wait,
+        convert: Callable[[Piece], None],
+        place: Callable[[Tensor, Sequence[str]], None],
+        source: str,
+        prepare: Prepare | None = None,
+    ) -> None:
         self._wait = wait
         self._convert = convert
+        self._place = place
         self._source = source
+        self._prepare = prepare
+        self._modules = filling.modules
         self._awaited = filling.awaited
         self._pieces = list(filling.pieces)
+        self._fusions = list(filling.fusions)
+        self._sources = [filling.sources(stage) for stage in range(len(filling.awaited))]
         #: How many stages are open.
         self._n_open = 0
         #: Seconds that the forward pass has waited.
@@ -81,6 +100,8 @@ class ArrivalGate:
             handle.remove()
         with self._converting:
             self._pieces.clear()
+            self._fusions.clear()
+            self._sources.clear()
 
     def _hold(self, stage: int, _module: torch.nn.Module, _inputs: Any) -> None:
         if self._n_open > stage:
@@ -95,13 +116,20 @@ class ArrivalGate:
     def _follow(self) -> None:
         try:
             for stage, names in enumerate(self._awaited):
+                if not self._fuse(stage):
+                    return
                 self._wait(names)
                 with self._converting:
                     if self._error is not None:
                         return
+                    for fusion in self._fusions[stage]:
+                        for name, tensor in fusion.finish().items():
+                            self._place(tensor, (name,))
                     for piece in self._pieces[stage]:
                         self._convert(piece)
-                    self._pieces[stage] = ()
+                    self._pieces[stage] = self._fusions[stage] = ()
+                    if self._prepare is not None:
+                        self._prepare(self._modules[stage])
                 with self._changed:
                     self._n_open = stage + 1
                     self._changed.notify_all()
@@ -112,6 +140,16 @@ class ArrivalGate:
         except Exception as error:  # noqa: BLE001 - raised by whoever waits
             self._fail(EngineError(f"{self._source!r} could not be built: {error!r}"))
         self._tell()
+
+    def _fuse(self, stage: int) -> bool:
+        """Copy what belongs to a larger parameter of the stage as soon as it is there; ``False`` if that was called off."""
+        for name, fusion in self._sources[stage] if self._error is None else ():
+            self._wait((name,))
+            with self._converting:
+                if self._error is not None:
+                    return False
+                fusion.take(name)
+        return True
 
     def _fail(self, error: SllmError) -> None:
         with self._changed:

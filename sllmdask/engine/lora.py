@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,18 @@ class _Planned:
     scale: float
 
 
+def why_no_adapters(paged: bool, deterministic: bool) -> str | None:
+    """Why an engine takes no adapters, whatever they are; ``None`` if it does.
+
+    `paged`: whether its sequences stand one behind the other in one row, see :class:`~sllmdask.engine.construct.Skeleton`.
+    """
+    if not paged:
+        return "its base has an attention of its own, and such models run without adapters"
+    if deterministic:
+        return "with engine.deterministic there are no adapters: their products may depend on what else is in the batch"
+    return None
+
+
 def check_adapter(
     name: str, directory: Path, shapes: Mapping[str, Sequence[int]], model: torch.nn.Module
 ) -> tuple[_Planned, ...]:
@@ -201,9 +213,11 @@ _Group = tuple[LoraAdapter, Tensor | None]
 class AdapterSet:
     """The adapters of one model, by salt. Used by the thread that runs the model."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, device: torch.device, why_none: str | None = None) -> None:
+        """`why_none`: why it takes none, if so."""
         self._model = model
         self._device = device
+        self._why_none = why_none
         self._adapters: dict[bytes, LoraAdapter] = {}
         #: By path: the module that holds the hooked one, its name there, the hooked one, the hook.
         self._hooks: dict[str, tuple[torch.nn.Module, str, torch.nn.Module, Any]] = {}
@@ -212,6 +226,8 @@ class AdapterSet:
         self._head = get_head()
         self._groups: tuple[_Group, ...] = ()
         self._head_groups: tuple[_Group, ...] = ()
+        #: Rows of the running batch, and of those that the head sees.
+        self._n_rows = self._n_head_rows = 0
 
     def __contains__(self, salt: bytes) -> bool:
         return salt in self._adapters
@@ -219,8 +235,14 @@ class AdapterSet:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def refuse(self, name: str) -> None:
+        """Raise :class:`AdapterUnsupported` if there can be no adapters here."""
+        if self._why_none is not None:
+            raise AdapterUnsupported(name, self._why_none)
+
     def add(self, adapter: LoraAdapter) -> None:
-        """From now on requests may have it. Its tensors must stay until :meth:`remove`."""
+        """From now on requests may have it. Its tensors must stay until :meth:`remove`. Raises as :meth:`refuse`."""
+        self.refuse(adapter.name)
         self._adapters[adapter.salt] = adapter
         self._hook()
 
@@ -235,12 +257,11 @@ class AdapterSet:
         self._hook()
 
     @contextmanager
-    def applied(self, spans: Iterable[tuple[bytes, int, bool]]) -> Iterator[None]:
+    def applied(self, spans: Sequence[tuple[bytes, int, int]]) -> Iterator[None]:
         """Inside the block, a forward pass over `spans`, one behind the other, is changed by their adapters.
 
-        A span: the salt (empty: none), how many rows, and whether the head sees the last of them.
+        A span: the salt (empty: none), how many rows, and of how many of them, the last ones, the head sees.
         """
-        spans = list(spans)
         if not any(salt for salt, _, _ in spans):
             yield
             return
@@ -249,15 +270,15 @@ class AdapterSet:
         rows: dict[bytes, list[int]] = {}
         head_rows: dict[bytes, list[int]] = {}
         n_rows = n_head = 0
-        for salt, length, samples in spans:
+        for salt, length, n_seen in spans:
             if salt:
                 rows.setdefault(salt, []).extend(range(n_rows, n_rows + length))
-                if samples:
-                    head_rows.setdefault(salt, []).append(n_head)
+                head_rows.setdefault(salt, []).extend(range(n_head, n_head + n_seen))
             n_rows += length
-            n_head += samples
+            n_head += n_seen
         self._groups = self._grouped(rows, n_rows)
         self._head_groups = self._grouped(head_rows, n_head)
+        self._n_rows, self._n_head_rows = n_rows, n_head
         try:
             yield
         finally:
@@ -295,7 +316,15 @@ class AdapterSet:
                 pair = adapter.pairs.get(path)
                 if pair is None:
                     continue
-                x = inputs[0] if rows is None else inputs[0].index_select(-2, rows)
+                x = inputs[0]
+                if rows is not None:
+                    n_rows = self._n_head_rows if is_head else self._n_rows
+                    if x.shape[:-1].numel() != n_rows or x.shape[-2] != n_rows:
+                        # Not somebody else's rows instead of ours.
+                        raise RuntimeError(
+                            f"{path} is not given the rows of the batch in their order, so it cannot have an adapter"
+                        )
+                    x = x.index_select(-2, rows)
                 product = linear(linear(x, pair.a), pair.b) * pair.scale
                 # In place: what a linear layer gives is nobody else's.
                 if rows is None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sllmdask.engine.families import SUPPORTED, inspect_config
+from sllmdask.engine.families import TESTED, inspect_config
 from sllmdask.errors import CheckpointCorrupt, UnsupportedArchitecture
 
 #: Encoders by ``model_type``: tokens of their window when ``config.json`` does not say.
@@ -77,6 +77,11 @@ class EmbeddingInfo:
         return self.model_type in ENCODERS
 
     @property
+    def tested(self) -> bool:
+        """Whether it is known to run; of a decoder, building its structure without a head tells."""
+        return self.is_encoder
+
+    @property
     def packs(self) -> bool:
         """Whether inputs of different lengths run in one batch, without padding."""
         return self.model_type not in UNPACKED
@@ -110,7 +115,13 @@ def inspect_embedding(
     if model_type in ENCODERS:
         window = _encoder_window(architecture, model_type, config)
     else:
-        window = inspect_config({**config, "architectures": [_causal(architecture)]}).max_model_len
+        causal = _causal(architecture)
+        if causal not in TESTED:
+            reason = f"the engine does not know it; embeddings are made by {', '.join(ENCODERS)} and by decoders that are tested"
+            raise UnsupportedArchitecture(architecture, reason)
+        family = inspect_config({**config, "architectures": [causal]})
+        # Beyond, the frequencies of an input would depend on what else is in the batch.
+        window = min(family.max_model_len, family.long_after or family.max_model_len)
         if config.get("use_bidirectional_attention"):
             raise UnsupportedArchitecture(architecture, "its sliding windows look both ways, which the engine does not do")
     modules = _modules(directory, architecture)
@@ -144,7 +155,7 @@ def _causal(architecture: str) -> str:
     """The name of the class with a head: the engine knows decoders by those."""
     stem = architecture.removesuffix("Model")
     candidates = (architecture, f"{stem}ForCausalLM", f"{stem}LMHeadModel")
-    return next((name for name in candidates if name in SUPPORTED), architecture)
+    return next((name for name in candidates if name in TESTED), architecture)
 
 
 def _encoder_window(architecture: str, model_type: str, config: Mapping[str, Any]) -> int:

@@ -11,25 +11,43 @@ import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.scheduler import Chunk
-from sllmdask.engine.attention import NAME, LayerShape, PagedBatch, Span, attending
+from sllmdask.engine.attention import NAME, Backend, LayerShape, PackedBatch, PagedBatch, Span, attending, make_backend
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
 from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.gating import ArrivalGate, Wait
-from sllmdask.engine.lora import AdapterSet
-from sllmdask.errors import ConfigError, UnsupportedArchitecture
+from sllmdask.engine.graphs import DecodeGraphs, DecodeInputs
+from sllmdask.engine.linears import LinearPacker, Packing, can_pack
+from sllmdask.engine.lora import AdapterSet, why_no_adapters
+from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
+from sllmdask.engine.slots import SlotTables
+from sllmdask.errors import ConfigError, DeterminismUnavailable, UnsupportedArchitecture
 from sllmdask.units import format_bytes
 
 #: What the check after loading runs and compares. Where kinds of attention alternate, two are seen.
 _N_CHECKED_TOKENS, _N_CHECKED_KINDS = 8, 2
+#: Rows that the check of the deterministic mode computes together and one by one: more than one register block, and odd.
+_N_COMPARED_ROWS = 17
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """One forward pass: packed tokens with their positions, where they attend, and the rows whose logits are wanted."""
+
+    ids: list[int]
+    positions: list[int]
+    batch: PackedBatch
+    rows: list[int]
 
 
 class ModelRunner:
@@ -38,6 +56,10 @@ class ModelRunner:
     :param skeleton: the model; the runner's own until :meth:`close`
     :param wait: where the bytes of `tensors` are still arriving, blocks until those of these names are there
     :param construct_s: seconds that making the skeleton took, for :attr:`build_times`
+    :param attention: the backend, by its name in :func:`make_backend`
+    :param max_graph_batch: sequences of the largest decode step that is recorded as a CUDA graph; 0: none is
+    :param packing: whether, and when, linear layers run over packed weights
+    :param deterministic: a row's bits shall not depend on what else is in the batch, nor on how its sequence was cut
     """
 
     def __init__(
@@ -52,8 +74,15 @@ class ModelRunner:
         dtype: str = "auto",
         wait: Wait | None = None,
         construct_s: float = 0.0,
+        attention: str = "auto",
+        max_graph_batch: int = 0,
+        packing: Packing | None = None,
+        deterministic: bool = False,
     ) -> None:
-        """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small."""
+        """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small.
+
+        :class:`DeterminismUnavailable` if `deterministic` cannot be promised here.
+        """
         started = time.perf_counter()
         self.family: FamilyInfo = skeleton.family
         self.device = device
@@ -72,24 +101,46 @@ class ModelRunner:
         self._skeleton = skeleton
         self._model = skeleton.model
         #: LoRA adapters that requests may have.
-        self.adapters = AdapterSet(skeleton.model, device)
+        self.adapters = AdapterSet(skeleton.model, device, why_no_adapters(skeleton.paged, deterministic))
         self._gate: ArrivalGate | None = None
         self._checked = False
         self.caches: list[tuple[Tensor, Tensor]] = []
+        self._tables = SlotTables(block_size)
+        self._deterministic = deterministic
+        self._packing = self._choose_packing(packing or Packing())
+        #: Addresses of weights that were made here, for one name alone: nobody misses them when they are packed.
+        self._owned: set[int] = set()
+        self._packer = LinearPacker(self._model, self._packing, self._owned)
+        self._even = EvenActivations(self._model) if deterministic else None
+        self._n_steps = 0
+        self.backend: Backend = make_backend("numba" if deterministic else attention, device)
+        self._max_graph_batch = max_graph_batch
+        self.graphs: DecodeGraphs | None = None
+        mode = "deterministic" if deterministic else f"{self.backend.name}-{self._packing.mode}"
+        self.numerics_id = numerics_id(device, self.dtype, mode)
         try:
             filling = skeleton.fill(checkpoint_dir, tensors, self.dtype, device)
+            #: Bytes of weights that are not the given tensors but copies of them: in another dtype, or fused.
+            self.copied_nbytes = filling.copied_nbytes
             self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
+            self.graphs = self._make_graphs()
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, str(checkpoint_dir))
+                self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir), self._pack)
             else:
-                for piece in (piece for pieces in filling.pieces for piece in pieces):
-                    self._convert(piece)
+                skeleton.place_all(filling, self._convert)
+                for module in filling.modules:
+                    self._pack(module)
             self.build_times = BuildTimes(construct_s, time.perf_counter() - started, None)
             if wait is None:
                 self.settle()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of packed weights."""
+        return self._packer.nbytes
 
     @property
     def model(self) -> torch.nn.Module:
@@ -108,7 +159,12 @@ class ModelRunner:
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()
         if not self._checked:
-            self._check_first_layers()
+            try:
+                self._check_first_layers()
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UnsupportedArchitecture(self.family.architecture, f"its forward pass fails ({error})") from error
+            if self._deterministic:
+                self._check_determinism()
             self._checked = True
         if self._gate is not None and self._gate.ended:
             self._gate.raise_failure()
@@ -127,21 +183,36 @@ class ModelRunner:
             gate.cancel()
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute the chunks' tokens into the cache; returns logits (n, vocab), one row for each chunk that samples, in order."""
+    def forward(self, chunks: Sequence[Chunk], n_rows: Sequence[int] | None = None) -> Tensor:
+        """Compute the chunks' tokens into the cache; returns logits (n, vocab), one row for each chunk that samples, in order.
+
+        `n_rows`: of how many of its last tokens each chunk gives a row, where it is not that.
+        """
+        self._pack_when_hot()
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
+        tables: list[np.ndarray[Any, Any]] = []
         last_rows: list[int] = []
-        for chunk in chunks:
+        adapted: list[tuple[bytes, int, int]] = []
+        for i, chunk in enumerate(chunks):
             ids += chunk.sequence.token_ids(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
-            slots = self._slots(chunk.sequence.block_table, chunk.stop)
-            spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots))
-            if chunk.samples:
-                last_rows.append(len(ids) - 1)
-        with self.adapters.applied((chunk.sequence.salt, chunk.n_tokens, chunk.samples) for chunk in chunks):
-            return self._run(ids, positions, spans, last_rows)
+            blocks, slots = self._tables.find(chunk.sequence, chunk.sequence.block_table, chunk.stop)
+            spans.append(Span(len(ids) - chunk.n_tokens, len(ids), chunk.start, slots, self.device))
+            tables.append(blocks)
+            n = n_rows[i] if n_rows else int(chunk.samples)
+            last_rows += range(len(ids) - n, len(ids))
+            adapted.append((chunk.sequence.salt, chunk.n_tokens, n))
+        batch = PackedBatch(spans, tables, self.block_size, self.device)
+        # A recording has no adapters in it.
+        plain = not any(salt for salt, _, _ in adapted)
+        if plain and self.graphs is not None and self.settled and batch.max_rows == 1 and len(last_rows) == len(ids):
+            logits = self.graphs.run(ids, positions, batch)
+            if logits is not None:
+                return logits
+        with self.adapters.applied(adapted):
+            return self._run(StepInputs(ids, positions, batch, last_rows))
 
     def close(self) -> None:
         """Let go of every tensor: the host memory behind the parameters may be used for something else now."""
@@ -149,31 +220,95 @@ class ModelRunner:
             self._gate.close()
             self._gate = None
         self.adapters.close()
+        self._close_graphs()
+        self._packer.close()
+        if self._even is not None:
+            self._even.close()
+        self.backend.close()
         self._skeleton.empty()
         self.caches.clear()
+        self._tables.clear()
+        self._owned.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _convert(self, piece: Piece) -> None:
-        dtype = self.dtype if piece.tensor.is_floating_point() else piece.tensor.dtype
-        self._skeleton.place(piece.tensor.to(self.device, dtype), piece.names)
+        converted = piece.tensor.to(self.device, piece.dtype)
+        self._skeleton.place(converted, piece.names)
+        if len(piece.names) == 1:
+            self._owned.add(converted.data_ptr())
 
-    def _slots(self, block_table: Sequence[int], n_tokens: int) -> Tensor:
-        """(n_tokens,) cache slots of a sequence's tokens."""
-        blocks = torch.tensor(block_table[: blocks_for(n_tokens, self.block_size)], device=self.device)
-        offsets = torch.arange(self.block_size, device=self.device)
-        return (blocks[:, None] * self.block_size + offsets).flatten()[:n_tokens]
+    def _choose_packing(self, packing: Packing) -> Packing:
+        """What of `packing` can be had on this device. Raises what the deterministic mode is refused with."""
+        if self._deterministic:
+            if self.device.type != "cpu":
+                raise DeterminismUnavailable(f"{self.device.type} chooses its kernels by the size of the batch")
+            refuse_batch_dependence(self._skeleton)
+            if not can_pack(self.dtype):
+                raise DeterminismUnavailable(f"torch cannot pack weights of {self.dtype} on this processor")
+            return replace(packing, mode="always", invariant=True)
+        if self.device.type != "cpu" or packing.mode == "never" or not can_pack(self.dtype):
+            return replace(packing, mode="never")
+        return packing
 
-    def _run(self, ids: list[int], positions: list[int], spans: list[Span], rows: list[int]) -> Tensor:
-        new_slots = torch.cat([span.slots[span.n_past :] for span in spans])
-        with attending(PagedBatch(self.caches, new_slots, spans)):
+    def _pack(self, module: torch.nn.Module) -> None:
+        """Pack what is to be packed before `module` runs for the first time."""
+        if self._packing.mode == "always":
+            self._packer.pack(module)
+
+    def _pack_when_hot(self) -> None:
+        """Begin to pack, once that pays, and use what has been packed since the last step."""
+        if self._packing.mode != "auto":
+            return
+        self._n_steps += 1
+        if self._n_steps > self._packing.after_steps and self.settled:
+            self._packer.start()
+            self._packer.install()
+
+    def _run(self, step: StepInputs) -> Tensor:
+        with attending(PagedBatch(self.caches, step.batch, self.backend)):
             output = self._model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device),
+                input_ids=torch.tensor([step.ids], device=self.device),
+                position_ids=torch.tensor([step.positions], device=self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
+                logits_to_keep=torch.tensor(step.rows, dtype=torch.long, device=self.device),
             )
         return cast(Tensor, output.logits)[0]
+
+    def _make_graphs(self) -> DecodeGraphs | None:
+        """Only Triton's backend reads nothing back from the device, so only its steps can be recorded.
+
+        Rotary frequencies that depend on the positions do read them.
+        """
+        if not self._max_graph_batch or self.backend.name != "triton" or self.family.long_after is not None:
+            return None
+        longest = min(self.family.max_model_len, self.n_blocks * self.block_size)
+        return DecodeGraphs(
+            self._run_decode,
+            max_running=self._max_graph_batch,
+            max_blocks=blocks_for(longest, self.block_size),
+            block_size=self.block_size,
+            device=self.device,
+        )
+
+    def _close_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
+
+    def _run_decode(self, inputs: DecodeInputs) -> Tensor:
+        # To Triton's backend they are a packed batch: it looks at nothing that they lack.
+        with attending(PagedBatch(self.caches, cast(PackedBatch, inputs), self.backend)):
+            output = self._model(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, logits_to_keep=inputs.rows)
+        return cast(Tensor, output.logits)[0]
+
+    def _run_alone(self, ids: list[int], start: int, stop: int, rows: list[int]) -> Tensor:
+        """Tokens `start`..`stop` of a sequence that has the cache to itself, in blocks from its end."""
+        blocks = np.arange(blocks_for(len(ids), self.block_size), 0, -1, dtype=np.int64)
+        slots = torch.from_numpy((blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[:stop])
+        table = blocks[: blocks_for(stop, self.block_size)].astype(np.int32)
+        batch = PackedBatch([Span(0, stop - start, start, slots, self.device)], [table], self.block_size, self.device)
+        return self._run(StepInputs(ids[start:stop], list(range(start, stop)), batch, rows))
 
     def _check_first_layers(self) -> None:
         """Compare the attention over the cache, in two chunks, with transformers' own eager attention, in one layer of each kind.
@@ -182,7 +317,7 @@ class ModelRunner:
         follows the attention that it looks at is not run, so that little memory is touched.
         """
         started, waited_s = time.perf_counter(), self._gate.waited_s if self._gate else 0.0
-        modules = self._skeleton.attention[:_N_CHECKED_KINDS]
+        modules = self._skeleton.checked[:_N_CHECKED_KINDS]
         n_tokens = min(_N_CHECKED_TOKENS, self.n_blocks * self.block_size, self.family.max_model_len)
         ids = [(7 * i + 1) % self.vocab_size for i in range(n_tokens)]
         with torch.inference_mode(), self._skeleton.one_of_each_kind():
@@ -200,24 +335,110 @@ class ModelRunner:
         self.build_times = replace(self.build_times, check_s=time.perf_counter() - started - waited_s)
 
     def _paged_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
-        blocks = list(range(blocks_for(len(ids), self.block_size), 0, -1))
+        # A prompt, a chunk after it, and a token alone: they may run different code.
+        cuts = sorted({0, len(ids) // 2, max(len(ids) - 1, 0), len(ids)})
         chunks: list[list[Tensor]] = []
-        for start, stop in ((0, len(ids) // 2), (len(ids) // 2, len(ids))):
-            if start < stop:
-                span = Span(0, stop - start, start, self._slots(blocks, stop))
-                with _first_outputs(modules) as outputs:
-                    self._run(ids[start:stop], list(range(start, stop)), [span], [0])
-                chunks.append(outputs)
+        for start, stop in pairwise(cuts):
+            with first_outputs(modules) as outputs:
+                self._run_alone(ids, start, stop, [0])
+            chunks.append(outputs)
         return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]
+
+    def _check_determinism(self) -> None:
+        """Compute logits of a few tokens together, in chunks, and one by one, through one layer of each kind: with equal bits.
+
+        Raises :class:`DeterminismUnavailable`.
+        """
+        n_rows = min(_N_COMPARED_ROWS, self.n_blocks * self.block_size, self.family.max_model_len)
+        cuts = sorted({min(row, n_rows) for row in (0, 2, 5, 9, _N_COMPARED_ROWS)})
+        ids = [(11 * i + 3) % self.vocab_size for i in range(n_rows)]
+        with torch.inference_mode(), self._skeleton.one_of_each_kind():
+            together = self._run_alone(ids, 0, n_rows, list(range(n_rows)))
+            cut = torch.cat([self._run_alone(ids, start, stop, list(range(stop - start))) for start, stop in pairwise(cuts)])
+            alone = torch.cat([self._run_alone(ids, row, row + 1, [0]) for row in range(n_rows)])
+        if self._packer.full:
+            raise DeterminismUnavailable("not all packed weights fit into engine.pack_memory beside the plain ones")
+        one, others = together.view(torch.uint8), (cut.view(torch.uint8), alone.view(torch.uint8))
+        n_different = max(int((one != other).any(dim=-1).sum()) for other in others)
+        if n_different:
+            reason = f"on this processor {n_different} of {n_rows} rows have other bits alone than together"
+            raise DeterminismUnavailable(reason)
 
     def _plain_outputs(self, modules: Sequence[torch.nn.Module], ids: list[int]) -> list[Tensor]:
         self._model.set_attn_implementation("eager")
         try:
-            with _first_outputs(modules) as outputs:
+            with first_outputs(modules) as outputs:
                 self._model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         finally:
             self._model.set_attn_implementation(NAME)
         return outputs
+
+    # --- blocks of the cache as bytes --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Block ``targets[i]`` gets the content of ``sources[i]``; no block is in both."""
+        at, to = (torch.tensor(blocks, dtype=torch.long, device=self.device) for blocks in (sources, targets))
+        for cache in self._parts():
+            cache.index_copy_(0, to, cache.index_select(0, at))
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[int], n_tokens: int | None = None) -> Tensor:
+        """(len(blocks), bytes_per_block) bytes in host memory: layer by layer, keys before values, token by token.
+
+        `n_tokens`: what is in the last block after that many tokens is left out; zeros are in its place.
+        """
+        index = torch.tensor(blocks, dtype=torch.long, device=self.device)
+        parts = [cache.index_select(0, index).flatten(1).view(torch.uint8) for cache in self._parts()]
+        rows = torch.cat(parts, dim=1).cpu()
+        return rows if n_tokens is None else self.blank(rows, n_tokens)
+
+    def blank(self, rows: Tensor, n_tokens: int) -> Tensor:
+        """`rows` of :meth:`read_blocks` with zeros after the first `n_tokens` tokens, all in the last row."""
+        rows = rows.clone()
+        n_used, offset = n_tokens - (len(rows) - 1) * self.block_size, 0
+        for cache in self._parts():
+            token_nbytes = cache[0, 0].nbytes
+            rows[-1, offset + n_used * token_nbytes : offset + self.block_size * token_nbytes] = 0
+            offset += self.block_size * token_nbytes
+        return rows
+
+    @torch.inference_mode()
+    def write_tokens(self, slots: Sequence[int], rows: Tensor, block_size: int, skip: int = 0) -> None:
+        """Put KV into `slots`: one token after the other of `rows`, as :meth:`read_blocks` gives them, from token `skip` on.
+
+        `block_size`: of the engine that `rows` are from.
+        """
+        index, offset = torch.tensor(slots, dtype=torch.long, device=self.device), 0
+        for cache in self._parts():
+            nbytes = block_size * cache[0, 0].nbytes
+            part = rows[:, offset : offset + nbytes].clone(memory_format=torch.contiguous_format)
+            tokens = part.view(cache.dtype).view(-1, *cache.shape[2:])
+            cache.flatten(0, 1).index_copy_(0, index, tokens[skip : skip + len(slots)].to(self.device))
+            offset += nbytes
+
+    def write_blocks(self, blocks: Sequence[int], rows: Tensor) -> None:
+        """Put back what :meth:`read_blocks` gave, into any blocks."""
+        slots = [block * self.block_size + offset for block in blocks for offset in range(self.block_size)]
+        self.write_tokens(slots, rows, self.block_size)
+
+    def drop_cache(self) -> None:
+        """Give the cache's memory back. Nothing runs until :meth:`make_cache`."""
+        # Their kernels were recorded with its addresses.
+        self._close_graphs()
+        self.caches.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def make_cache(self) -> None:
+        """A cache of the same size, of zeros, after :meth:`drop_cache`."""
+        if not self.caches:
+            self.caches += _make_caches(self.layers, (self.n_blocks + 1, self.block_size), self.dtype, self.device)
+            self.graphs = self._make_graphs()
+
+    def _parts(self) -> Iterator[Tensor]:
+        """(n_blocks + 1, block_size, n_kv_heads, dim) for each layer, keys, then values."""
+        return (cache for layer in self.caches for cache in layer)
 
 
 def pick_device(name: str) -> torch.device:
@@ -250,12 +471,12 @@ class _SeenEnough(Exception):
 
 
 @contextmanager
-def _first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+def first_outputs(modules: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
     """Collects the first output of each of `modules` inside the block, and ends the block after the last of them."""
     outputs: list[Tensor] = []
 
     def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0])
+        outputs.append(output[0] if isinstance(output, tuple) else output)
         if len(outputs) == len(modules):
             raise _SeenEnough
 

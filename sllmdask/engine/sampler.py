@@ -4,20 +4,25 @@ A token is the ``argmax`` of its logit (over the temperature) plus Gumbel noise,
 is a hash of (seed, position, token id): a request draws the same tokens alone, in any batch, after a preemption or on another
 worker, and nothing has to be carried along. A small change of the logits rarely changes the winner.
 
+In this order: penalties, bias, what a grammar or a length forbids, temperature, filters, noise.
+
 Source: Gumbel-max trick (Gumbel 1954; Maddison et al. 2014); counter-based generators, Salmon et al., SC '11; the mixers are
 Steele's splitmix64 and Appleby's murmur3 finalizer. Filters keep what transformers' ``TopK``, ``TopP`` and ``MinP`` warpers keep.
+Repetition penalty: CTRL (Keskar et al. 2019); presence and frequency penalties: OpenAI's API reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import SamplingParams
 
 #: Tokens that are looked at first where top_k or top_p leave few: sorting a whole vocabulary costs 17 times as much.
 _N_LIKELIEST = 1024
@@ -28,22 +33,57 @@ _N_AT_ONCE = 1 << 16
 _MASK_64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
+class TokenCounts:
+    """Which tokens a sequence has, and how often its answer has each: what penalties look at.
+
+    It grows by one step per token, so that a long answer is not counted again for each of its tokens. It holds nothing that the
+    tokens do not tell.
+    """
+
+    def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
+        """`prompt_ids` are counted as seen, not as part of the answer."""
+        distinct = list(dict.fromkeys(prompt_ids))
+        self._place = {token: place for place, token in enumerate(distinct)}
+        self._ids = np.array(distinct or [0], dtype=np.int64)
+        self._counts = np.zeros(len(self._ids), dtype=np.float32)
+
+    def add(self, token: int) -> None:
+        """One more token of the answer."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The distinct tokens, those of the prompt first."""
+        return self._ids[: len(self._place)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often the answer has each of :attr:`ids`."""
+        return self._counts[: len(self._place)]
+
+
+@dataclass(frozen=True, eq=False)
 class Draw:
-    """How to choose one token: the parameters, its index in the sequence, and the ids that may not come."""
+    """How to choose one token: the parameters, its index in the sequence, and the ids that may not come.
+
+    `seen`: the tokens so far, where there are penalties. `allowed`: (vocab,) bool, what a grammar lets come.
+    """
 
     params: SamplingParams
     position: int
     banned: frozenset[int] = frozenset()
+    seen: TokenCounts | None = None
+    allowed: NDArray[np.bool_] | None = None
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """One token id for each row of `logits` (n, vocab); ``None`` for a row with NaN or without any possible token."""
-    logits = logits.float()
-    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned if token < logits.shape[1]]
-    if banned:
-        logits = logits.clone()
-        logits[tuple(torch.tensor(banned, device=logits.device).T)] = -torch.inf
+    logits = adjust(logits, draws)
     best, tokens = logits.max(dim=-1)
     usable = torch.isfinite(best)
     n_rows = max(1, _N_AT_ONCE // logits.shape[1])
@@ -54,6 +94,52 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
             index = torch.tensor(some, device=logits.device)
             tokens[index] = choose(logits[index] - best[index, None], [draws[row] for row in some])
     return [token if ok else None for token, ok in zip(tokens.tolist(), usable.tolist(), strict=True)]
+
+
+def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """`logits` (n, vocab) in float32 with the penalties, biases and bans of their rows; a copy where anything changes.
+
+    A penalty applies to the tokens that a row has seen only, so the work grows with those and not with the vocabulary.
+    """
+    logits = logits.float()
+    penalised = [row for row, draw in enumerate(draws) if draw.seen is not None and len(draw.seen.ids)]
+    biased = [(row, token, bias) for row, draw in enumerate(draws) for token, bias in draw.params.logit_bias]
+    masked = [row for row, draw in enumerate(draws) if draw.allowed is not None]
+    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned if token < logits.shape[1]]
+    if penalised or biased or masked or banned:
+        logits = logits.clone()
+    if penalised:
+        _penalise(logits, penalised, draws)
+    if biased:
+        rows, ids, bias = zip(*biased, strict=True)
+        at = (torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device))
+        logits[at] += torch.tensor(bias, dtype=torch.float32, device=logits.device)
+    if masked:
+        allowed = torch.from_numpy(np.stack([draws[row].allowed for row in masked]))  # type: ignore[misc]
+        index = torch.tensor(masked, device=logits.device)
+        logits[index] = logits[index].masked_fill(~allowed.to(logits.device), -torch.inf)
+    if banned:
+        logits[tuple(torch.tensor(banned, device=logits.device).T)] = -torch.inf
+    return logits
+
+
+def _penalise(logits: Tensor, penalised: Sequence[int], draws: Sequence[Draw]) -> None:
+    """Change the logits of tokens that the rows `penalised` have seen, in place."""
+    seen = [(row, counts, draws[row].params) for row in penalised if (counts := draws[row].seen) is not None]
+    lengths = [len(counts.ids) for _, counts, _ in seen]
+
+    def repeated(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), lengths)).to(logits.device)
+
+    rows = repeated([row for row, _, _ in seen], np.int64)
+    ids = torch.from_numpy(np.concatenate([counts.ids for _, counts, _ in seen])).to(logits.device)
+    times = torch.from_numpy(np.concatenate([counts.counts for _, counts, _ in seen])).to(logits.device)
+    repetition = repeated([params.repetition_penalty for _, _, params in seen], np.float32)
+    presence = repeated([params.presence_penalty for _, _, params in seen], np.float32)
+    frequency = repeated([params.frequency_penalty for _, _, params in seen], np.float32)
+    values = logits[rows, ids]
+    values = torch.where(values < 0, values * repetition, values / repetition)
+    logits[rows, ids] = values - frequency * times - presence * (times > 0)
 
 
 def _filtered(params: SamplingParams) -> bool:
@@ -78,7 +164,7 @@ def _sample_likeliest(logits: Tensor, draws: Sequence[Draw], n_likeliest: int = 
     tokens = ids.gather(1, chosen.argmax(dim=-1, keepdim=True))[:, 0]
     if n_likeliest < n_vocab:
         # The next value might be as large as the lowest that is kept.
-        unsure = torch.nonzero(values[:, -1:] >= floor)[:, 0]
+        unsure = torch.nonzero((values[:, -1:] >= floor) & (values[:, -1:] > -torch.inf))[:, 0]
         if len(unsure):
             tokens[unsure] = _sample_likeliest(logits[unsure], [draws[row] for row in unsure.tolist()], n_vocab)
     return tokens

@@ -6,11 +6,14 @@ same point, so a request that moves or is resumed carries token ids only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sllmdask.engine.families import read_sampling_defaults
 from sllmdask.errors import CheckpointNotFound, InvalidRequest
 
 #: What a caller may hand to a chat template is its variables, not how the result is made.
@@ -36,6 +39,10 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+#: As vocabularies spell a byte that is no character, where the tokenizer falls back on bytes.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
 def preload() -> None:
     """Import what the first tokenizer would: a second or two of Python. For a thread, while the front door starts."""
     import_module("transformers.models.auto.tokenization_auto")
@@ -44,14 +51,17 @@ def preload() -> None:
 class Tokenizer:
     """The tokenizer and the chat template of one checkpoint."""
 
-    def __init__(self, hf_tokenizer: Any) -> None:
+    def __init__(self, hf_tokenizer: Any, sampling_defaults: Mapping[str, Any] | None = None) -> None:
         self._hf = hf_tokenizer
+        #: How the checkpoint says that tokens are to be drawn where a request does not, by name of the parameter.
+        self.sampling_defaults: Mapping[str, Any] = sampling_defaults or {}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Read the tokenizer files in `path`; nothing is fetched and no code of the checkpoint is run.
 
         Raises :class:`CheckpointNotFound` if there is no directory, no tokenizer in it, or one that cannot be read.
+        :class:`CheckpointCorrupt` if its ``generation_config.json`` makes no sense.
         """
         if not Path(path).is_dir():  # transformers would take the path for the name of a model on a hub
             raise CheckpointNotFound(str(path), "there is no such directory")
@@ -65,12 +75,49 @@ class Tokenizer:
         # For some architectures, transformers makes up an empty tokenizer where the files are missing.
         if len(hf_tokenizer) <= len(hf_tokenizer.added_tokens_decoder):
             raise CheckpointNotFound(str(path), "it has no tokenizer files (tokenizer.json, or what the model's tokenizer needs)")
-        return cls(hf_tokenizer)
+        return cls(hf_tokenizer, read_sampling_defaults(Path(path)))
 
     @property
     def n_vocab(self) -> int:
         """How many token ids the tokenizer knows; the model's output may be wider."""
         return len(self._hf)
+
+    @property
+    def description(self) -> str:
+        """The contents of a ``tokenizer.json``. Raises :class:`InvalidRequest` for a tokenizer of another kind."""
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        if backend is None:
+            raise InvalidRequest("This model's tokenizer is not one of the tokenizers library, which grammars need.", "grammar")
+        text: str = backend.to_str()
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, by itself: UTF-8, or a part of a character. Nothing for an id that no token has."""
+        token = self._hf.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return str(token).encode()
+        if self._byte_of is not None and all(letter in self._byte_of for letter in token):
+            return bytes(self._byte_of[letter] for letter in token)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return str(token).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._hf.added_tokens_decoder)
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int] | None:
+        """The byte behind each letter of the vocabulary, if its tokens are bytes (as in GPT-2); ``None``: they are text."""
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None or b'"ByteLevel"' not in backend.decoder.__getstate__():
+            return None
+        # Bytes that are visible characters stand for themselves, the others for the letters from U+0100 on, in order.
+        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        rest = [byte for byte in range(0x100) if byte not in set(visible)]
+        return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """The ids of a plain prompt, with the special tokens that this tokenizer puts around one.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sllmdask.batching.sequence import SamplingParams, Sequence
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.construct import build_skeleton
 from sllmdask.engine.engine import build_engine

@@ -6,7 +6,6 @@ writer lives; the kernel gives the lock back when it dies, so the next writer kn
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,24 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Rename as renameat2(2) with `flag`; returns whether there is such a call here. Raises :class:`OSError`."""
-    try:
-        call = _libc.renameat2
-    except AttributeError:
-        return False
-    if not call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag)):
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(number, os.strerror(number), str(source), None, str(target))
+from sllmdask.loader import libc
 
 
 def _remove(path: Path) -> None:
@@ -128,11 +110,11 @@ class NewDirectory:
         for directory, _, _ in os.walk(self.path):
             sync(Path(directory))
         if not replace or not os.path.lexists(self.target):
-            if not _rename(self.path, self.target, _RENAME_NOREPLACE):
+            if not libc.renameat2(self.path, self.target, libc.RENAME_NOREPLACE):
                 if os.path.lexists(self.target):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target))
                 os.rename(self.path, self.target)
-        elif not _rename(self.path, self.target, _RENAME_EXCHANGE):
+        elif not libc.renameat2(self.path, self.target, libc.RENAME_EXCHANGE):
             aside = self.path.with_suffix(".old")
             os.rename(self.target, aside)
             os.rename(self.path, self.target)

@@ -10,8 +10,6 @@ are moved, not copied, to where the lease has its addresses.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import weakref
 from collections import deque
@@ -30,21 +28,6 @@ Buffer = NDArray[np.uint8]
 
 #: Bytes that :meth:`BufferPool.prefault` touches at a time: 0.1 s where the system's pages are dear.
 PREFAULT_STEP = 32 * 1024**2
-
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-_libc.mremap.restype = ctypes.c_void_p
-
-
-def move_pages(source: int, nbytes: int, target: int) -> None:
-    """Move the pages of one mapping from `source` to `target`, in place of what is mapped there; at `source` nothing is left.
-
-    About 1 ms per GiB where both begin on a huge page: page tables are moved, not bytes.
-    """
-    if _libc.mremap(source, nbytes, nbytes, _MREMAP_MAYMOVE | _MREMAP_FIXED, target) != target:
-        number = ctypes.get_errno()
-        raise OSError(number, f"mremap of {nbytes} bytes: {os.strerror(number)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +189,7 @@ class BufferPool:
                 continue
             part, rest = piece.split(min(piece.nbytes, size - position))
             try:
-                move_pages(part.address, part.nbytes, address + position)
+                libc.move_pages(part.address, part.nbytes, address + position)
             except OSError:
                 # More mappings than the system allows a process: new memory will do.
                 break
@@ -323,4 +306,4 @@ def _touched(nbytes: int) -> Mapping:
 def _touch(address: int, nbytes: int) -> None:
     """Have pages behind memory that nobody uses."""
     if not libc.populate(address, nbytes):
-        ctypes.memset(address, 0, nbytes)
+        libc.clear(address, nbytes)

@@ -13,7 +13,6 @@ Source of the pipeline: ServerlessLLM (OSDI '24), section 4 (pinned pool, one al
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -111,7 +110,7 @@ class _CudaLane:
         self._stream.synchronize()
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        host = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(source), dtype=torch.uint8)
+        host = torch.frombuffer(libc.memory_view(source, nbytes), dtype=torch.uint8)
         with torch.cuda.stream(self._stream):
             self._memory[target : target + nbytes].copy_(host, non_blocking=True)
 

@@ -13,10 +13,10 @@ from typing import Self
 
 from sllmdask.errors import Cancelled, CheckpointCorrupt, SllmError, SourceUnreachable
 from sllmdask.loader import fast_format
+from sllmdask.loader.fetch import Origin
 from sllmdask.loader.format import CheckpointIndex
 from sllmdask.loader.plan import ChunkRead
 from sllmdask.loader.reader import ChunkSource
-from sllmdask.loader.remote import Origin
 from sllmdask.loader.tee import Manifest, Partial
 
 

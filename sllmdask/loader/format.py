@@ -56,6 +56,8 @@ SHARDED = "model.safetensors.index.json"
 #: A LoRA adapter, as peft saves it beside ``adapter_config.json``.
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = (SINGLE, SHARDED, ADAPTER)
+#: Configuration and tokenizer, which lie beside the weights; no pickle, no code.
+SMALL_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 #: Bytes; safetensors' own bound, which keeps a damaged length from filling the memory.
 MAX_HEADER = 100_000_000

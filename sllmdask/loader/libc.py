@@ -1,7 +1,7 @@
 """The few system calls that Python wraps badly or not at all. ctypes lets go of the GIL for the length of each.
 
 ``os.preadv`` wants a Python buffer per read and ``mmap.mmap`` places a mapping anywhere; here a read goes to an address, and
-a mapping starts on a huge page. Every failure is an :class:`OSError` with its errno.
+a mapping starts on a huge page. What else needs ctypes is here, too. Every failure is an :class:`OSError` with its errno.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 
 #: Bytes of a huge page on x86-64 and, with 4 KiB base pages, on arm64.
 HUGE_PAGE = 2 * 1024**2
+#: What :func:`renameat2` is to do where the target is there: refuse, or give each the name of the other.
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_AT_FDCWD = -100
+_SYS_CACHESTAT = 451
+_PyBUF_WRITE = 0x200
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,7 +37,20 @@ _libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.
 _libc.pwrite.restype = ctypes.c_ssize_t
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcpy.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc.mremap.restype = ctypes.c_void_p
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_view_of.restype = ctypes.py_object
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_uint64), ("nbytes", ctypes.c_uint64)]
+
+
+class _CacheStat(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")]
 
 
 def _failure(what: str) -> OSError:
@@ -153,3 +172,52 @@ def unmap_memory(address: int, nbytes: int) -> None:
     """Give memory back; takes about 10 ms per 100 MB, during which other threads run."""
     if _libc.munmap(address, nbytes):
         raise _failure(f"munmap of {nbytes} bytes")
+
+
+def clear(address: int, nbytes: int) -> None:
+    """Write zeros to `nbytes` at `address`."""
+    ctypes.memset(address, 0, nbytes)
+
+
+def move_pages(source: int, nbytes: int, target: int) -> None:
+    """Move the pages of one mapping from `source` to `target`, in place of what is mapped there; at `source` nothing is left.
+
+    About 1 ms per GiB where both begin on a huge page: page tables are moved, not bytes.
+    """
+    if _libc.mremap(source, nbytes, nbytes, _MREMAP_MAYMOVE | _MREMAP_FIXED, target) != target:
+        raise _failure(f"mremap of {nbytes} bytes")
+
+
+def cached_pages(fd: int, offset: int, nbytes: int) -> int:
+    """Pages of a range of `fd` that are in the page cache; 0 where the system does not tell (Linux before 6.5, others' files)."""
+    found = _CacheStat()
+    if _libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(_Range(offset, nbytes)), ctypes.byref(found), 0):
+        return 0
+    return int(found.cached)
+
+
+def renameat2(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: int) -> bool:
+    """Rename as renameat2(2) with `flag`; returns whether there is such a call here. Raises :class:`OSError`."""
+    try:
+        call = _libc.renameat2
+    except AttributeError:
+        return False
+    if not call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag)):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+# --- memory as Python sees it, and as the system does ----------------------------------------------------------------
+
+
+def memory_view(address: int, nbytes: int) -> memoryview:
+    """The writable bytes at `address`, which the caller keeps mapped."""
+    return _view_of(address, nbytes, _PyBUF_WRITE)
+
+
+def address_of_bytes(scratch: bytearray | memoryview) -> int:
+    """Where `scratch`, which can be written to, begins; it must live on and keep its size."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(scratch))

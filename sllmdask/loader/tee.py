@@ -9,7 +9,6 @@ directory, which ends with the process.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -43,21 +42,6 @@ _RANGE, _CRC = struct.Struct("<IQQQ"), struct.Struct("<I")
 _HASH_READ = 4 * 1024**2
 #: Seconds between two looks at a lock that another process holds.
 _LOCK_POLL_S = 0.05
-
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
-_view_of.restype = ctypes.py_object
-_PyBUF_WRITE = 0x200
-
-
-def memory_view(address: int, nbytes: int) -> memoryview:
-    """The writable bytes at `address`, which the caller keeps mapped."""
-    return _view_of(address, nbytes, _PyBUF_WRITE)
-
-
-def address_of_bytes(scratch: bytearray) -> int:
-    """Where `scratch` begins; it must live on and keep its size."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(scratch))
 
 
 def checksum(address: int, nbytes: int) -> int:
@@ -439,7 +423,7 @@ class Tee:
         if chunk.codec == "raw" and address == self._base + chunk.position:
             self._queue.put((chunk, address, None))
         elif (slot := self._slot(chunk.wanted)) is not None:
-            target = address_of_bytes(slot)
+            target = libc.address_of_bytes(slot)
             libc.copy(target, address, chunk.wanted)
             self._queue.put((chunk, target, slot))
 
@@ -463,7 +447,7 @@ class Tee:
                 address = self._base + chunk.position
                 if chunk.codec != "raw":
                     source = source or stack.enter_context(self._again())
-                    address = address_of_bytes(scratch)
+                    address = libc.address_of_bytes(scratch)
                     source.fetch(chunk, address)
                     check(self._plan, number, address)
                 self._write(chunk, address)

@@ -14,10 +14,12 @@ from aiohttp import web
 
 from sllmdask.cluster.journal import Embedded, EmbedRequest, GatewayEvent, GenerateRequest, Started
 from sllmdask.config import ServerSettings
+from sllmdask.engine.grammar import check_grammar
 from sllmdask.engine.text import Tokenizer
 from sllmdask.errors import ConfigError, EngineError, PortInUse, Unavailable, WrongTask
 from sllmdask.server import adapters, embeddings, exchange, openai, stream
 from sllmdask.server.admin import Admin, Cluster
+from sllmdask.server.choices import make_writer
 
 #: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
 LONG_PROMPT_CHARS = 20_000
@@ -117,17 +119,24 @@ class FrontDoor:
         if self._gateway.embedding(base) is not None:
             raise WrongTask(base, "embed")
         tokenizer = await self._gateway.tokenizer(base)
+        ask = ask.with_defaults(tokenizer.sampling_defaults)
+        if ask.sampling.grammar is not None:
+            await asyncio.to_thread(check_grammar, ask.sampling.grammar, ask.grammar_field or "grammar")
         if ask.n_chars > LONG_PROMPT_CHARS:
             prompts = await asyncio.to_thread(ask.tokenise, tokenizer)
         else:
             prompts = ask.tokenise(tokenizer)
         window = self._gateway.max_model_len(base)
-        params = [ask.params(len(ids), window) for ids in prompts]
-        ids = self._free_ids(exchange.request_id(request), len(prompts))
-        asked = [
-            GenerateRequest(each, base, prompt, sampling, adapter=adapter)
-            for each, prompt, sampling in zip(ids, prompts, params, strict=True)
+        # The answers to one prompt are requests of their own, which have their prompt in common.
+        params = [each for prompt in prompts for each in ask.choices(len(prompt), window)]
+        ids = self._free_ids(exchange.request_id(request), len(params))
+        asked = [GenerateRequest(each, base, prompts[i // ask.n], params[i], adapter=adapter) for i, each in enumerate(ids)]
+        writers = [
+            make_writer(tokenizer, prompt, is_chat=ask.is_chat, n_top=ask.sampling.logprobs, echo=ask.echoed(i, tokenizer))
+            for i, prompt in enumerate(prompts)
+            for _ in range(ask.n)
         ]
+        n_prompt_tokens = sum(map(len, prompts))
         shape = openai.Shape(
             is_chat=ask.is_chat,
             id=f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{exchange.fresh_id()[4:]}",
@@ -136,19 +145,23 @@ class FrontDoor:
             with_usage=ask.include_usage,
         )
         with self._listed(ids):
-            events = self._events([self._gateway.generate(each) for each in asked])
+            sources = [self._gateway.generate(each) for each in asked]
+            if ask.prompt_only:
+                sources = [stream.without_answer(source) for source in sources]
+            events = self._events(sources)
             if ask.stream:
                 return await stream.respond(
                     request,
                     events,
                     shape,
-                    [len(prompt) for prompt in prompts],
+                    n_prompt_tokens,
+                    writers,
                     continuous_usage=ask.continuous_usage,
                     heartbeat_s=self._settings.heartbeat,
                 )
             async with aclosing(events):
-                choices, started = await stream.collect(events, len(asked))
-            return exchange.answer(shape.answer(choices), stream.where_headers(started) if started else None)
+                choices, started = await stream.collect(events, writers)
+            return exchange.answer(shape.answer(choices, n_prompt_tokens), stream.where_headers(started) if started else None)
 
     async def _events(self, sources: list[AsyncGenerator[GatewayEvent, None]]) -> AsyncGenerator[stream.Indexed, None]:
         try:

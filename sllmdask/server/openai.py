@@ -15,11 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.batching.params import SamplingParams, choice_seed
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.engine.text import Tokenizer, is_unicode
 from sllmdask.errors import Cancelled, ContextTooLong, EngineError, InvalidRequest, ModelNotFound, SllmError
+from sllmdask.server.fields import GRAMMAR_FIELDS, brief, read_bias, read_grammar, read_logprobs
 
-#: Prompts of one completion body; each is a request of its own in the queue.
+Json = dict[str, Any]
+
+#: Answers that one body may ask for, over all of its prompts; each is a request of its own in the queue.
 MAX_PROMPTS = 128
 #: OpenAI's bound.
 MAX_STOPS = 4
@@ -40,10 +44,28 @@ STATUS = {
     "failed": "failed",
 }
 
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"})
-_COMMON = _SAMPLING | {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens"}
-_CHAT = _COMMON | {"messages", "chat_template_kwargs"}
-_COMPLETION = _COMMON | {"prompt"}
+_SAMPLING = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "min_tokens",
+        "ignore_eos",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "n",
+    }
+)
+_COMMON = _SAMPLING | GRAMMAR_FIELDS | {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens"}
+_CHAT = _COMMON | {"messages", "chat_template_kwargs", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt", "echo", "best_of"}
 
 #: Fields of OpenAI's and its extensions' that do not change an answer made here.
 _HARMLESS = frozenset(
@@ -74,24 +96,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
@@ -118,9 +129,17 @@ class Ask:
     max_tokens: int | None = None
     #: ``None``: every prompt draws its own.
     seed: int | None = None
+    #: Answers to each prompt.
+    n: int = 1
+    #: Whether each answer begins with its prompt.
+    echo: bool = False
+    #: The field that the grammar came in.
+    grammar_field: str | None = None
     messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    #: Fields of the body; what is not among them is the model's to choose.
+    given: frozenset[str] = field(default=frozenset(), compare=False)
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -130,14 +149,31 @@ class Ask:
         return bool(self.messages)
 
     @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is to be shown but the prompts; the one token that the engine draws is dropped."""
+        return self.max_tokens == 0
+
+    @property
     def n_chars(self) -> int:
         """Characters of text to tokenise."""
         return sum(len(message["content"]) for message in self.messages) + sum(
             len(text) for text in self.prompts if _is(text, str)
         )
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Ask:
+        """The same, drawn by what the model's ``generation_config.json`` says where the body says nothing."""
+        changes = {name: value for name, value in defaults.items() if name not in self.given}
+        return replace(self, sampling=replace(self.sampling, **changes))
+
     def tokenise(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of each prompt; raises :class:`InvalidRequest` for what this model's tokenizer cannot mean."""
+        strange = [token for token, _ in self.sampling.logit_bias if token >= tokenizer.n_vocab]
+        if strange:
+            raise InvalidRequest(
+                f"logit_bias names the token id {strange[0]}, but {self.model!r} knows {tokenizer.n_vocab} ids. "
+                "Were the ids made with another model's tokenizer?",
+                "logit_bias",
+            )
         if self.is_chat:
             return [tokenizer.encode_chat([dict(message) for message in self.messages], **self.template_kwargs)]
         encoded = []
@@ -162,9 +198,21 @@ class Ask:
         room = max_model_len - n_prompt_tokens
         if room < 1:
             raise ContextTooLong(n_prompt_tokens, max_model_len)
-        max_tokens = min(room, self.max_tokens or room)
+        max_tokens = min(room, 1 if self.prompt_only else self.max_tokens or room)
         seed = secrets.randbits(64) if self.seed is None else self.seed
         return replace(self.sampling, max_tokens=max_tokens, min_tokens=min(self.sampling.min_tokens, max_tokens), seed=seed)
+
+    def choices(self, n_prompt_tokens: int, max_model_len: int) -> list[SamplingParams]:
+        """How to sample each of the `n` answers to a prompt of this length."""
+        params = self.params(n_prompt_tokens, max_model_len)
+        return [replace(params, seed=choice_seed(params.seed, index)) for index in range(self.n)]
+
+    def echoed(self, prompt: int, tokenizer: Tokenizer) -> str | None:
+        """What the answers to prompt number `prompt` begin with; ``None``: nothing was asked for."""
+        if not self.echo:
+            return None
+        given = self.prompts[prompt]
+        return given if isinstance(given, str) else tokenizer.decode(given)
 
 
 def read_chat(body: Any) -> Ask:
@@ -177,7 +225,7 @@ def read_chat(body: Any) -> Ask:
     if not isinstance(template_kwargs, dict):
         raise _wrong(body, "chat_template_kwargs", "an object")
     read = tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
-    return Ask(messages=read, template_kwargs=template_kwargs, **_common(body))
+    return Ask(messages=read, template_kwargs=template_kwargs, **_common(body, is_chat=True))
 
 
 def read_completion(body: Any) -> Ask:
@@ -189,7 +237,16 @@ def read_completion(body: Any) -> Ask:
         raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of those.", "prompt")
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt has {len(prompts)} prompts; send at most {MAX_PROMPTS} at once.", "prompt")
-    return Ask(prompts=tuple(p if isinstance(p, str) else tuple(p) for p in prompts), **_common(body))
+    ask = Ask(prompts=tuple(p if isinstance(p, str) else tuple(p) for p in prompts), **_common(body, is_chat=False))
+    if len(prompts) * ask.n > MAX_PROMPTS:
+        raise InvalidRequest(f"n is {ask.n} for each of {len(prompts)} prompts; send at most {MAX_PROMPTS} answers at once.", "n")
+    best_of = _integer(body, "best_of", ask.n)
+    if best_of != ask.n:
+        raise InvalidRequest(f"best_of is supported only where it equals n ({ask.n}), and it is {best_of}.", "best_of")
+    echo = _flag(body, "echo")
+    if not echo:
+        return ask
+    return replace(ask, echo=True, sampling=replace(ask.sampling, prompt_logprobs=ask.sampling.logprobs))
 
 
 def _known(body: Any, known: frozenset[str]) -> dict[str, Any]:
@@ -211,14 +268,15 @@ def _known(body: Any, known: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _common(body: Mapping[str, Any]) -> dict[str, Any]:
+def _common(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
     """The fields that both kinds of body share, as arguments of :class:`Ask`."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("model must be the name of a model; GET /v1/models lists them.", "model")
     asked = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     max_tokens = _integer(body, asked)
-    if max_tokens is not None and max_tokens < 1:
+    # An echo alone, for the log probabilities of a prompt, is an answer too.
+    if max_tokens is not None and max_tokens < (0 if not is_chat and body.get("echo") is True else 1):
         raise _wrong(body, asked, "at least 1")
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
@@ -231,6 +289,10 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
     top_k = _integer(body, "top_k", 0)
     min_tokens = _integer(body, "min_tokens", 0)
     seed = _integer(body, "seed")
+    n = _integer(body, "n", 1)
+    if not 1 <= n <= MAX_PROMPTS:
+        raise _wrong(body, "n", f"between 1 and {MAX_PROMPTS}")
+    grammar, grammar_field = read_grammar(body) or (None, None)
     sampling = SamplingParams(
         max_tokens=max_tokens or max(min_tokens, 1),
         temperature=_number(body, "temperature", 1.0),
@@ -241,6 +303,12 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
         stop_token_ids=tuple(stop_ids),
         min_tokens=min_tokens,
         ignore_eos=_flag(body, "ignore_eos"),
+        repetition_penalty=_number(body, "repetition_penalty", 1.0),
+        presence_penalty=_number(body, "presence_penalty", 0.0),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0),
+        logit_bias=read_bias(body),
+        logprobs=read_logprobs(body, is_chat),
+        grammar=grammar,
     )
     stream = _flag(body, "stream")
     options = body.get("stream_options", {})
@@ -257,9 +325,12 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
         "sampling": sampling,
         "max_tokens": max_tokens,
         "seed": None if seed is None else seed % 2**64,
+        "n": n,
+        "grammar_field": grammar_field,
         "stream": stream,
         "include_usage": _flag(options, "include_usage") or continuous,
         "continuous_usage": continuous,
+        "given": frozenset(body),
     }
 
 
@@ -269,7 +340,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where} must be an object with a role and a content.", where)
     role = message.get("role")
     if role not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_brief(role)}.", f"{where}.role")
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {brief(role)}.", f"{where}.role")
     content, calls = message.get("content"), message.get("tool_calls")
     if calls and (role != "assistant" or not isinstance(calls, list) or not all(_is(call, dict) for call in calls)):
         raise InvalidRequest(f"{where}.tool_calls must be a list of calls in an assistant's message.", f"{where}.tool_calls")
@@ -288,11 +359,11 @@ def _content(content: Any, where: str, may_be_null: bool) -> str:
     if content is None and may_be_null:
         return ""
     if not isinstance(content, list) or not content:
-        raise InvalidRequest(f"{where} must be a text or a list of text parts, not {_brief(content)}.", where)
+        raise InvalidRequest(f"{where} must be a text or a list of text parts, not {brief(content)}.", where)
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise InvalidRequest(f"{where}[{i}] must be a part of type 'text' with a text, not {_brief(kind)}.", f"{where}[{i}]")
+            raise InvalidRequest(f"{where}[{i}] must be a part of type 'text' with a text, not {brief(kind)}.", f"{where}[{i}]")
     return "\n".join(part["text"] for part in content)
 
 
@@ -313,13 +384,8 @@ def _same(value: Any, neutral: Any) -> bool:
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def _wrong(body: Mapping[str, Any], name: str, rule: str) -> InvalidRequest:
-    return InvalidRequest(f"{name} must be {rule}, not {_brief(body[name])}.", name)
+    return InvalidRequest(f"{name} must be {rule}, not {brief(body[name])}.", name)
 
 
 def _integer(body: Mapping[str, Any], name: str, default: int | None = None) -> Any:
@@ -374,8 +440,9 @@ class Choice:
 
     text: str
     finish_reason: str
-    n_prompt_tokens: int
     n_tokens: int
+    #: In the shape of its route; see server/choices.py.
+    logprobs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -389,34 +456,34 @@ class Shape:
     #: Streams that were asked for usage carry ``usage: null`` in every other chunk.
     with_usage: bool = False
 
-    def answer(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The whole answer."""
+    def answer(self, choices: Sequence[Choice], n_prompt_tokens: int) -> dict[str, Any]:
+        """The whole answer; `n_prompt_tokens` counts a prompt once, however many answers it has."""
         made = []
         for i, choice in enumerate(choices):
             content: dict[str, Any] = {"text": choice.text}
             if self.is_chat:
                 content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            made.append({"index": i, **content, "logprobs": None, "finish_reason": choice.finish_reason})
-        total = usage(sum(c.n_prompt_tokens for c in choices), sum(c.n_tokens for c in choices))
+            made.append({"index": i, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason})
+        total = usage(n_prompt_tokens, sum(choice.n_tokens for choice in choices))
         return {**self._head(streamed=False), "choices": made, "usage": total}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk before the first text: a chat says who speaks."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None) if self.is_chat else None
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None, None) if self.is_chat else None
 
-    def piece(self, index: int, text: str, running_usage: dict[str, Any] | None = None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, logprobs: Json | None = None, running_usage: Json | None = None) -> Json:
         content: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
-        return self._chunk(index, content, None, running_usage)
+        return self._chunk(index, content, logprobs, None, running_usage)
 
-    def end(self, index: int, reason: str, running_usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        return self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, reason, running_usage)
+    def end(self, index: int, reason: str, logprobs: Json | None = None, running_usage: Json | None = None) -> Json:
+        return self._chunk(index, {"delta": {}} if self.is_chat else {"text": ""}, logprobs, reason, running_usage)
 
     def total(self, n_prompt_tokens: int, n_tokens: int) -> dict[str, Any]:
         """The chunk after the last choice's end, sent only when asked for."""
         return {**self._head(streamed=True), "choices": [], "usage": usage(n_prompt_tokens, n_tokens)}
 
-    def _chunk(self, index: int, content: dict[str, Any], reason: str | None, used: dict[str, Any] | None) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+    def _chunk(self, index: int, content: Json, logprobs: Json | None, reason: str | None, used: Json | None) -> Json:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._head(streamed=True), "choices": [choice]}
         return {**chunk, "usage": used} if self.with_usage else chunk
 

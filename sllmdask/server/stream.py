@@ -13,9 +13,11 @@ from typing import Generic, Self, TypeVar
 
 from aiohttp import web
 
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, Progress, Started
 from sllmdask.errors import EngineError
 from sllmdask.server import exchange, openai
+from sllmdask.server.choices import ChoiceWriter
 
 #: Seconds that a stream's headers wait for an instance, so that they can name it; a warm model needs a few milliseconds.
 HEADER_GRACE_S = 0.05
@@ -90,6 +92,18 @@ class Lookahead(Generic[T]):
 
 async def _anext(source: AsyncGenerator[T, None]) -> T:
     return await anext(source)
+
+
+async def without_answer(source: AsyncGenerator[GatewayEvent, None]) -> AsyncGenerator[GatewayEvent, None]:
+    """The events of a request that is only about its prompt, whose one token nobody asked for."""
+    async with aclosing(source):
+        async for event in source:
+            if isinstance(event, Delta):
+                yield Delta("", (), (), event.prompt_logprobs)
+            elif isinstance(event, Finished):
+                yield Finished(FinishReason.LENGTH, event.n_prompt_tokens, 0)
+            else:
+                yield event
 
 
 async def merge(sources: Sequence[AsyncGenerator[GatewayEvent, None]]) -> AsyncGenerator[Indexed, None]:
@@ -178,32 +192,37 @@ class Sse:
 class _Tally:
     """What the frames of a stream have said so far."""
 
-    def __init__(self, prompt_lengths: Sequence[int]) -> None:
-        self.prompt_lengths = prompt_lengths
-        self.n_tokens = [0] * len(prompt_lengths)
-        self.opened = [False] * len(prompt_lengths)
-        self.n_open = len(prompt_lengths)
+    def __init__(self, n_prompt_tokens: int, writers: Sequence[ChoiceWriter]) -> None:
+        self.n_prompt_tokens = n_prompt_tokens
+        self.writers = writers
+        self.n_tokens = [0] * len(writers)
+        self.opened = [False] * len(writers)
+        self.n_open = len(writers)
 
     def usage(self) -> tuple[int, int]:
-        return sum(self.prompt_lengths), sum(self.n_tokens)
+        return self.n_prompt_tokens, sum(self.n_tokens)
 
 
 async def respond(
     request: web.Request,
     source: AsyncGenerator[Indexed, None],
     shape: openai.Shape,
-    prompt_lengths: Sequence[int],
+    n_prompt_tokens: int,
+    writers: Sequence[ChoiceWriter],
     *,
     continuous_usage: bool,
     heartbeat_s: float,
 ) -> web.StreamResponse:
-    """Stream the answer. An error before the headers is raised; one after them becomes a frame, and the stream ends."""
+    """Stream the answer, whose choices `writers` write.
+
+    An error before the headers is raised; one after them becomes a frame, and the stream ends.
+    """
     sse = Sse(request, heartbeat_s)
     async with aclosing(Lookahead(source)) as events:
         early = await _until_started(events, HEADER_GRACE_S)
         started = next((event for _, event in early if isinstance(event, Started)), None)
         await sse.open(where_headers(started) if started else {})
-        tally = _Tally(prompt_lengths)
+        tally = _Tally(n_prompt_tokens, writers)
         try:
             if not early:
                 await sse.say("waiting")
@@ -258,32 +277,34 @@ async def _show(
     if isinstance(event, Delta):
         sse.status = "working"
         tally.n_tokens[index] += len(event.token_ids)
-        if event.text:
-            frames.append(frame(shape.piece(index, event.text, openai.usage(*tally.usage()) if running else None)))
+        if text := tally.writers[index].add(event):
+            scores = tally.writers[index].scores()
+            frames.append(frame(shape.piece(index, text, scores, openai.usage(*tally.usage()) if running else None)))
     elif isinstance(event, Finished):
         tally.n_tokens[index] = event.n_tokens
         tally.n_open -= 1
         reason = openai.finish_reason(event.reason)
-        frames.append(frame(shape.end(index, reason, openai.usage(*tally.usage()) if running else None)))
+        scores = tally.writers[index].scores()
+        frames.append(frame(shape.end(index, reason, scores, openai.usage(*tally.usage()) if running else None)))
     if frames:
         await sse.send(b"".join(frames))
 
 
-async def collect(source: AsyncIterator[Indexed], n_choices: int) -> tuple[list[openai.Choice], Started | None]:
+async def collect(source: AsyncIterator[Indexed], writers: Sequence[ChoiceWriter]) -> tuple[list[openai.Choice], Started | None]:
     """The whole answers of a request that is not streamed, and where the first of them ran in the end."""
-    texts: list[list[str]] = [[] for _ in range(n_choices)]
-    choices: list[openai.Choice | None] = [None] * n_choices
+    texts: list[list[str]] = [[] for _ in writers]
+    choices: list[openai.Choice | None] = [None] * len(writers)
     started: Started | None = None
     async for index, event in source:
         if isinstance(event, Started):
             # Again, if the instance that it was sent to died before its first token.
             started = event if index == 0 else started
         elif isinstance(event, Delta):
-            texts[index].append(event.text)
+            texts[index].append(writers[index].add(event))
         elif isinstance(event, Finished):
             reason = openai.finish_reason(event.reason)
-            choices[index] = openai.Choice("".join(texts[index]), reason, event.n_prompt_tokens, event.n_tokens)
+            choices[index] = openai.Choice("".join(texts[index]), reason, event.n_tokens, writers[index].scores())
     done = [choice for choice in choices if choice is not None]
-    if len(done) < n_choices:
+    if len(done) < len(writers):
         raise EngineError("The answer ended before it was complete. Send the request again.")
     return done, started

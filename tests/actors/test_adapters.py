@@ -12,10 +12,11 @@ import pytest_asyncio
 
 from sllmdask.actors.adapters import InstanceAdapters
 from sllmdask.actors.embeddings import InputLedger
-from sllmdask.config import WorkerSettings
+from sllmdask.actors.instances import InstanceRegistry
+from sllmdask.config import EngineSettings, WorkerSettings
 from sllmdask.engine.engine import EngineThread, LLMEngine
 from sllmdask.errors import AdapterUnsupported, CheckpointNotFound, InstanceGone
-from sllmdask.loader.hostpool import PrivatePool
+from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.store import CheckpointStore
 from tests.engine.adapters import make_adapter
 from tests.engine.models import TinyModel, make_engine, make_model
@@ -174,3 +175,15 @@ async def test_a_request_that_ends_early_tells_what_the_engine_still_has():
     assert ledger.end("r") == [second.request_id]
     assert ledger.take(second.request_id) is None
     assert ledger.take(other.request_id) == ("s", 0)
+
+
+async def test_a_deployment_hears_that_an_engine_takes_no_adapters(held: Held, tmp_path: Path):
+    adapter, base = str(held.root / "a"), str(held.root / "base")
+    plain = InstanceRegistry(held.store, EngineSettings(device="cpu"), lambda _: None, str)
+    await plain.check_adapter("a", adapter, base)
+    exact = InstanceRegistry(held.store, EngineSettings(device="cpu", deterministic=True), lambda _: None, str)
+    with pytest.raises(AdapterUnsupported, match=r"engine\.deterministic"):
+        await exact.check_adapter("a", adapter, base)
+    make_model(tmp_path, "gptj")
+    with pytest.raises(AdapterUnsupported, match="attention of its own"):
+        await plain.check_adapter("a", adapter, str(tmp_path))

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllmdask.batching.blocks import BlockPool, blocks_for
+from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.scheduler import BatchScheduler, StepPlan
-from sllmdask.batching.sequence import FinishReason, SamplingParams, Sequence
+from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.errors import ContextTooLong, InvalidRequest
 
 

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +182,22 @@ class Stream:
 
 def workers(url: str) -> list[dict[str, Any]]:
     return get(url, "/admin/cluster")["workers"]
+
+
+def instances(url: str) -> list[dict[str, Any]]:
+    return [instance for worker in workers(url) for instance in worker["instances"]]
+
+
+@contextmanager
+def two_workers(directory: Path, *, apart: bool = False) -> Iterator[str]:
+    """The URL of a front door with two workers, ``0`` and ``1``: of one node, or, `apart`, each with files of its own."""
+    cluster = Processes(directory)
+    try:
+        cluster.start_scheduler()
+        for name in ("0", "1"):
+            cluster.start_worker(name, *(["--store-dir", str(directory / f"store-{name}")] if apart else []))
+        url = cluster.start_door()
+        until("both workers joined", lambda: len(workers(url)) == 2)
+        yield url
+    finally:
+        cluster.close()

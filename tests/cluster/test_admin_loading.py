@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from sllmdask.loader.convert import convert_checkpoint
-from tests.cluster.harness import BIN, Processes, Stream, get, post, until, workers
+from sllmdask.loader.convert import convert
+from tests.cluster.asking import register
+from tests.cluster.harness import BIN, Stream, get, post, two_workers, until, workers
 
 pytestmark = pytest.mark.cluster
 
@@ -27,18 +28,10 @@ LONG = {**ASK, "max_tokens": 1500}
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Iterator[str]:
     """The URL of a front door with two workers, ``0`` and ``1``, and both models deployed."""
-    cluster = Processes(tmp_path_factory.mktemp("operated"))
-    try:
-        cluster.start_scheduler()
-        for name in ("0", "1"):
-            cluster.start_worker(name)
-        url = cluster.start_door()
-        until("both workers joined", lambda: len(workers(url)) == 2)
+    with two_workers(tmp_path_factory.mktemp("operated")) as url:
         for name, path in checkpoints.items():
             register(url, name, path)
         yield url
-    finally:
-        cluster.close()
 
 
 @pytest.fixture
@@ -47,12 +40,6 @@ def url(door: str) -> str:
     for name in ("a", "b"):
         assert post(door, "/admin/unload", {"model": name})["state"] == "unloaded"
     return door
-
-
-def register(url: str, name: str, path: Path, **settings: Any) -> None:
-    source = {"pretrained_model_name_or_path": str(path)}
-    reply = post(url, "/register", {"model": name, "backend_config": source, **settings})
-    assert reply["status"] == "ok", reply
 
 
 def loaded_on(url: str, model: str) -> list[str]:
@@ -156,8 +143,8 @@ def test_a_load_that_fails_says_why_and_works_once_the_files_are_mended(url: str
 
 
 def test_a_load_of_which_only_the_last_byte_is_wrong_has_failed(url: str, tmp_path: Path, checkpoints: dict[str, Path]):
-    written = convert_checkpoint(checkpoints["a"], tmp_path / "d")
-    weights = max(written.path.glob("*.bin"), key=lambda path: path.stat().st_size)
+    convert(checkpoints["a"], tmp_path / "d")
+    (weights,) = (tmp_path / "d").glob("*.bin")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)

@@ -23,7 +23,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.cluster.harness import BIN, Stream, free_port, get, post, until, workers
+from tests.cluster.harness import BIN, Stream, free_port, get, instances, post, until, workers
 from tests.loader.serving import Gate, Site
 
 pytestmark = pytest.mark.cluster
@@ -67,10 +67,6 @@ def deploy(url: str, model: str, path: Path | str, **settings: Any) -> dict[str,
 
 def requests(url: str, state: str) -> list[dict[str, Any]]:
     return [row for row in get(url, "/admin/requests")["requests"] if row["state"] == state]
-
-
-def instances(url: str) -> list[dict[str, Any]]:
-    return [instance for worker in workers(url) for instance in worker["instances"]]
 
 
 def in_loading(url: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 import sllmdask
 from sllmdask import Client
 from sllmdask.errors import Cancelled, ModelNotFound
-from tests.cluster.harness import BIN, Processes, get, post, until, workers
+from tests.cluster.harness import BIN, Processes, get, instances, post, until, workers
 
 pytestmark = pytest.mark.cluster
 
@@ -215,8 +215,124 @@ def test_our_clients_cancel_reaches_the_engine(ours, demo_url):
 
 
 def idle(url: str) -> bool:
-    instances = [instance for worker in workers(url) for instance in worker["instances"]]
-    return not any(instance["n_requests"] or (instance["engine"] or {}).get("n_running") for instance in instances)
+    return not any(instance["n_requests"] or (instance["engine"] or {}).get("n_running") for instance in instances(url))
+
+
+# --- how tokens are chosen, and what is told of them -----------------------------------------------------------------
+
+
+@cache
+def loaded(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO / name), AutoModelForCausalLM.from_pretrained(DEMO / name, dtype="float32")
+
+
+def log_softmax(name: str, ids: list[int]) -> Any:
+    """(len(ids), vocab) of transformers' own forward pass; row i tells of token i + 1."""
+    import torch
+
+    with torch.no_grad():
+        return loaded(name)[1](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def test_log_probabilities_of_a_chat_are_those_of_a_plain_forward_pass(client):
+    tokenizer, _ = loaded("demo-llama")
+    answer = client.chat.completions.create(model="demo-llama", messages=turn(NAME), temperature=0, logprobs=True, top_logprobs=4)
+    told = answer.choices[0].logprobs.content
+    assert len(told) == answer.usage.completion_tokens
+    assert bytes(b for entry in told[:-1] for b in entry.bytes).decode() == answer.choices[0].message.content
+    prompt = tokenizer.apply_chat_template(turn(NAME), add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer.convert_tokens_to_ids([told[-1].token])
+    ids = tokenizer.encode(answer.choices[0].message.content, add_special_tokens=False) + ids
+    assert len(ids) == len(told)
+    expected = log_softmax("demo-llama", prompt + ids)[len(prompt) - 1 :]
+    for i, entry in enumerate(told):
+        assert entry.logprob == pytest.approx(float(expected[i, ids[i]]), abs=1e-4)
+        assert len(entry.top_logprobs) == 4
+        assert entry.top_logprobs[0].token == entry.token
+
+
+def test_an_echo_tells_of_the_prompt_what_a_plain_forward_pass_tells(client):
+    tokenizer, _ = loaded("demo-qwen")
+    prompt = "A cold start is the first request to a model"
+    answer = client.completions.create(model="demo-qwen", prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=2)
+    told = answer.choices[0].logprobs
+    ids = tokenizer.encode(prompt)
+    assert answer.choices[0].text.startswith(prompt)
+    assert len(told.tokens) == len(ids) + 1
+    assert told.token_logprobs[0] is None
+    expected = log_softmax("demo-qwen", ids)
+    for i in range(1, len(ids)):
+        assert told.token_logprobs[i] == pytest.approx(float(expected[i - 1, ids[i]]), abs=1e-4)
+    assert [answer.choices[0].text[at:] for at in told.text_offset[:2]] == [
+        answer.choices[0].text,
+        answer.choices[0].text[len(told.tokens[0]) :],
+    ]
+
+
+def test_n_answers_differ_and_come_again_with_the_same_seed(client):
+    def ask(n: int) -> list[str]:
+        answer = client.chat.completions.create(
+            model="demo-llama", messages=turn(STORY), temperature=2, seed=3, n=n, max_tokens=60
+        )
+        assert [choice.index for choice in answer.choices] == list(range(n))
+        assert answer.usage.prompt_tokens == reference("demo-llama", STORY)[1]
+        return [choice.message.content for choice in answer.choices]
+
+    four = ask(4)
+    assert len(set(four)) == 4
+    assert ask(4) == four
+    assert ask(1) == four[:1]
+
+
+def test_penalties_and_bias_change_the_answer(client):
+    plain = reference("demo-llama", COLD_START)[0]
+    tokenizer, _ = loaded("demo-llama")
+    banned = tokenizer.encode(plain, add_special_tokens=False)[0]
+    biased = client.chat.completions.create(
+        model="demo-llama", messages=turn(COLD_START), temperature=0, logit_bias={str(banned): -100}, max_tokens=20
+    )
+    assert not biased.choices[0].message.content.startswith(tokenizer.decode([banned]))
+    penalised = client.chat.completions.create(
+        model="demo-llama", messages=turn(STORY), temperature=0, max_tokens=200, frequency_penalty=2, presence_penalty=2
+    )
+    assert penalised.choices[0].message.content != reference("demo-llama", STORY)[0][: len(penalised.choices[0].message.content)]
+
+
+def test_an_answer_fits_its_schema_streamed_or_not(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    asked: dict[str, Any] = {
+        "model": "demo-llama",
+        "messages": turn(NAME),
+        "seed": 1,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}},
+    }
+    answer = client.chat.completions.create(**asked)
+    person = json.loads(answer.choices[0].message.content)
+    assert answer.choices[0].finish_reason == "stop"
+    assert set(person) == {"name", "age"} and len(person["name"]) <= 20 and 0 <= person["age"] <= 150
+    chunks = client.chat.completions.create(**asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    chosen = client.completions.create(
+        model="demo-qwen", prompt="Is it cold?", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, n=5
+    )
+    assert {choice.text for choice in chosen.choices} <= {"yes", "no"}
+
+
+def test_our_client_and_the_command_line_pass_it_all_on(ours, demo_url, tmp_path):
+    response = ours.submit("demo-llama", NAME, temperature=0, logprobs=2, n=2).response(30)
+    assert [choice["text"] for choice in response.choices] == [reference("demo-llama", NAME)[0]] * 2
+    assert len(response.logprobs["content"]) == reference("demo-llama", NAME)[2]
+    (tmp_path / "schema.json").write_text('{"type": "integer", "minimum": 10, "maximum": 99}')
+    done = run(demo_url, "generate", "demo-qwen", "How many?", "--json-schema", str(tmp_path / "schema.json"))
+    assert done.returncode == 0, done.stderr
+    assert 10 <= int(done.stdout) <= 99
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

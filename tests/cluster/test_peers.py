@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.asking import ASK, ask, model_on, register, worker
-from tests.cluster.harness import Processes, get, post, until, workers
+from tests.cluster.harness import get, post, two_workers, until
 from tests.cluster.test_processes import reference
 from tests.loader.serving import Site
 
@@ -21,16 +21,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A front door with a worker on each of two nodes, ``0`` and ``1``."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DASK_SLLMDASK__WORKER__SHARED_MEMORY", "false")
-        cluster = Processes(tmp_path_factory.mktemp("nodes"))
-        try:
-            cluster.start_scheduler()
-            for name in ("0", "1"):
-                cluster.start_worker(name, "--store-dir", str(cluster.directory / f"store-{name}"))
-            url = cluster.start_door()
-            until("both workers joined", lambda: len(workers(url)) == 2)
+        with two_workers(tmp_path_factory.mktemp("nodes"), apart=True) as url:
             yield url
-        finally:
-            cluster.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_checkpoint
-from tests.cluster.harness import Processes, Stream, get, post, until, workers
+from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
 
 pytestmark = pytest.mark.cluster
 
@@ -37,10 +37,6 @@ def reference(path: Path, prompt: str, max_tokens: int) -> str:
 
 def text_of(stream: Stream) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in stream.chunks() if chunk["choices"])
-
-
-def instances(url: str) -> list[dict]:
-    return [instance for worker in workers(url) for instance in worker["instances"]]
 
 
 def state_of(url: str, model: str) -> str:
@@ -151,6 +147,7 @@ def test_deleting_a_model_frees_its_memory(url, tmp_path):
         ("missing", 400, "checkpoint_not_found", "no such directory"),
         ("truncated", 400, "checkpoint_corrupt", "model.safetensors"),
         ("unknown architecture", 400, "unsupported_architecture", "MambaForCausalLM"),
+        ("unlisted architecture", 400, "unsupported_architecture", "no KV cache between two steps"),
         ("too large", 503, "insufficient_memory", "of memory, but a worker has"),
         ("no tokenizer", 400, "checkpoint_not_found", "tokenizer"),
     ],
@@ -165,6 +162,9 @@ def test_a_bad_checkpoint_gets_one_clear_error_and_nothing_else_is_lost(url, che
     if case == "unknown architecture":
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    if case == "unlisted architecture":
+        config = {"architectures": ["OpenAIGPTLMHeadModel"], "model_type": "openai-gpt", "n_embd": 64, "n_head": 4, "n_layer": 2}
+        (path / "config.json").write_text(json.dumps(config))
     if case == "too large":
         with (path / "model.safetensors").open("wb") as file:
             header = json.dumps({"x": {"dtype": "U8", "shape": [2 * 1024**3], "data_offsets": [0, 2 * 1024**3]}}).encode()

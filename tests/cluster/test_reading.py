@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from sllmdask.cluster import scheduler_plugin
 from sllmdask.cluster.scheduler_plugin import SllmSchedulerPlugin
 from tests.checkpoints import make_checkpoint
-from tests.cluster.harness import Processes, Stream, get, post, until, workers
+from tests.cluster.harness import Stream, get, instances, post, two_workers, until, workers
 from tests.cluster.test_replay import one_slot
 from tests.cluster.test_replay import until as until_async
 from tests.loader.serving import Site
@@ -53,18 +54,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A front door with two workers, ``0`` and ``1``, that read in small pieces."""
-    cluster = Processes(tmp_path_factory.mktemp("reading"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DASK_SLLMDASK__WORKER__CHUNK_SIZE", "128KiB")
-        try:
-            cluster.start_scheduler()
-            for name in ("0", "1"):
-                cluster.start_worker(name)
-            url = cluster.start_door()
-            until("both workers joined", lambda: len(workers(url)) == 2)
+        with two_workers(tmp_path_factory.mktemp("reading")) as url:
             yield url
-        finally:
-            cluster.close()
 
 
 @pytest.fixture
@@ -83,10 +76,6 @@ def row_of(url: str, model: str) -> dict[str, Any]:
     return {row["model"]: row for row in get(url, "/admin/models")["models"]}[model]
 
 
-def instances(url: str) -> list[dict[str, Any]]:
-    return [instance for worker in workers(url) for instance in worker["instances"]]
-
-
 def test_a_model_is_loading_for_who_looks_at_it_until_its_last_byte_is_there(url: str, site: Site, tap: Tap):
     deploy(url, "held", site)
     at_once = {"model": "held", "wait": False}
@@ -99,11 +88,15 @@ def test_a_model_is_loading_for_who_looks_at_it_until_its_last_byte_is_there(url
 
     lines = Stream(url, {"model": "held", **ASK}).lines()
     first = next(line for line in lines if line.startswith(": loading held"))
-    row = until("some of it is there", lambda: (row := row_of(url, "held"))["progress"] and row)
+
+    def both() -> tuple[dict[str, Any], dict[str, Any]] | None:
+        row, (instance,) = row_of(url, "held"), instances(url)
+        return (row, instance) if row["progress"] and row["done"] == instance["progress"]["done"] else None
+
+    row, instance = until("some of it is there, and the model and its instance tell how much", both)
     assert (row["state"], row["instances"], row["tier"]) == ("loading", 0, "remote")
     assert 0 < row["done"] < total and row["progress"] == row["done"] / total and row["bytes_per_s"] > 0
-    (instance,) = instances(url)
-    assert (instance["state"], instance["n_requests"], instance["progress"]["done"]) == ("ready", 1, row["done"])
+    assert (instance["state"], instance["n_requests"]) == ("ready", 1)
     held = [(model["state"], model["tier"]) for worker in workers(url) for model in worker["models"] if worker["instances"]]
     assert ("loading", "device") not in held and ("ready", "device") not in held and "loading" in dict(held)
 
@@ -171,3 +164,23 @@ async def test_an_answer_ends_the_loading_of_its_instance_also_if_the_last_repor
         assert await traffic.ask("demo-llama", 5) == 5
         await until_async("it is ready", lambda: traffic.gateway.models()[0]["state"] == "ready", 5)
     assert lost
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_has_just_failed_is_no_stray_though_an_account_of_before_lists_it(monkeypatch):
+    async with one_slot() as (plugin, traffic):
+        await traffic.deploy("demo-llama")
+        assert await traffic.ask("demo-llama", 5) == 5
+        (worker,), (instance,) = plugin.controller.workers, plugin.controller.instances
+        await until_async("its worker tells of it", lambda: instance in plugin._accounts[worker]["instances"], 10)
+        before = {"kind": "account", "account": plugin._accounts[worker]}
+        plugin.worker_report(worker, {"kind": "failed", "instance": instance, "reason": "its bytes are not the model's"})
+        assert not plugin.controller.instances
+        plugin.worker_report(worker, before)
+        assert not plugin._strays
+
+        # This one its worker has not ended: it is still listed when that has taken long enough.
+        monkeypatch.setattr(scheduler_plugin, "FAILED_S", 0.0)
+        plugin.worker_report(worker, before)
+        assert plugin._strays == {instance}
+        await until_async("it is unloaded", lambda: instance not in plugin._accounts[worker]["instances"], 10)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sllmdask.batching.sequence import SamplingParams
+from sllmdask.batching.params import SamplingParams
 from sllmdask.cluster.deploy import local_cluster
 from sllmdask.cluster.gateway import Gateway
 from sllmdask.cluster.journal import Delta, Finished, GenerateRequest

@@ -14,7 +14,7 @@ import pytest
 from sllmdask.loader.convert import convert
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import ASK, ask, model_on, register, worker
-from tests.cluster.harness import Processes, post, until, workers
+from tests.cluster.harness import post, two_workers, until, workers
 from tests.cluster.test_processes import reference
 from tests.loader.serving import Gate, Site
 
@@ -24,16 +24,8 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A front door with two workers of one node, ``0`` and ``1``."""
-    cluster = Processes(tmp_path_factory.mktemp("node"))
-    try:
-        cluster.start_scheduler()
-        for name in ("0", "1"):
-            cluster.start_worker(name)
-        url = cluster.start_door()
-        until("both workers joined", lambda: len(workers(url)) == 2)
+    with two_workers(tmp_path_factory.mktemp("node")) as url:
         yield url
-    finally:
-        cluster.close()
 
 
 @pytest.fixture

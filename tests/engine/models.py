@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import transformers
 
-from sllmdask.batching.sequence import SamplingParams, Sequence
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import Sequence
 from sllmdask.config import EngineSettings
+from sllmdask.engine.construct import build_skeleton
 from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
 
 VOCAB = 300
@@ -32,19 +34,95 @@ _COMMON = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 
+_NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+_MOE = {**_GROUPED, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+_MLA = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_OLD = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **_NO_IDS}
+_FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    **_NO_IDS,
+}
+
 #: Name -> (architecture, what differs from the class's defaults).
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": (
+        "BloomForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 3, "n_head": 4, "seq_length": 512, **_NO_IDS},
+    ),
+    "codegen": ("CodeGenForCausalLM", {**_OLD, "n_ctx": 512, "rotary_dim": 8}),
     "cohere": ("CohereForCausalLM", _GROUPED),
+    "cohere2": ("Cohere2ForCausalLM", {**_GROUPED, "sliding_window": 24, "layer_types": _ALTERNATING}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**_MLA, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**_MLA, "n_group": 2, "topk_group": 1}),
+    "exaone4": ("Exaone4ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "layer_types": _ALTERNATING}),
+    "falcon": ("FalconForCausalLM", {**_FALCON, "alibi": False}),
+    "falcon-alibi": ("FalconForCausalLM", {**_FALCON, "alibi": True, "parallel_attn": False}),
+    "falcon-grouped": ("FalconForCausalLM", {**_FALCON, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gemma": ("GemmaForCausalLM", {**_GROUPED, "head_dim": 16}),
     "gemma2": ("Gemma2ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
     "glm": ("GlmForCausalLM", {**_GROUPED, "head_dim": 16}),
     "glm4": ("Glm4ForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**_MOE, "head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1}),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "max_position_embeddings": 512,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 24,
+            **_NO_IDS,
+        },
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", _COMMON),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            **_GROUPED,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "gptj": ("GPTJForCausalLM", {**_OLD, "rotary_dim": 8}),
     "granite": ("GraniteForCausalLM", {**_GROUPED, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "granite_moe": ("GraniteMoeForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "helium": ("HeliumForCausalLM", {**_GROUPED, "head_dim": 16}),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", {**_GROUPED, "head_dim": 16}),
     "llama": ("LlamaForCausalLM", _GROUPED),
     "llama3-rope": (
         "LlamaForCausalLM",
@@ -61,16 +139,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {**_GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ministral": ("MinistralForCausalLM", {**_GROUPED, "head_dim": 16, "sliding_window": 24, "layer_types": _ALTERNATING}),
     "mistral": ("MistralForCausalLM", {**_GROUPED, "sliding_window": None}),
     "mistral-window": ("MistralForCausalLM", {**_GROUPED, "sliding_window": 24}),
+    "mixtral": ("MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mpt": ("MptForCausalLM", {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, **_NO_IDS}),
+    "nemotron": ("NemotronForCausalLM", _GROUPED),
     "olmo": ("OlmoForCausalLM", _GROUPED),
     "olmo2": ("Olmo2ForCausalLM", _GROUPED),
+    "olmo3": ("Olmo3ForCausalLM", {**_GROUPED, "sliding_window": 24, "layer_types": _ALTERNATING}),
+    "olmoe": ("OlmoeForCausalLM", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("OPTForCausalLM", {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "phi": ("PhiForCausalLM", _COMMON),
     "phi3": ("Phi3ForCausalLM", _GROUPED),
     "qwen2": ("Qwen2ForCausalLM", {**_GROUPED, "tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2ForCausalLM", {**_GROUPED, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {**_GROUPED, "head_dim": 16}),
+    # More experts than ten, so that they must be counted and not sorted as text.
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_MOE, "head_dim": 16, "num_experts": 12}),
     "smollm3": ("SmolLM3ForCausalLM", _GROUPED),
     "stablelm": ("StableLmForCausalLM", _GROUPED),
     "starcoder2": ("Starcoder2ForCausalLM", {**_GROUPED, "sliding_window": None}),
@@ -99,16 +190,28 @@ def make_model(
 ) -> TinyModel:
     """Save the tiny model of that name as transformers does."""
     architecture, given = CONFIGS[name]
+    return save_model(directory, architecture, {**given, **config}, dtype, seed)
+
+
+def save_model(
+    directory: Path, architecture: str, config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> TinyModel:
+    """Save a model of that class with random weights."""
     model_class = getattr(transformers, architecture)
-    model_config = model_class.config_class(**{**given, **config})
+    model_config = model_class.config_class(**config)
     torch.manual_seed(seed)
-    reference = model_class._from_config(model_config, attn_implementation="eager", dtype=dtype).eval()
+    # transformers' eager attention adds Falcon's ALiBi biases twice; what it uses by default does not.
+    attention = "sdpa" if config.get("alibi") else "eager"
+    reference = model_class._from_config(model_config, attn_implementation=attention, dtype=dtype).eval()
     with torch.no_grad():
         for key, parameter in reference.named_parameters():
             # Norms around one; layers strong beside the embeddings, or a tied model repeats its last token.
             in_layer = any(part.isdigit() for part in key.split("."))
             is_norm = parameter.dim() == 1 and key.endswith("weight")
-            parameter.normal_(1.0 if is_norm else 0.0, 0.3 if in_layer and parameter.dim() == 2 else 0.1)
+            parameter.normal_(1.0 if is_norm else 0.0, 0.3 if in_layer and parameter.dim() > 1 else 0.1)
+        for key, buffer in reference.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
     reference.generation_config.eos_token_id = config.get("eos_token_id")
     reference.save_pretrained(directory)
     from safetensors.torch import load_file
@@ -124,11 +227,9 @@ def make_engine(model: TinyModel, n_blocks: int | None = None, **changes: Any) -
     """An engine over the model's tensors; `n_blocks` gives it a pool of exactly that many."""
     if n_blocks is not None:
         block_size = changes.setdefault("block_size", 16)
-        config = model.reference.config
-        n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = build_skeleton(model.directory).layers
         itemsize = next(iter(model.tensors.values())).itemsize
-        changes["kv_memory"] = (n_blocks + 1) * block_size * config.num_hidden_layers * 2 * n_kv_heads * head_dim * itemsize
+        changes["kv_memory"] = (n_blocks + 1) * block_size * sum(layer.nbytes(itemsize) for layer in layers)
     engine = build_engine(model.directory, model.tensors, settings(**changes))
     assert n_blocks is None or engine.stats().blocks_total == n_blocks
     return engine

@@ -18,7 +18,7 @@ from sllmdask.engine.families import read_config
 from sllmdask.engine.pooling import ENCODERS, UNPACKED, inspect_embedding, makes_embeddings
 from sllmdask.errors import CheckpointCorrupt, ContextTooLong, InvalidRequest, SllmError, UnsupportedArchitecture
 from tests.engine.encoders import CONFIGS, DECODERS, add_sentence_transformers_files, embed, make_embedder, make_encoder, pooled
-from tests.engine.models import prompts, request, settings, write_json
+from tests.engine.models import make_model, prompts, request, settings, write_json
 
 EXACT = {"rtol": 0, "atol": 2e-6}
 
@@ -252,6 +252,7 @@ def test_the_window_of_sentence_transformers_is_kept(tmp_path: Path):
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"model_type": "deberta-v2", "architectures": ["DebertaV2Model"]}, "does not know it"),
+        ({"model_type": "xglm", "architectures": ["XGLMForCausalLM"]}, "does not know it"),
     ],
     ids=str,
 )
@@ -259,6 +260,29 @@ def test_what_cannot_run_is_refused_with_the_reason(tmp_path: Path, config: dict
     given = {**read_config(make_encoder(tmp_path, "bert").directory), **config}
     with pytest.raises(UnsupportedArchitecture, match=reason):
         inspect_embedding(tmp_path, given)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("bloom", "0 of its 3 layers"), ("gpt_oss", "attention sinks")])
+def test_a_decoder_with_an_attention_of_its_own_is_refused_when_its_structure_is_built(tmp_path: Path, name: str, reason: str):
+    directory = make_model(tmp_path, name).directory
+    with pytest.raises(UnsupportedArchitecture, match=reason):
+        build_embedding_skeleton(directory)
+
+
+def test_a_mixture_of_experts_makes_embeddings(tmp_path: Path):
+    model = make_model(tmp_path, "qwen3_moe")
+    engine = build_embedding_engine(model.directory, model.tensors, settings())
+    inputs = prompts(5, 1, 60)
+    for ids, found in zip(inputs, embed(engine, inputs), strict=True):
+        states = model.reference.model(torch.tensor([ids])).last_hidden_state[0]
+        assert near(found, unit(states[-1]))
+
+
+def test_rotary_embeddings_that_depend_on_the_length_are_served_up_to_where_they_do(tmp_path: Path):
+    config = {**read_config(make_model(tmp_path, "phi3").directory), "max_position_embeddings": 512}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config["rope_parameters"] = {**rope, "original_max_position_embeddings": 64}
+    assert inspect_embedding(tmp_path, config).max_model_len == 64
 
 
 @pytest.mark.parametrize("kind", ["Dense", "LSTM", "WordEmbeddings"])

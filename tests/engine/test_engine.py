@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from sllmdask.batching.sequence import FinishReason, SamplingParams
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.sequence import FinishReason
 from sllmdask.engine.engine import LLMEngine, StepOutput
 from sllmdask.engine.sampler import Draw, sample
 from sllmdask.errors import ContextTooLong, EngineError, InvalidRequest

@@ -14,7 +14,7 @@ import torch
 from sllmdask.engine.construct import build_skeleton
 from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
 from sllmdask.engine.lora import read_adapter
-from sllmdask.errors import AdapterUnsupported, CheckpointNotFound, InvalidRequest
+from sllmdask.errors import AdapterUnsupported, CheckpointNotFound, DeterminismUnavailable, InvalidRequest
 from tests.engine.adapters import TARGETS, Adapter, make_adapter, write_adapter
 from tests.engine.models import TinyModel, assert_all_free, drain, make_engine, make_model, prompts, request, settings, write_json
 
@@ -169,6 +169,118 @@ def test_a_layer_that_is_exchanged_for_another_module_keeps_its_adapter(tmp_path
     assert drain(engine)["x"] == adapter.merged_into(model).generate(prompt, N_TOKENS)
 
 
+@pytest.mark.parametrize("mode", ["never", "auto", "always"])
+def test_layers_that_run_over_packed_weights_keep_their_adapters(tmp_path: Path, mode: str):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, (*TARGETS["llama"], "lm_head"))
+    engine = make_engine(model, pack_weights=mode, pack_after=2)
+    salt = take(engine, "a", adapter)
+    merged = adapter.merged_into(model)
+    asked = prompts(6, 5, 50)
+    for round_ in range(3):
+        for i, prompt in enumerate(asked):
+            ask(engine, f"{round_} {i}", prompt, salt if i % 2 else b"")
+        found = drain(engine)
+        for i, prompt in enumerate(asked):
+            assert found[f"{round_} {i}"] == (merged if i % 2 else model).generate(prompt, N_TOKENS)
+    assert (engine.stats().packed_nbytes > 0) == (mode != "never")
+
+
+def test_requests_with_different_adapters_share_no_prefix_and_those_with_one_do(tmp_path: Path):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, TARGETS["llama"])
+    engine = make_engine(model)
+    salt = take(engine, "a", adapter)
+    [prompt] = prompts(1, 60, 60)
+    expected = {b"": model.generate(prompt, N_TOKENS), salt: adapter.merged_into(model).generate(prompt, N_TOKENS)}
+    for number, (which, shared) in enumerate([(b"", False), (salt, False), (b"", True), (salt, True)]):
+        before = engine.stats().n_reused_tokens
+        ask(engine, str(number), prompt, which)
+        assert drain(engine)[str(number)] == expected[which]
+        assert (engine.stats().n_reused_tokens > before) == shared
+
+
+def test_log_probabilities_of_a_prompt_come_from_a_head_with_its_adapter(tmp_path: Path):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, ("lm_head", "q_proj"))
+    engine = make_engine(model, max_batch_tokens=24)
+    salt = take(engine, "a", adapter)
+    merged = adapter.merged_into(model)
+    asked = prompts(4, 20, 40)
+    for i, prompt in enumerate(asked):
+        ask(engine, str(i), prompt, salt if i % 2 else b"", prompt_logprobs=0)
+    outputs: list[StepOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    found = {output.request_id: output.prompt_logprobs for output in outputs if output.prompt_logprobs}
+    for i, prompt in enumerate(asked):
+        logits = (merged if i % 2 else model).reference(torch.tensor([prompt])).logits[0].detach().log_softmax(-1)
+        right = [float(logits[at, token]) for at, token in enumerate(prompt[1:])]
+        assert [each.logprob for each in found[str(i)] or ()] == pytest.approx(right, abs=1e-4)
+
+
+def test_the_attention_of_a_mixture_of_experts_can_have_an_adapter_and_its_experts_cannot(tmp_path: Path):
+    model = make_model(tmp_path / "base", "qwen3_moe")
+    adapter = make_adapter(tmp_path / "a", model, ("q_proj", "v_proj"))
+    engine = make_engine(model)
+    salt = take(engine, "a", adapter)
+    asked = prompts(4, 5, 50)
+    for i, prompt in enumerate(asked):
+        ask(engine, str(i), prompt, salt if i % 2 else b"")
+    merged = adapter.merged_into(model)
+    assert drain(engine) == {str(i): (merged if i % 2 else model).generate(prompt, N_TOKENS) for i, prompt in enumerate(asked)}
+    path = "model.layers.0.mlp.experts.3.gate_proj"
+    tensors = {f"{path}.lora_A.weight": torch.ones(4, 64), f"{path}.lora_B.weight": torch.ones(48, 4)}
+    assert path in refusal(model, write_adapter(tmp_path / "b", tensors))
+
+
+def test_a_batch_with_an_adapter_goes_without_recorded_graphs(tmp_path: Path):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, TARGETS["llama"])
+    engine = make_engine(model)
+    salt = take(engine, "a", adapter)
+    tried: list[int] = []
+
+    class Graphs:
+        def run(self, ids: list[int], *_: Any) -> None:
+            tried.append(len(ids))
+
+        def close(self) -> None:
+            pass
+
+    engine._runner.graphs = Graphs()
+    [prompt] = prompts(1, 20, 20)
+    ask(engine, "with", prompt, salt)
+    ask(engine, "without", prompt)
+    drain(engine)
+    assert tried == []
+    ask(engine, "without", prompt)
+    drain(engine)
+    assert tried == [1] * len(tried) and len(tried) >= N_TOKENS - 1
+
+
+def test_a_moved_request_needs_its_adapter_at_the_other_end(tmp_path: Path):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, TARGETS["llama"])
+    [prompt] = prompts(1, 40, 40)
+    source, without, target = (make_engine(model) for _ in range(3))
+    salt = take(source, "a", adapter)
+    ask(source, "x", prompt, salt)
+    outputs = [*source.step(), *source.step()]
+    manifest = source.export_open("x", 1)
+    without.import_open(manifest)
+    target.import_open(manifest)
+    last = source.export_freeze("x", 1)
+    with pytest.raises(InvalidRequest, match="adapter"):
+        without.import_commit("x", 1, last["state"], last["kv"])
+    without.import_abort("x", 1)
+    assert_all_free(without)
+    assert take(target, "a", adapter) == salt
+    assert target.import_commit("x", 1, last["state"], last["kv"])
+    assert source.export_commit("x", 1)
+    assert drain(target, outputs)["x"] == adapter.merged_into(model).generate(prompt, N_TOKENS)
+
+
 def test_adapters_have_salts_of_their_own_and_the_same_ones_everywhere(tmp_path: Path):
     model = make_model(tmp_path / "base")
     one, other = (make_adapter(tmp_path / str(seed), model, ("q_proj",), seed=seed) for seed in (1, 2))
@@ -202,6 +314,24 @@ def refusal(model: TinyModel, adapter: Adapter) -> str:
     assert caught.value.adapter == "polite"
     assert not any(module._forward_hooks for module in engine._runner.model.modules())
     return caught.value.message
+
+
+def test_an_engine_that_promises_bits_takes_no_adapters(tmp_path: Path):
+    model = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", model, ("q_proj",))
+    try:
+        engine = make_engine(model, deterministic=True)
+    except DeterminismUnavailable as error:
+        pytest.skip(error.message)
+    with pytest.raises(AdapterUnsupported, match=r"engine\.deterministic"):
+        take(engine, "a", adapter)
+    with pytest.raises(AdapterUnsupported, match=r"engine\.deterministic"):
+        engine.add_adapter(make_engine(model).read_adapter("a", adapter.directory, adapter.tensors))
+
+
+def test_a_model_with_an_attention_of_its_own_takes_no_adapters(tmp_path: Path):
+    model = make_model(tmp_path / "base", "gptj")
+    assert "attention of its own" in refusal(model, make_adapter(tmp_path / "a", model, ("q_proj",)))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def next_logits(engine: LLMEngine, asked: list[tuple[list[int], bytes]], monkeyp
     seen: list[torch.Tensor] = []
     forward = engine._runner.forward
 
-    def note(chunks: Any) -> torch.Tensor:
-        logits = forward(chunks)
+    def note(chunks: Any, n_rows: Any) -> torch.Tensor:
+        logits = forward(chunks, n_rows)
         seen.append(torch.as_tensor(logits).clone())
         return logits
 

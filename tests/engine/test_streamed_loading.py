@@ -32,9 +32,9 @@ from tests.engine.test_thread import Listener
 class Reader:
     """Stands for the loader: memory that holds rubbish until a tensor is delivered, and a `wait` that knows what has been."""
 
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, rubbish: float = torch.nan) -> None:
         self._model = model
-        self.tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.tensors.items()}
+        self.tensors = {name: torch.full_like(tensor, rubbish) for name, tensor in model.tensors.items()}
         self.waited_for: list[frozenset[str]] = []
         self._there: set[str] = set()
         self._error: BaseException | None = None
@@ -172,7 +172,7 @@ def test_the_first_layers_are_checked_before_a_token_is_given(llama: TinyModel, 
     monkeypatch.setattr(
         attention, "dot_product_attention", lambda q, k, v, options, mask: original(q, k, v, replace(options, scaling=1.0), mask)
     )
-    engine = reader.engine()
+    engine = reader.engine(attention="sdpa")
     engine.add(request("a", [1, 2, 3], 3))
     with reader.delivering(list(llama.tensors)), pytest.raises(UnsupportedArchitecture, match="layer 0"):
         engine.step()

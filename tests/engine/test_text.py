@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from sllmdask.engine.text import TextStream, Tokenizer
-from sllmdask.errors import CheckpointNotFound, InvalidRequest, from_wire
+from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, InvalidRequest, from_wire
 
 CHATML = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -275,6 +275,22 @@ def test_a_damaged_tokenizer_and_a_missing_directory_are_told_apart(tmp_path: Pa
         Tokenizer.from_directory(tmp_path)
     with pytest.raises(CheckpointNotFound, match="no such directory"):
         Tokenizer.from_directory("openai-community/gpt2")
+
+
+def test_the_defaults_of_sampling_are_those_of_generation_config_json(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    assert Tokenizer.from_directory(tmp_path).sampling_defaults == {}
+    generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": [1, 2]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert Tokenizer.from_directory(tmp_path).sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+
+@pytest.mark.parametrize("temperature", [-1, "hot"])
+def test_defaults_that_nothing_can_be_drawn_with_are_found_with_the_tokenizer(tmp_path: Path, temperature: object) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": temperature}))
+    with pytest.raises(CheckpointCorrupt, match=r"generation_config\.json"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def test_the_number_of_tokens_counts_the_added_ones(tokenizer: Tokenizer) -> None:

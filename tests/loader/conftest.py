@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from sllmdask.config import WorkerSettings
 from sllmdask.loader import libc
 from sllmdask.loader.buffers import lease_nbytes
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool, SharedPool
 from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Site
 from tests.loader.stores import CHUNK, Gate, N
@@ -164,3 +166,53 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 @pytest.fixture
 def n_fds() -> Callable[[], int]:
     return lambda: len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def tensors() -> Tensors:
+    """Twenty layers of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return {f"model.layers.{i}.weight": torch.randn(100 + 37 * i, 33, generator=generator) for i in range(20)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, write_sharded: Callable[[Path, list[Tensors]], Path], tensors: Tensors) -> Path:
+    """Two shards of `tensors`, of some 20 chunks, small files, and one that is no part of a checkpoint."""
+    names = sorted(tensors)
+    directory = write_sharded(tmp_path / "origin", [{n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]}])
+    (directory / "tokenizer.json").write_text('{"a": 1}')
+    (directory / "README.md").write_text("not wanted")
+    return directory
+
+
+@pytest.fixture
+def name() -> str:
+    """Of a pool that no other test knows."""
+    return f"test-{uuid.uuid4()}"
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+@pytest.fixture
+def fenced() -> Iterator[Callable[[int], tuple[int, int]]]:
+    """``fenced(n_pages)``: begin and end of writable memory outside of which any access kills the process."""
+    taken: list[tuple[int, int]] = []
+    page = os.sysconf("SC_PAGESIZE")
+
+    def fence(n_pages: int) -> tuple[int, int]:
+        start = libc.reserve_addresses((n_pages + 2) * page)
+        taken.append((start, (n_pages + 2) * page))
+        fd = os.memfd_create("fenced")
+        os.ftruncate(fd, n_pages * page)
+        libc.map_shared(fd, 0, n_pages * page, start + page)
+        os.close(fd)
+        return start + page, start + (n_pages + 1) * page
+
+    yield fence
+    for start, nbytes in taken:
+        libc.unmap_memory(start, nbytes)

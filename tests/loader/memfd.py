@@ -1,8 +1,9 @@
-"""Who holds the memory of a pool: it lives as long as one process does."""
+"""Who holds the memory of a pool, which lives as long as one process does, and whether a process has ended."""
 
 from __future__ import annotations
 
 import os
+import select
 
 
 def holders(inode: int) -> set[int]:
@@ -20,3 +21,8 @@ def holders(inode: int) -> set[int]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
+
+
+def ended(pidfd: int, timeout_s: float = 30.0) -> bool:
+    """Whether the process of a descriptor ends within so many seconds."""
+    return bool(select.select([pidfd], [], [], timeout_s)[0])

@@ -14,8 +14,9 @@ from typing import Any
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import SllmError
 from sllmdask.loader import libc
-from sllmdask.loader.hostpool import SharedPool
-from sllmdask.loader.store import CheckpointStore, HostLease
+from sllmdask.loader.records import HostLease
+from sllmdask.loader.shared_pool import SharedPool
+from sllmdask.loader.store import CheckpointStore
 from tests.loader.stores import CHUNK, flights_ended
 
 

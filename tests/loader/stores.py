@@ -1,13 +1,15 @@
-"""What tests of the store have in common."""
+"""What tests of the store, and of what it is made of, have in common."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from sllmdask.loader import libc
+from sllmdask.loader.hostpool import HostPool
 from sllmdask.loader.store import CheckpointStore
 
 CHUNK = 64 * 1024
@@ -49,10 +51,10 @@ def used(store: CheckpointStore) -> int:
     return store.snapshot()["tiers"]["host"]["used"]
 
 
-async def until(store: CheckpointStore, condition: Callable[[], Any]) -> None:
+async def until(changing: CheckpointStore | HostPool, condition: Callable[[], Any]) -> None:
     """Return when `condition` holds, which is asked after each change."""
     changed = asyncio.Event()
-    end = store.subscribe(changed.set)
+    end = changing.subscribe(changed.set)
     try:
         while not condition():
             changed.clear()
@@ -61,11 +63,19 @@ async def until(store: CheckpointStore, condition: Callable[[], Any]) -> None:
         end()
 
 
+def eventually(condition: Callable[[], Any]) -> None:
+    """Return when `condition` holds, of what tells nobody when it changes."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 async def reached(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, 30)
 
 
 async def flights_ended(store: CheckpointStore) -> None:
     """Until the loads that were called off have ended, too."""
-    while flights := [flight.task for flight in store._flights]:
+    while flights := [flight.task for flight in store._loads.flights]:
         await asyncio.wait(flights)

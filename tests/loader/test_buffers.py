@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sllmdask.loader import buffers, libc
+from sllmdask.loader import libc
 from sllmdask.loader.buffers import PREFAULT_STEP, BufferPool, Staging, address_of, lease_nbytes
 from sllmdask.loader.plan import BLOCK
 
@@ -44,10 +44,10 @@ def track(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
                 if rest < end:
                     live[rest] = end - rest
 
-    move_pages = buffers.move_pages
+    move_pages = libc.move_pages
     monkeypatch.setattr(libc, "map_memory", mapping)
     monkeypatch.setattr(libc, "unmap_memory", unmapping)
-    monkeypatch.setattr(buffers, "move_pages", moving)
+    monkeypatch.setattr(libc, "move_pages", moving)
     return live
 
 
@@ -290,7 +290,7 @@ def test_a_system_with_too_many_mappings_gives_new_memory(monkeypatch, mapped):
     pool = BufferPool(20 * MB)
     parts = [pool.lease(2 * MB), pool.lease(2 * MB)]
     parts.clear()
-    monkeypatch.setattr(buffers, "move_pages", refuse)
+    monkeypatch.setattr(libc, "move_pages", refuse)
     buffer = pool.lease(4 * MB)
     buffer[:] = 1
     assert pool.kept == 4 * MB

@@ -4,7 +4,6 @@ import hashlib
 import os
 import random
 import struct
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -285,25 +284,6 @@ def test_a_target_of_another_size_is_refused_untouched(nbytes):
     with pytest.raises(ValueError, match="another number of bytes"):
         decode_split16(source.ctypes.data, source.size, target.ctypes.data, nbytes)
     assert (target == 0xAA).all()
-
-
-@pytest.fixture
-def fenced() -> Callable[[int], tuple[int, int]]:
-    """``fenced(n_pages)``: begin and end of writable memory outside of which any access kills the process."""
-    taken = []
-
-    def fence(n_pages: int) -> tuple[int, int]:
-        start = libc.reserve_addresses((n_pages + 2) * PAGE)
-        taken.append((start, (n_pages + 2) * PAGE))
-        fd = os.memfd_create("fenced")
-        os.ftruncate(fd, n_pages * PAGE)
-        libc.map_shared(fd, 0, n_pages * PAGE, start + PAGE)
-        os.close(fd)
-        return start + PAGE, start + (n_pages + 1) * PAGE
-
-    yield fence
-    for start, nbytes in taken:
-        libc.unmap_memory(start, nbytes)
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:

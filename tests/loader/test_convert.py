@@ -27,41 +27,21 @@ from sllmdask.errors import (
     DiskFull,
     TensorUnsupported,
 )
-from sllmdask.loader import atomic, writer
+from sllmdask.loader import libc, writer
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.convert import TensorSource, convert, files_beside, from_bytes, verify, write_checkpoint
 from sllmdask.loader.fast_format import CHUNK
 from sllmdask.loader.format import read_index
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import _DTYPES, sources_of
+from tests.loader.tensors import assert_same, bits, files_of, octets
 
 ALL_DTYPES = sorted(set(_DTYPES.values()), key=str)
 COMPRESS = ["no", "yes", "both"]
 
 
-def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Random bytes as a tensor of `dtype`: NaN, denormals and all. Booleans are 0 and 1."""
-    generator = torch.Generator().manual_seed(seed)
-    n = torch.Size(shape).numel() * dtype.itemsize
-    data = torch.randint(0, 2 if dtype is torch.bool else 256, (n,), dtype=torch.uint8, generator=generator)
-    return data.view(dtype).reshape(shape)
-
-
 def weights(n: int, seed: int = 0) -> torch.Tensor:
     """`n` numbers as a model has them, which compress."""
     return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) / 50).bfloat16()
-
-
-def octets(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Same names, dtypes, shapes, strides and bytes."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        ours = actual[name]
-        assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape), name
-        assert octets(ours) == octets(tensor), name
 
 
 @pytest.fixture
@@ -412,10 +392,6 @@ def test_only_a_checkpoint_is_overwritten(tmp_path, source):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "all of it"
 
 
-def tree_of(directory: Path) -> dict[str, bytes]:
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "fast", "pickled"])
 @pytest.mark.parametrize(
     "name",
@@ -432,10 +408,10 @@ def test_a_checkpoint_with_files_that_are_no_part_of_it_is_not_overwritten(tmp_p
         torch.save({"w": torch.ones(3)}, target / "pytorch_model.bin")
     (target / name).parent.mkdir(exist_ok=True)
     (target / name).write_text("mine")
-    before = tree_of(target)
+    before = files_of(target)
     with pytest.raises(CheckpointExists, match=rf"'{name}'\. Move them away, or choose another directory"):
         convert(source, target, overwrite=True)
-    assert tree_of(target) == before
+    assert files_of(target) == before
     assert sorted(os.listdir(tmp_path)) == ["source", "x"]
 
 
@@ -473,7 +449,7 @@ def test_what_belongs_to_a_checkpoint_is_replaced_with_it(tmp_path, source, writ
     convert(source, target, "both", overwrite=True)
     convert(source, target, overwrite=True)
     convert(source, tmp_path / "y")
-    assert tree_of(target) == tree_of(tmp_path / "y")
+    assert files_of(target) == files_of(tmp_path / "y")
 
 
 def test_files_of_any_name_that_are_written_again_are_not_in_the_way(tmp_path, source):
@@ -488,10 +464,10 @@ def test_files_of_any_name_that_are_written_again_are_not_in_the_way(tmp_path, s
 
 def test_a_file_that_appears_while_a_checkpoint_is_written_is_not_lost(tmp_path, source):
     convert(source, tmp_path / "x")
-    before = tree_of(tmp_path / "x")
+    before = files_of(tmp_path / "x")
     with pytest.raises(CheckpointExists, match=r"'notes\.txt'"):
         convert(source, tmp_path / "x", "yes", lambda _: (tmp_path / "x" / "notes.txt").write_text("new"), overwrite=True)
-    assert tree_of(tmp_path / "x") == before | {"notes.txt": b"new"}
+    assert files_of(tmp_path / "x") == before | {"notes.txt": b"new"}
     assert sorted(os.listdir(tmp_path)) == ["source", "x"]
 
 
@@ -502,11 +478,11 @@ def test_a_checkpoint_can_be_converted_in_place(tmp_path, source):
     assert not list(source.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("flag", ["_RENAME_NOREPLACE", "_RENAME_EXCHANGE"])
+@pytest.mark.parametrize("flag", ["RENAME_NOREPLACE", "RENAME_EXCHANGE"])
 def test_old_and_new_change_places_also_where_the_system_has_no_exchange(tmp_path, source, monkeypatch, flag):
-    monkeypatch.setattr(atomic, "_rename", lambda *_: False)
+    monkeypatch.setattr(libc, "renameat2", lambda *_: False)
     convert(source, tmp_path / "x")
-    if flag == "_RENAME_EXCHANGE":
+    if flag == "RENAME_EXCHANGE":
         convert(source, tmp_path / "x", "both", overwrite=True)
         assert read_index(tmp_path / "x", "split16").tensors
     assert sorted(os.listdir(tmp_path)) == ["source", "x"]

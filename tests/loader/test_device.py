@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from sllmdask.loader import device as device_module
 from sllmdask.loader import libc, tiers, writer
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, BufferPool, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.device import (
     CudaDevice,
     DeviceCopy,
@@ -45,12 +46,14 @@ from sllmdask.loader.device import (
 from sllmdask.loader.format import CheckpointIndex, read_index
 from sllmdask.loader.plan import ChunkRead, ReadPlan, plan_reads
 from sllmdask.loader.reader import LocalFiles, read_chunks
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import device_views, sources_of
 from sllmdask.loader.writer import write_checkpoint
+from tests.loader.tensors import assert_same, octets
 
 KiB = 1024
 CHUNK = 32 * KiB
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -267,24 +270,6 @@ def host_copy(plan: ReadPlan) -> Buffer:
     buffer = BufferPool(2**30).lease(plan.nbytes)
     read_chunks(plan, address_of(buffer))
     return buffer
-
-
-def octets(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def assert_same(actual: Tensors, expected: Tensors) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name].dtype, actual[name].shape) == (tensor.dtype, tensor.shape), name
-        assert not tensor.numel() or torch.equal(octets(actual[name]), octets(tensor)), name
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
 
 
 @pytest.fixture
@@ -534,7 +519,7 @@ def test_what_is_said_to_have_arrived_is_on_the_device(checkpoint, threaded):
     def look(done: int) -> None:
         for name in expected:
             if arrived.has(name):
-                assert torch.equal(octets(loaded.tensors[name]), octets(expected[name]))
+                assert octets(loaded.tensors[name]) == octets(expected[name])
                 seen.append(name)
 
     with Ring(device, 2**20) as ring:
@@ -748,7 +733,7 @@ def test_what_a_copy_from_host_memory_says_has_arrived_is_on_the_device(checkpoi
     def look(done: int) -> None:
         for name in expected:
             if arrived.has(name):
-                assert torch.equal(octets(loaded.tensors[name]), octets(expected[name]))
+                assert octets(loaded.tensors[name]) == octets(expected[name])
                 seen.append(name)
 
     with pinned(device, address_of(buffer), buffer.nbytes):
@@ -1199,7 +1184,7 @@ def test_tensors_on_the_device_can_be_waited_for_while_their_bytes_are_still_rea
     copying = DeviceCopy("model", index, plan, buffer, device, arriving)
     first = min(copying.tensors, key=lambda name: max(plan.chunks_of[name]))
     copying.arrived.wait([first], 30)
-    assert torch.equal(octets(copying.tensors[first]), octets(layers()[first]))
+    assert octets(copying.tensors[first]) == octets(layers()[first])
     assert not arriving.done
     may.set()
     reading.join()

@@ -20,10 +20,11 @@ import sllmdask
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointTooNew
 from sllmdask.loader import kernels
 from sllmdask.loader.buffers import address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.convert import TensorSource, from_bytes, write_checkpoint
 from sllmdask.loader.fast_format import CHUNK, MAX_CHUNK, MAX_INDEX, VERSION, is_dense, place
 from sllmdask.loader.format import read_index, variants
-from sllmdask.loader.store import read_checkpoint
+from tests.loader.xxh64 import xxh64_by_the_book
 
 PAGE = (Path(sllmdask.__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -101,45 +102,15 @@ def test_the_index_of_the_page_says_where_its_tensors_and_chunks_are(page):
     [chunk] = file.chunks
     assert (file.name, file.nbytes, file.logical_nbytes) == ("data-00000.bin", 4096, 4096)
     assert (chunk.position, chunk.nbytes, chunk.offset, chunk.stored, chunk.codec) == (0, 4096, 0, 4096, "raw")
-    assert chunk.checksum == xxh64(page_data())
-
-
-def xxh64(data: bytes) -> int:
-    """XXH64 with seed 0, as its specification has it (Yann Collet, doc/xxhash_spec.md), in plain Python."""
-    p1, p2, p3, p4, p5 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
-    mask = 2**64 - 1
-
-    def rotated(x: int, n: int) -> int:
-        return (x << n | x >> (64 - n)) & mask
-
-    def mixed(lane: int, word: int) -> int:
-        return rotated((lane + word * p2) & mask, 31) * p1 & mask
-
-    lanes = [(p1 + p2) & mask, p2, 0, -p1 & mask]
-    whole = len(data) // 32 * 32
-    for i in range(0, whole, 32):
-        lanes = [mixed(lane, word) for lane, word in zip(lanes, struct.unpack_from("<4Q", data, i), strict=True)]
-    if whole:
-        h = sum(rotated(lane, n) for lane, n in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
-        for lane in lanes:
-            h = ((h ^ mixed(0, lane)) * p1 + p4) & mask
-    else:
-        h = p5
-    h = (h + len(data)) & mask
-    assert len(data) % 8 == 0
-    for i in range(whole, len(data), 8):
-        h = (rotated(h ^ mixed(0, *struct.unpack_from("<Q", data, i)), 27) * p1 + p4) & mask
-    h = (h ^ h >> 33) * p2 & mask
-    h = (h ^ h >> 29) * p3 & mask
-    return h ^ h >> 32
+    assert chunk.checksum == xxh64_by_the_book(page_data())
 
 
 def test_the_checksum_is_xxh64():
     # Values of the reference implementation's own test: 0 bytes; and ours of both kinds of end.
-    assert xxh64(b"") == 0xEF46DB3751D8E999
+    assert xxh64_by_the_book(b"") == 0xEF46DB3751D8E999
     data = torch.randint(0, 256, (4096 + 24,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     for n in (0, 8, 32, 56, 4096, 4120):
-        assert kernels.xxh64(address_of(data), n) == xxh64(data[:n].tobytes())
+        assert kernels.xxh64(address_of(data), n) == xxh64_by_the_book(data[:n].tobytes())
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -23,23 +23,14 @@ import torch
 from sllmdask.errors import Cancelled, ConfigError, HostPoolUnavailable, InsufficientMemory
 from sllmdask.loader import libc
 from sllmdask.loader.buffers import address_of
-from sllmdask.loader.hostpool import PrivatePool, SharedPool
-from sllmdask.loader.keeper import GRANULE, address_of_pool
-from tests.loader.memfd import holders
+from sllmdask.loader.extents import GRANULE
+from sllmdask.loader.keeper import address_of_pool
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.shared_pool import SharedPool
+from tests.loader.memfd import ended, holders
+from tests.loader.stores import until
 
 G = GRANULE
-
-
-async def until(pool, condition):
-    """Return when `condition` holds, which is asked after each change."""
-    changed = asyncio.Event()
-    end = pool.subscribe(changed.set)
-    try:
-        while not condition():
-            changed.clear()
-            await asyncio.wait_for(changed.wait(), 30)
-    finally:
-        end()
 
 
 async def fill(pool, key, nbytes=G, value=1, **meta):
@@ -371,7 +362,7 @@ async def test_many_who_load_leave_and_evict_at_once_never_see_another_models_by
 WORKER = """
 import asyncio, gc, json, os, sys
 from sllmdask.errors import SllmError
-from sllmdask.loader.hostpool import SharedPool
+from sllmdask.loader.shared_pool import SharedPool
 
 async def main():
     pool = SharedPool(sys.argv[1], int(sys.argv[2]), grace_s=float(sys.argv[3]), trim_s=0.0)
@@ -450,11 +441,6 @@ class Worker:
 
 
 @pytest.fixture
-def name():
-    return f"test-{uuid.uuid4()}"
-
-
-@pytest.fixture
 def new_worker(name):
     workers = []
 
@@ -489,10 +475,6 @@ async def unmapped():
     """Return when that thread has done everything."""
     await asyncio.sleep(0)
     await asyncio.to_thread(int)
-
-
-def ended(pidfd):
-    return bool(select.select([pidfd], [], [], 30)[0])
 
 
 cluster = pytest.mark.cluster

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import select
 import signal
 import socket
 import subprocess
@@ -16,8 +15,10 @@ import uuid
 import pytest
 
 from sllmdask.loader import keeper
-from sllmdask.loader.keeper import GRANULE, MAX_MESSAGE, STEP, Extents, Malformed, Member, Pool, address_of_pool
-from tests.loader.memfd import holders
+from sllmdask.loader.extents import GRANULE, Extents
+from sllmdask.loader.keeper import address_of_pool
+from sllmdask.loader.ledger import MAX_MESSAGE, STEP, Job, Ledger, Malformed, Member
+from tests.loader.memfd import ended, holders
 
 G = GRANULE
 
@@ -95,7 +96,7 @@ class Book:
     """A pool without a process: what is said to each member is read from its outbox."""
 
     def __init__(self, limit: int = 1000 * G) -> None:
-        self.pool = Pool(2 * limit + STEP, limit, clock=lambda: 123.0)
+        self.pool = Ledger(2 * limit + STEP, limit, clock=lambda: 123.0)
         self.now = 0.0
         self.ids = 0
 
@@ -127,7 +128,7 @@ class Book:
     def put(self, member: Member, key: str, nbytes: int = G, **meta: object) -> None:
         self.say(member, op="end", lease=self.fill(member, key, nbytes, **meta)["lease"])
 
-    def work(self) -> list[keeper.Job]:
+    def work(self) -> list[Job]:
         """Do all jobs that are due."""
         done = []
         while (job := self.pool.next_job(self.now)) is not None:
@@ -414,12 +415,12 @@ def test_pages_are_taken_and_given_back(monkeypatch, advise):
     memory = os.memfd_create("test")
     os.ftruncate(memory, 100 * G)
     pager = keeper._Pager(memory)
-    assert pager._do(keeper.Job(True, 4 * G, 8 * G))
+    assert pager._do(Job(True, 4 * G, 8 * G))
     assert os.fstat(memory).st_blocks * 512 == 8 * G
-    assert pager._do(keeper.Job(False, 4 * G, 6 * G))
+    assert pager._do(Job(False, 4 * G, 6 * G))
     assert os.fstat(memory).st_blocks * 512 == 2 * G
     monkeypatch.setattr(keeper, "_available_memory", lambda: 0)
-    assert not pager._do(keeper.Job(True, 4 * G, 8 * G)), "the machine needs its memory for other things"
+    assert not pager._do(Job(True, 4 * G, 8 * G)), "the machine needs its memory for other things"
     os.close(pager.fd)
     os.close(memory)
 
@@ -497,10 +498,6 @@ def _listening_pid(name: str) -> int:
     pid = member.hear("welcome")["pid"]
     member.close()
     return pid
-
-
-def ended(pidfd: int, timeout_s: float = 20.0) -> bool:
-    return bool(select.select([pidfd], [], [], timeout_s)[0])
 
 
 @pytest.mark.cluster

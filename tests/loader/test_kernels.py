@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from sllmdask.loader import codec, kernels, libc
+from tests.loader.xxh64 import xxh64_by_the_book
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BITS = {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}
@@ -27,44 +27,6 @@ def address_of(array: NDArray) -> int:
 
 
 # --- checksum --------------------------------------------------------------------------------------------------------
-
-
-def xxh64_by_the_book(data: bytes) -> int:
-    """The specification's steps, one by one, on Python's integers."""
-    mask = 2**64 - 1
-    p1, p2, p3 = 11400714785074694791, 14029467366897019727, 1609587929392839161
-    p4, p5 = 9650029242287828579, 2870177450012600261
-
-    def rotate(x: int, n: int) -> int:
-        return ((x << n) | (x >> (64 - n))) & mask
-
-    def a_round(lane: int, word: int) -> int:
-        return rotate((lane + word * p2) & mask, 31) * p1 & mask
-
-    if len(data) >= 32:
-        lanes = [(p1 + p2) & mask, p2, 0, -p1 & mask]
-        stripes = len(data) // 32
-        for start in range(0, 32 * stripes, 8):
-            lane = start // 8 % 4
-            lanes[lane] = a_round(lanes[lane], int.from_bytes(data[start : start + 8], "little"))
-        result = sum(rotate(lane, n) for lane, n in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
-        for lane in lanes:
-            result = ((result ^ a_round(0, lane)) * p1 + p4) & mask
-        rest = data[32 * stripes :]
-    else:
-        result, rest = p5, data
-    result = (result + len(data)) & mask
-    while len(rest) >= 8:
-        result = (rotate(result ^ a_round(0, int.from_bytes(rest[:8], "little")), 27) * p1 + p4) & mask
-        rest = rest[8:]
-    if len(rest) >= 4:
-        result = (rotate(result ^ (int.from_bytes(rest[:4], "little") * p1 & mask), 23) * p2 + p3) & mask
-        rest = rest[4:]
-    for byte in rest:
-        result = rotate(result ^ (byte * p5 & mask), 11) * p1 & mask
-    result = (result ^ (result >> 33)) * p2 & mask
-    result = (result ^ (result >> 29)) * p3 & mask
-    return result ^ (result >> 32)
 
 
 @pytest.mark.parametrize(
@@ -92,27 +54,8 @@ def test_xxh64_follows_the_specification_for_any_length_and_alignment():
         assert kernels.xxh64(address_of(data) + start, nbytes) == expected, (nbytes, start)
 
 
-@pytest.fixture
-def fenced() -> Callable[[int], int]:
-    """``fenced(n_pages)``: address of writable memory before and behind which any access kills the process."""
-    taken = []
-
-    def fence(n_pages: int) -> int:
-        start = libc.reserve_addresses((n_pages + 2) * PAGE)
-        taken.append((start, (n_pages + 2) * PAGE))
-        fd = os.memfd_create("fenced")
-        os.ftruncate(fd, n_pages * PAGE)
-        libc.map_shared(fd, 0, n_pages * PAGE, start + PAGE)
-        os.close(fd)
-        return start + PAGE
-
-    yield fence
-    for start, nbytes in taken:
-        libc.unmap_memory(start, nbytes)
-
-
 def test_xxh64_reads_nothing_beyond_its_bytes(fenced):
-    end = fenced(1) + PAGE
+    _, end = fenced(1)
     found = {kernels.xxh64(end - nbytes, nbytes) for nbytes in range(100)}
     assert len(found) == 100, "zeros, but of another number each time"
 
@@ -153,7 +96,7 @@ def test_every_number_is_converted_to_the_bits_that_torch_gives_it(source, targe
 def test_a_conversion_touches_just_its_elements(fenced, source, target):
     rng = np.random.default_rng(3)
     nbytes, its_nbytes = DTYPES[source].itemsize, DTYPES[target].itemsize
-    begin, its_begin = fenced(1), fenced(1)
+    (begin, _), (its_begin, _) = fenced(1), fenced(1)
     for n in range(70):
         numbers = as_tensor(rng.integers(0x3000, 0x4000, n).astype(BITS[source]), source)
         address, target_address = begin + PAGE - n * nbytes, its_begin + PAGE - n * its_nbytes

@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,34 +16,24 @@ import safetensors.torch
 import torch
 
 from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointNotFound, SourceUnreachable
-from sllmdask.loader import peer
+from sllmdask.loader import peer_origin, peer_server, peer_wire
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, address_of
 from sllmdask.loader.convert import convert
+from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
-from sllmdask.loader.peer import DataServer, PeerOrigin, Served
+from sllmdask.loader.peer_origin import PeerOrigin
+from sllmdask.loader.peer_server import DataServer, Served
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.remote import Fetch, Limits
+from sllmdask.loader.sockets import Limits, Sockets
 from sllmdask.loader.tiers import tensor_views
+from tests.loader.stores import eventually
+from tests.loader.tensors import files_of
 
 CHUNK = 32 * 1024
 TOKEN = "a token that nobody guesses"
 QUICK = Limits(connect_s=5, idle_s=10, attempts=3, backoff_s=0.001)
-
-
-@pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    return {f"model.layers.{i}.weight": torch.randn(100 + 37 * i, 33, generator=generator) for i in range(20)}
-
-
-@pytest.fixture
-def checkpoint(tmp_path, write_sharded, tensors):
-    names = sorted(tensors)
-    directory = write_sharded(tmp_path / "origin", [{n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]}])
-    (directory / "tokenizer.json").write_text('{"a": 1}')
-    return directory
 
 
 class Holder:
@@ -117,6 +106,15 @@ def source_of(fetch, cancel=None):
 # --- one to one ------------------------------------------------------------------------------------------------------
 
 
+def test_the_configurations_in_folders_of_an_embedding_model_come_with_it(hold, checkpoint, receive):
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    holder = hold(read_index(checkpoint))
+    holder.fill()
+    fetch, _ = receive(address(holder))
+    assert (fetch.directory / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_cls_token": true}'
+
+
 def test_a_checkpoint_in_another_workers_memory_comes_here(origin, receive, tensors, assert_equal, n_fds):
     before = n_fds()
     fetch, mine = receive(address(origin))
@@ -133,7 +131,9 @@ def test_it_also_goes_to_disk_where_that_is_wanted(origin, receive, checkpoint, 
     with fetch.tee(mine.plan, mine.buffer) as tee:
         assert_equal(mine.fill(fetch.chunks(), tee=tee), tensors)
         path = tee.finish()
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == {f.name: f.read_bytes() for f in checkpoint.iterdir()}
+    expected = files_of(checkpoint)
+    del expected["README.md"]
+    assert files_of(path) == expected
     assert read_index(path).fingerprint == origin.index.fingerprint
 
 
@@ -177,7 +177,7 @@ def test_files_that_were_removed_are_still_given_away(checkpoint, receive, tenso
 
 
 def test_a_range_that_is_still_on_its_way_is_waited_for(hold, checkpoint, receive, tensors, assert_equal, monkeypatch):
-    monkeypatch.setattr(peer, "_WAIT_S", 0.01)
+    monkeypatch.setattr(peer_server, "_WAIT_S", 0.01)
     origin = hold(read_index(checkpoint))
     fetch, mine = receive(address(origin))
     done = []
@@ -245,7 +245,7 @@ def test_a_server_that_does_not_know_the_token_is_not_believed(receive):
         for _ in range(2):
             sock, _ = listener.accept()
             with sock:
-                sock.sendall(peer._GREETING.pack(peer._MAGIC, peer._OK, bytes(32)))
+                sock.sendall(peer_wire.GREETING.pack(peer_wire.MAGIC, peer_wire.OK, bytes(32)))
                 sock.recv(64)
                 sock.sendall(bytes(33))
 
@@ -288,22 +288,22 @@ def test_another_version_of_the_checkpoint_is_not_mixed_in(origin, receive):
 @pytest.mark.parametrize(
     "request_",
     [
-        peer._REQUEST.pack(99, 0, 0, 0),
-        peer._REQUEST.pack(peer._RANGE, 0, 0, 10),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 2**60),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 4) + b"nope",
-        peer._REQUEST.pack(peer._CALL, 0, 0, 2) + b"[]",
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "open", "key": ["m"]}).encode().ljust(30),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "shut", "key": "m"}).encode().ljust(30),
-        peer._REQUEST.pack(peer._CALL, 0, 0, 30) + json.dumps({"op": "join", "key": "m"}).encode().ljust(30),
+        peer_wire.REQUEST.pack(99, 0, 0, 0),
+        peer_wire.REQUEST.pack(peer_wire.RANGE, 0, 0, 10),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 2**60),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 4) + b"nope",
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 2) + b"[]",
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "open", "key": ["m"]}).encode().ljust(30),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "shut", "key": "m"}).encode().ljust(30),
+        peer_wire.REQUEST.pack(peer_wire.CALL, 0, 0, 30) + json.dumps({"op": "join", "key": "m"}).encode().ljust(30),
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_and_harms_nobody(origin, receive, tensors, assert_equal, request_):
-    line = caller().connect(address(origin), sockets := peer.Sockets(None))
+    line = caller().connect(address(origin), sockets := Sockets(None))
     line._wire.send(request_)
-    status, nbytes, _ = peer._REPLY.unpack(line._wire.receive(peer._REPLY.size))
-    assert status in (peer._BAD, peer._UNKNOWN)
+    status, nbytes, _ = peer_wire.REPLY.unpack(line._wire.receive(peer_wire.REPLY.size))
+    assert status in (peer_wire.BAD, peer_wire.UNKNOWN)
     assert 0 < nbytes <= 1000
     sockets.__exit__(None, None, None)
     fetch, mine = receive(address(origin))
@@ -311,28 +311,28 @@ def test_a_request_that_makes_no_sense_is_refused_and_harms_nobody(origin, recei
 
 
 def caller(key="m"):
-    return peer._Caller(TOKEN.encode(), key, None, QUICK)
+    return peer_origin._Caller(TOKEN.encode(), key, None, QUICK)
 
 
 @pytest.mark.parametrize(("file", "offset", "nbytes"), [(99, 0, 1), (0, 2**62, 10), (0, 0, 2**63), (0, 0, 0), (2**32 - 1, 0, 1)])
 def test_a_range_outside_the_files_is_refused(origin, file, offset, nbytes):
-    with peer.Sockets(None) as sockets:
+    with Sockets(None) as sockets:
         line = caller().connect(address(origin), sockets)
         line.call("use")
-        line._wire.send(peer._REQUEST.pack(peer._RANGE, file, offset, nbytes))
-        status, _, _ = peer._REPLY.unpack(line._wire.receive(peer._REPLY.size))
-        assert status == peer._BAD
+        line._wire.send(peer_wire.REQUEST.pack(peer_wire.RANGE, file, offset, nbytes))
+        status, _, _ = peer_wire.REPLY.unpack(line._wire.receive(peer_wire.REPLY.size))
+        assert status == peer_wire.BAD
 
 
 def test_the_token_is_never_sent(origin, receive, monkeypatch):
     sent = []
-    send = peer._Wire.send
+    send = peer_wire.Wire.send
 
     def noting(self, *parts):
         sent.extend(bytes(part) for part in parts)
         send(self, *parts)
 
-    monkeypatch.setattr(peer._Wire, "send", noting)
+    monkeypatch.setattr(peer_wire.Wire, "send", noting)
     fetch, mine = receive(address(origin))
     mine.fill(fetch.chunks())
     assert sent and not any(TOKEN.encode() in part for part in sent)
@@ -344,7 +344,7 @@ def test_the_token_is_never_sent(origin, receive, monkeypatch):
 @pytest.fixture
 def damage(monkeypatch):
     """``damage(n)``: the next n frames of a receiver arrive with a flipped bit."""
-    left, receive_into = [0], peer._Wire.receive_into
+    left, receive_into = [0], peer_wire.Wire.receive_into
 
     def damaging(self, view):
         receive_into(self, view)
@@ -352,7 +352,7 @@ def damage(monkeypatch):
             left[0] -= 1
             view[5000] ^= 4
 
-    monkeypatch.setattr(peer._Wire, "receive_into", damaging)
+    monkeypatch.setattr(peer_wire.Wire, "receive_into", damaging)
     return lambda n: left.__setitem__(0, n)
 
 
@@ -429,14 +429,7 @@ def test_receivers_of_one_server_form_a_chain(hold, checkpoint, receive, tensors
     for i in range(3):
         assert_equal(outcomes[i], tensors)
     assert [source.n_rerouted for source in sources] == [0, 0, 0]
-    until(lambda: origin.server.receivers("m") == [])
-
-
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    eventually(lambda: origin.server.receivers("m") == [])
 
 
 def test_without_chaining_all_are_fed_by_the_first(hold, checkpoint, receive, tensors, assert_equal):
@@ -455,7 +448,7 @@ def test_who_comes_when_the_others_are_done_is_fed_by_the_first(origin, receive,
         source = source_of(fetch)
         assert_equal(mine.fill(source), tensors)
         assert source.upstream == address(origin)
-        until(lambda: origin.server.receivers("m") == [])
+        eventually(lambda: origin.server.receivers("m") == [])
 
 
 def test_who_loses_what_is_before_it_goes_back_to_the_first_server(hold, checkpoint, receive, tensors, assert_equal):
@@ -463,7 +456,7 @@ def test_who_loses_what_is_before_it_goes_back_to_the_first_server(hold, checkpo
     receivers = [receive(address(origin)) for _ in range(3)]
     sources, threads, outcomes = start_all(receivers)
     receivers[1][1].close()
-    until(lambda: sources[2].upstream == address(origin))
+    eventually(lambda: sources[2].upstream == address(origin))
     assert address(receivers[1][1]) not in origin.server.receivers("m")
     origin.fill()
     for thread in threads:
@@ -540,7 +533,7 @@ def test_a_killed_process_in_the_chain_costs_the_others_nothing_but_time(hold, c
     for i in {0, 1, 2} - {killed}:
         pipes[i].send("the end")
         processes[i].join()
-    until(lambda: origin.server.receivers("m") == [])
+    eventually(lambda: origin.server.receivers("m") == [])
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,11 @@ from sllmdask.errors import Cancelled, CheckpointCorrupt
 from sllmdask.loader import codec, libc, reader
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import BufferPool, Staging, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.format import CheckpointIndex, ChunkEntry, FileEntry, TensorEntry, read_index
 from sllmdask.loader.kernels import xxh64
 from sllmdask.loader.plan import BLOCK, ChunkRead, ReadPlan, plan_reads, round_up
-from sllmdask.loader.reader import FileSystems, LocalFiles, cached_pages, read_chunks
-from sllmdask.loader.store import read_checkpoint
+from sllmdask.loader.reader import FileSystems, LocalFiles, read_chunks
 from sllmdask.loader.tiers import sources_of, tensor_views
 from sllmdask.loader.writer import write_checkpoint
 
@@ -47,7 +47,7 @@ def checkpoint(tmp_path, write_single, tensors):
 @pytest.fixture
 def uncached(monkeypatch):
     """Nothing is found in the page cache, although these small files were written a moment ago."""
-    monkeypatch.setattr(reader, "cached_pages", lambda *_: 0)
+    monkeypatch.setattr(libc, "cached_pages", lambda *_: 0)
 
 
 def read(path, **options):
@@ -229,7 +229,7 @@ def drop_from_cache(path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    left = cached_pages(fd, 0, 2**40)
+    left = libc.cached_pages(fd, 0, 2**40)
     os.close(fd)
     if left:
         pytest.skip("the file system keeps files in the page cache")
@@ -270,7 +270,7 @@ def test_what_is_in_the_page_cache_is_read_from_there(checkpoint, tensors, asser
     file = checkpoint / "model.safetensors"
     file.read_bytes()
     with open(file, "rb") as opened:
-        if not cached_pages(opened.fileno(), 0, 2**40):
+        if not libc.cached_pages(opened.fileno(), 0, 2**40):
             pytest.skip("this system does not tell what is in the page cache")
     plan = plan_reads(read_index(checkpoint), CHUNK)
     source = LocalFiles(plan)
@@ -616,13 +616,6 @@ def scripted(fast: Written) -> tuple[ReadPlan, Callable[..., Scripted], np.ndarr
     index, data = fast
     stored = Path(index.path("0.bin")).read_bytes()
     return plan_reads(index, 1), lambda *args: Scripted([stored], *args), data
-
-
-@pytest.fixture
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
 
 
 def test_bytes_may_come_from_anywhere(scripted, no_thread_is_left):

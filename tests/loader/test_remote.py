@@ -20,14 +20,20 @@ import pytest
 import torch
 
 from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointNotFound, ConfigError, DiskFull, SourceUnreachable
-from sllmdask.loader import libc, remote
+from sllmdask.loader import http_origin, libc
+from sllmdask.loader.access import Access
 from sllmdask.loader.buffers import BufferPool, address_of
 from sllmdask.loader.convert import convert
+from sllmdask.loader.fetch import Fetch
 from sllmdask.loader.format import read_index
+from sllmdask.loader.http_origin import HttpDirectory
+from sllmdask.loader.hub import HubModel
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.remote import Access, Fetch, HttpDirectory, HubModel, Limits, find_fetched, local_name, open_remote
+from sllmdask.loader.remote import find_fetched, local_name, open_remote
+from sllmdask.loader.sockets import Limits
 from sllmdask.loader.tiers import tensor_views
+from tests.loader.tensors import files_of
 
 CHUNK = 32 * 1024
 QUICK = Limits(connect_s=5, idle_s=5, attempts=4, backoff_s=0.001)
@@ -148,22 +154,6 @@ def serve(tmp_path):
 
 
 @pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    return {f"model.layers.{i}.weight": torch.randn(100 + 37 * i, 33, generator=generator) for i in range(20)}
-
-
-@pytest.fixture
-def checkpoint(tmp_path, write_sharded, tensors):
-    """Two shards of some 20 chunks, and small files."""
-    names = sorted(tensors)
-    directory = write_sharded(tmp_path / "origin", [{n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]}])
-    (directory / "tokenizer.json").write_text('{"a": 1}')
-    (directory / "README.md").write_text("not wanted")
-    return directory
-
-
-@pytest.fixture
 def site(serve, checkpoint):
     return serve(checkpoint)
 
@@ -189,10 +179,6 @@ def load(fetch, *, tee=True, cancel=None, finish=True):
 
 def opened(site, final, **options):
     return Fetch.open(HttpDirectory(site.url, limits=options.pop("limits", QUICK), **options), final)
-
-
-def files_of(directory):
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def partial_of(final):
@@ -502,7 +488,7 @@ def test_a_size_that_no_file_can_have_is_told(site, final):
 def test_a_header_longer_than_the_first_request_is_fetched_whole(serve, final, tmp_path, write_single, assert_equal):
     tensors = {f"a.rather.long.name.of.a.tensor.{i:05}": torch.full((2,), float(i)) for i in range(4000)}
     directory = write_single(tmp_path / "many", tensors)
-    assert int.from_bytes((directory / "model.safetensors").read_bytes()[:8], "little") > remote._FIRST_READ
+    assert int.from_bytes((directory / "model.safetensors").read_bytes()[:8], "little") > http_origin.FIRST_READ
     with opened(serve(directory), final) as fetch:
         assert_equal(load(fetch), tensors)
 
@@ -674,7 +660,8 @@ def test_a_journal_that_was_torn_or_made_up_is_used_as_far_as_it_is_sound(site, 
 CHILD = """
 import sys, threading
 from pathlib import Path
-from sllmdask.loader.remote import Fetch, HttpDirectory
+from sllmdask.loader.fetch import Fetch
+from sllmdask.loader.http_origin import HttpDirectory
 fetch = Fetch.open(HttpDirectory(sys.argv[1]), Path(sys.argv[2]))
 print("open", flush=True)
 print(fetch.pull(32 * 1024, n_threads=2, on_progress=lambda *p: print(*p, flush=True)) if fetch else None, flush=True)

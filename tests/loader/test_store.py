@@ -19,14 +19,14 @@ import torch
 
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import Cancelled, CheckpointCorrupt, CheckpointNotFound, InsufficientMemory, LoadFailed
-from sllmdask.loader import libc
-from sllmdask.loader import store as store_module
+from sllmdask.loader import libc, loads
 from sllmdask.loader.buffers import lease_nbytes
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.convert import convert
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool
 from sllmdask.loader.plan import plan_reads
-from sllmdask.loader.store import CheckpointStore, read_checkpoint
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.store import CheckpointStore
 from tests.loader.stores import CHUNK, N, entry, flights_ended, reached, state, until, used
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -385,13 +385,13 @@ async def test_the_read_stops_when_the_last_caller_has_left(new_store, models, s
 async def test_a_caller_that_leaves_as_its_lease_arrives_pins_nothing(new_store, models, size):
     store = await new_store(10 * size)
     load = asyncio.create_task(store.load("a", str(models["a"])))
-    land = store._land
+    land = store._loads._land
 
     def land_and_leave(*args):
         land(*args)
         load.cancel()
 
-    store._land = land_and_leave
+    store._loads._land = land_and_leave
     with pytest.raises(asyncio.CancelledError):
         await load
     await until(store, lambda: (state(store, "a"), entry(store, "a")["leases"]) == ("host", 0))
@@ -560,7 +560,7 @@ async def test_an_unforeseen_failure_reaches_the_caller_and_leaves_nothing_behin
 
     store = await new_store(size)
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "read_chunks", stumble)
+        patched.setattr(loads, "read_chunks", stumble)
         with pytest.raises(LoadFailed, match="ZeroDivisionError: unforeseen"):
             await store.load("a", str(models["a"]))
     await until(store, lambda: used(store) == 0)
@@ -699,7 +699,7 @@ def test_a_loop_that_ends_during_a_read_leaves_no_memory_behind_and_takes_none_f
     gc.collect()
     assert store._pool.used == size, "threads write to it"
     gate.open()
-    store._threads.shutdown()
+    store._background._threads.shutdown()
     gc.collect()
     assert store._pool.used == 0
 

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +17,15 @@ import torch
 
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import CheckpointCorrupt, CheckpointNotFound, DiskFull, LoadFailed, SourceUnreachable
-from sllmdask.loader import libc, remote
+from sllmdask.loader import libc
 from sllmdask.loader.convert import convert
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import PrivatePool
-from sllmdask.loader.remote import Limits
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.sockets import Limits
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.serving import Gate as Held
 from tests.loader.serving import Site, gone_offline
-from tests.loader.stores import CHUNK, N, entry, reached, state, until, used
+from tests.loader.stores import CHUNK, N, entry, eventually, reached, state, until, used
 
 TOKEN = "a token that nobody guesses"
 #: Bytes: memory for any test.
@@ -36,7 +35,8 @@ ROOM = 256 * 1024**2
 @pytest.fixture
 def site(tmp_path, models, monkeypatch):
     """An HTTP server of the three models, ``site.url + "/a"`` and so on; who asks in vain asks again at once."""
-    monkeypatch.setattr(remote, "Limits", partial(Limits, backoff_s=0.001))
+    for module in ("http_origin", "hub"):
+        monkeypatch.setattr(f"sllmdask.loader.{module}.Limits", partial(Limits, backoff_s=0.001))
     with Site(tmp_path) as site:
         yield site
 
@@ -68,17 +68,22 @@ def open_files():
     return found
 
 
-def eventually(condition):
-    """Of what tells nobody when it changes."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def dies_after(served, n):
+    """`served` gives away n pieces from memory, and from then on nobody anything."""
+    send_memory, n_sent = served._send_memory, []
+
+    def send(*args):
+        n_sent.append(args)
+        if len(n_sent) > n:
+            raise ConnectionResetError("it died")
+        send_memory(*args)
+
+    served._send_memory = send
 
 
 async def complete(store, key):
     """Until the disk copy of `key` is complete."""
-    await until(store, lambda: store._records[key].path)
+    await until(store, lambda: store._loads.records[key].path)
 
 
 # --- from HTTP and from the hub --------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ async def test_an_interrupted_fetch_is_never_taken_for_a_checkpoint_and_goes_on_
     (name,) = downloads()
     assert name.endswith(".partial")
     assert not await store.on_disk(source)
-    assert store._lookup("m") is None, "what is not complete is not given away"
+    assert store._sharing.lookup("m") is None, "what is not complete is not given away"
     site.on_data = lambda *_: None
     before = site.n_data
     lease = await store.load("m", source)
@@ -203,7 +208,7 @@ async def test_a_fetch_that_nobody_waits_for_any_more_stops_and_promises_nothing
     with pytest.raises(asyncio.CancelledError):
         await load
     assert state(store, "m") == "absent"
-    assert store._lookup("m") is None
+    assert store._sharing.lookup("m") is None
     held.open()
     lease = await store.load("m", f"{site.url}/a")
     assert lease.tensors["w"].eq(0).all()
@@ -318,10 +323,10 @@ async def test_a_full_disk_ends_the_disk_copy_and_neither_the_load_nor_what_is_b
         patched.setattr(libc, "pwrite", failing)
         lease = await store.load("m", f"{site.url}/a")
         assert lease.tensors["w"].eq(0).all()
-        while store._tasks:
-            await asyncio.wait(store._tasks)
+        while store._background.tasks:
+            await asyncio.wait(store._background.tasks)
     assert (Path(lease.path) / "config.json").is_file(), "a model that is built now needs it"
-    assert store._lookup("other") is None
+    assert store._sharing.lookup("other") is None
     assert not await store.on_disk(f"{site.url}/a")
     lease.release()
     await store.evict("m")
@@ -516,7 +521,7 @@ async def test_receivers_at_once_form_a_chain_and_the_first_gives_its_bytes_once
     sent = dict.fromkeys((store.data_address for store in (giver, *takers)), 0)
     held = Held()
     for store in (giver, *takers):
-        plain = store._lookup
+        plain = store._sharing.lookup
 
         def counting(key, store=store, plain=plain):
             served = plain(key)
@@ -532,11 +537,11 @@ async def test_receivers_at_once_form_a_chain_and_the_first_gives_its_bytes_once
                 served._send_memory = send
             return served
 
-        store._server.lookup = counting
+        store._sharing._server.lookup = counting
     loads = []
     for number, taker in enumerate(takers, 1):
         loads.append(asyncio.create_task(taker.load("m", source, peers=[giver.data_address])))
-        await asyncio.to_thread(eventually, lambda number=number: len(giver._server.receivers("m")) == number)
+        await asyncio.to_thread(eventually, lambda number=number: len(giver._sharing._server.receivers("m")) == number)
     held.open()
     leases = await asyncio.gather(*loads)
     assert all(taken.tier_from == "peer" and taken.tensors["w"].eq(1).all() for taken in leases)
@@ -555,7 +560,7 @@ async def test_where_the_worker_dies_in_the_middle_the_source_itself_goes_on(new
     await giver.load("m", source)
     await complete(giver, "m")
     die = asyncio.Event()
-    loop, served = asyncio.get_running_loop(), giver._lookup("m")
+    loop, served = asyncio.get_running_loop(), giver._sharing.lookup("m")
     send_memory, held, n_sent = served._send_memory, Held(), []
 
     def send(*args):
@@ -569,7 +574,7 @@ async def test_where_the_worker_dies_in_the_middle_the_source_itself_goes_on(new
     before = site.n_data
     loading = asyncio.create_task(taker.load("m", source, whole=whole, peers=[giver.data_address]))
     await die.wait()
-    closing = asyncio.create_task(asyncio.to_thread(giver._server.close))
+    closing = asyncio.create_task(asyncio.to_thread(giver._sharing._server.close))
     held.open()
     lease = await loading
     await lease.complete()
@@ -588,16 +593,8 @@ async def test_bytes_of_two_versions_are_never_mixed(new_node, site, write_singl
     await complete(giver, "m")
     write_single(site.root / "b", {"w": torch.full((N,), 9.0)})
     os.utime(site.root / "b" / "model.safetensors", (1, 1))
-    served = giver._lookup("m")
-    send_memory, n_sent = served._send_memory, []
-
-    def send(*args):
-        n_sent.append(args)
-        if len(n_sent) > 10:
-            raise ConnectionResetError("it died")
-        send_memory(*args)
-
-    served._send_memory = send
+    served = giver._sharing.lookup("m")
+    dies_after(served, 10)
     with pytest.raises(SourceUnreachable, match="another version"):
         await taker.load("m", source, peers=[giver.data_address])
     # Without the worker the new one is loaded, all of it.
@@ -608,17 +605,8 @@ async def test_bytes_of_two_versions_are_never_mixed(new_node, site, write_singl
 async def test_where_there_is_no_source_the_death_of_the_only_worker_is_named(new_node, models):
     giver, taker = await new_node(), await new_node()
     await giver.load("m", str(models["b"]))
-    served = giver._lookup("m")
-    n_sent = []
-    send_memory = served._send_memory
-
-    def send(*args):
-        n_sent.append(args)
-        if len(n_sent) > 10:
-            raise ConnectionResetError("it died")
-        send_memory(*args)
-
-    served._send_memory = send
+    served = giver._sharing.lookup("m")
+    dies_after(served, 10)
     address = giver.data_address
     with pytest.raises(SourceUnreachable) as caught:
         await taker.load("m", "/elsewhere/b", peers=[address])
@@ -664,11 +652,11 @@ async def test_a_copy_that_left_the_disk_is_not_given_away_and_its_files_are_not
     giver, taker = await new_node(disk_quota=int(1.5 * nbytes)), await new_node()
     await giver.pull("a", f"{site.url}/a")
     await taker.inspect("a", f"{site.url}/a", peers=[giver.data_address])
-    served = giver._lookup("a")
+    served = giver._sharing.lookup("a")
     assert len(served._fds) > 1
     assert [path for path in open_files() if str(giver._disk.final(f"{site.url}/a")) in path]
     await giver.pull("b", f"{site.url}/b")
-    assert giver._lookup("a") is None
+    assert giver._sharing.lookup("a") is None
     assert not [path for path in open_files() if str(giver._disk.root) in path and "deleted" in path]
 
 

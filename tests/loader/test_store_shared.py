@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +14,14 @@ import pytest
 
 from sllmdask.config import WorkerSettings
 from sllmdask.loader.format import read_index
-from sllmdask.loader.hostpool import SharedPool
 from sllmdask.loader.plan import plan_reads
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.store_process import StoreProcess
-from tests.loader.stores import CHUNK, N, state, until
+from tests.loader.stores import CHUNK, N, eventually, state, until
 
 #: Seconds that a read takes longer where somebody shall be met in the middle of it: 37 chunks, two at a time.
 SLOW_S = 0.02
-
-
-@pytest.fixture
-def name():
-    return f"test-{uuid.uuid4()}"
 
 
 @pytest.fixture
@@ -62,6 +56,7 @@ def test_what_one_process_has_read_another_one_has_without_reading_and_without_m
     first, second = start(), start()
     assert load(first, models, "b")["tier"] == "disk"
     assert first.do("reads")["n"] == n_chunks(models["b"])
+    eventually(lambda: "b" in second.do("snapshot")["keys"])
     assert held_by(second.do("snapshot")["keys"], "b") == ("host", 0)
     assert load(second, models, "b")["tier"] == "host"
     assert second.do("reads")["n"] == 0

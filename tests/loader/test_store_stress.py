@@ -16,7 +16,8 @@ import torch
 
 from sllmdask.config import WorkerSettings
 from sllmdask.errors import InsufficientMemory, LoadFailed
-from sllmdask.loader.hostpool import PrivatePool, SharedPool
+from sllmdask.loader.private_pool import PrivatePool
+from sllmdask.loader.shared_pool import SharedPool
 from sllmdask.loader.store import CheckpointStore
 from tests.loader.memfd import holders
 from tests.loader.store_process import StoreProcess, n_mappings

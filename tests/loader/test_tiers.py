@@ -9,22 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllmdask.loader.buffers import BufferPool, address_of
+from sllmdask.loader.checkpoint import read_checkpoint
 from sllmdask.loader.format import BITS, read_index
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.reader import read_chunks
-from sllmdask.loader.store import read_checkpoint
 from sllmdask.loader.tiers import _DTYPES, tensor_views
+from tests.loader.tensors import bits
 
 #: safetensors has all but these two.
 ALL_DTYPES = sorted(set(_DTYPES.values()) - {torch.complex32, torch.complex128}, key=str)
-
-
-def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Random bytes as a tensor of `dtype`: NaN, denormals and all. Booleans are 0 and 1."""
-    generator = torch.Generator().manual_seed(seed)
-    high = 2 if dtype is torch.bool else 256
-    n = torch.Size(shape).numel() * dtype.itemsize
-    return torch.randint(0, high, (n,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
 
 
 def test_every_dtype_of_the_format_has_a_torch_type_of_its_size():

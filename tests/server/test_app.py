@@ -138,6 +138,14 @@ async def test_one_failing_prompt_closes_the_others(open_door: OpenDoor):
     assert door.gateway.n_running == 0
 
 
+async def test_a_request_is_drawn_as_the_model_says_where_it_says_nothing_itself(open_door: OpenDoor):
+    door = await open_door(m=FakeModel(sampling_defaults={"temperature": 0.6, "top_k": 20}))
+    async with door.http.post("/v1/completions", json={"model": "m", "prompt": "x", "top_k": 5}) as response:
+        assert response.status == 200
+    params = door.gateway.asked[0].params
+    assert (params.temperature, params.top_k) == (0.6, 5)
+
+
 async def test_token_ids_are_a_prompt_and_ids_of_another_tokenizer_are_not(open_door: OpenDoor):
     door = await open_door(m=FakeModel())
     async with door.http.post("/v1/completions", json={"model": "m", "prompt": [1, 2, 3]}) as response:

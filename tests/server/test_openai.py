@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllmdask.batching.params import Grammar
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.errors import Cancelled, ContextTooLong, EngineError, InvalidRequest, ModelNotFound, SllmError
 from sllmdask.server import openai
@@ -32,6 +34,18 @@ def test_a_bare_chat_gets_openais_defaults_and_the_whole_window():
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert params.max_tokens == 90
     assert not ask.stream and ask.is_chat
+
+
+def test_what_the_body_does_not_say_is_as_the_model_has_it():
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+
+    def chosen(**body: Any) -> tuple[float, float, int, float]:
+        params = chat(**body).with_defaults(defaults).params(1, 100)
+        return params.temperature, params.top_p, params.top_k, params.min_p
+
+    assert chosen() == chosen(temperature=None) == (0.6, 0.9, 20, 0.0)
+    assert chosen(top_p=0.5, min_p=0.1) == (0.6, 0.5, 20, 0.1)
+    assert chosen(temperature=1, top_p=1, top_k=-1) == (1.0, 1.0, 0, 0.0)
 
 
 def test_an_unseeded_request_draws_its_seed_once_per_prompt():
@@ -71,6 +85,105 @@ def test_sampling_fields_are_read(fields: dict[str, Any], field: str, expected: 
 
 
 @pytest.mark.parametrize(
+    ("fields", "field", "expected"),
+    [
+        ({"repetition_penalty": 1.1}, "repetition_penalty", 1.1),
+        ({"presence_penalty": -2}, "presence_penalty", -2.0),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", 0.5),
+        ({"logit_bias": {"3": -100, "17": 2.5}}, "logit_bias", ((3, -100.0), (17, 2.5))),
+        ({"logit_bias": {}}, "logit_bias", ()),
+        ({"response_format": {"type": "text"}}, "grammar", None),
+        ({"response_format": {"type": "json_object"}}, "grammar", Grammar("json_schema", '{"type": "object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"a": 1}}}},
+            "grammar",
+            Grammar("json_schema", '{"a": 1}'),
+        ),
+        ({"structured_outputs": {"json": {"a": 1}}}, "grammar", Grammar("json_schema", '{"a": 1}')),
+        ({"structured_outputs": {"json": '{"a":1}', "regex": None}}, "grammar", Grammar("json_schema", '{"a": 1}')),
+        ({"structured_outputs": {"json_object": True}}, "grammar", Grammar("json_schema", '{"type": "object"}')),
+        ({"structured_outputs": {"regex": "a+"}}, "grammar", Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a.b", "c"]}}, "grammar", Grammar("regex", r"a\.b|c")),
+        ({"structured_outputs": {"grammar": "start: A"}}, "grammar", Grammar("lark", "start: A")),
+        ({"guided_json": {"a": 1}}, "grammar", Grammar("json_schema", '{"a": 1}')),
+        ({"guided_regex": "a+"}, "grammar", Grammar("regex", "a+")),
+        ({"guided_choice": ["yes", "no"]}, "grammar", Grammar("regex", "yes|no")),
+        ({"guided_grammar": "start: A"}, "grammar", Grammar("lark", "start: A")),
+        ({"guided_regex": "a", "response_format": {"type": "text"}}, "grammar", Grammar("regex", "a")),
+    ],
+)
+def test_what_bends_the_choice_of_tokens_is_read(fields: dict[str, Any], field: str, expected: Any):
+    for read in (chat, completion):
+        assert getattr(read(**fields).params(10, 100), field) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a.b", "x|y", "(1+1)*[2]{3}^$\\", "a b-c\n#&~"])
+def test_a_choice_is_taken_literally(text: str):
+    read = completion(guided_choice=[text or "x", "other"]).sampling.grammar
+    assert read is not None
+    assert re.fullmatch(read.text, text or "x") and re.fullmatch(read.text, "other")
+    assert not re.fullmatch(read.text, "anything")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_a_chat_asks_for_log_probabilities_by_a_flag_and_a_number(fields: dict[str, Any], expected: int | None):
+    assert chat(**fields).sampling.logprobs == expected
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({}, None), ({"logprobs": 0}, 0), ({"logprobs": 20}, 20)])
+def test_a_completion_asks_for_log_probabilities_by_a_number(fields: dict[str, Any], expected: int | None):
+    assert completion(**fields).sampling.logprobs == expected
+    assert completion(**fields).sampling.prompt_logprobs is None
+    assert completion(echo=True, **fields).sampling.prompt_logprobs == expected
+
+
+@pytest.mark.parametrize(
+    ("read", "fields", "param"),
+    [
+        (chat, {"logprobs": 3}, "logprobs"),
+        (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (chat, {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        (chat, {"echo": True}, "echo"),
+        (completion, {"logprobs": True}, "logprobs"),
+        (completion, {"logprobs": 21}, "logprobs"),
+        (completion, {"logprobs": -1}, "logprobs"),
+        (completion, {"best_of": 3, "n": 2}, "best_of"),
+        (completion, {"echo": "yes"}, "echo"),
+        (completion, {"max_tokens": 0}, "max_tokens"),
+        (chat, {"max_tokens": 0, "echo": True}, "echo"),
+        (completion, {"prompt": ["a"] * 65, "n": 2}, "n"),
+    ],
+)
+def test_what_only_one_of_the_routes_takes_is_refused_by_the_other(read: Any, fields: dict[str, Any], param: str):
+    with pytest.raises(InvalidRequest) as caught:
+        read(**fields)
+    assert caught.value.param == param
+
+
+def test_each_of_n_answers_has_its_own_seed_and_the_first_has_that_of_the_body():
+    ask = completion(n=4, best_of=4, seed=9)
+    seeds = [params.seed for params in ask.choices(3, 100)]
+    assert seeds[0] == 9 and len(set(seeds)) == 4
+    assert seeds == [params.seed for params in ask.choices(3, 100)]
+    assert len({params.seed for params in completion(n=4).choices(3, 100)}) == 4
+
+
+def test_a_bias_for_an_id_that_the_tokenizer_does_not_know_is_refused():
+    with pytest.raises(InvalidRequest, match="257") as caught:
+        completion(logit_bias={"257": 1}).tokenise(byte_tokenizer())
+    assert caught.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"model": None}, "model"),
@@ -101,22 +214,48 @@ def test_sampling_fields_are_read(fields: dict[str, Any], field: str, expected: 
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": [1]}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
-        ({"n": 2}, "n"),
         ({"n": True}, "n"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": "2"}, "n"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"presence_penalty": 0.1}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"logprobs": "yes"}, "logprobs"),
+        ({"logit_bias": []}, "logit_bias"),
+        ({"logit_bias": {"a": 2}}, "logit_bias"),
+        ({"logit_bias": {"-1": 2}}, "logit_bias"),
+        ({"logit_bias": {"1": "2"}}, "logit_bias"),
+        ({"logit_bias": {"1": 100.5}}, "logit_bias"),
+        ({"logit_bias": {"1": 10**400}}, "logit_bias"),
+        ({"logit_bias": {"1": 2, "01": 3}}, "logit_bias"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}], "function_call": "auto"}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": ["text"]}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"guided_json": "not json"}, "guided_json"),
+        ({"guided_json": [1]}, "guided_json"),
+        ({"guided_regex": 3}, "guided_regex"),
+        ({"guided_choice": ["a", ""]}, "guided_choice"),
+        ({"guided_grammar": ""}, "guided_grammar"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"chat_template": "{{ x }}"}, "chat_template"),

@@ -97,7 +97,7 @@ async def test_its_errors_are_typed(open_door: OpenDoor):
             await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 60}], stream=True)
         assert long.value.code == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError) as format_:
-            await client.chat.completions.create(model="m", messages=HI, response_format={"type": "json_object"})
+            await client.chat.completions.create(model="m", messages=HI, response_format={"type": "grammar"})
         assert format_.value.param == "response_format"
         with pytest.raises(openai.RateLimitError) as full:
             await client.chat.completions.create(model="full", messages=HI)

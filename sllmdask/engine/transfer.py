@@ -1,0 +1,334 @@
+"""Both halves of moving a request: the engine that it leaves reads its KV while it runs on, the one that it enters writes it.
+
+The sender: ``export_open``, ``export_read`` as often as there is something new, ``export_freeze`` for the rest, then
+``export_commit`` or ``export_abort``. The receiver: ``import_open``, ``import_write`` for each piece, then ``import_commit`` or
+``import_abort``. Every call is made between two steps, in the engine's thread. It may be repeated: moves are told apart by
+(request id, epoch), the same call again has the same result, and one of an epoch that is over is refused. Up to
+``export_freeze`` the sender answers on, and after ``export_abort`` again. From ``import_commit`` on the receiver does. Nobody
+here has a clock: who began a move ends it, one way or the other.
+
+Source: live migration of requests, Llumnix (OSDI '24); pre-copy of virtual machines, Clark et al., NSDI '05.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sllmdask.batching.blocks import BlockPool, blocks_for
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.scheduler import BatchScheduler, Incoming
+from sllmdask.batching.sequence import FinishReason, Sequence
+from sllmdask.engine.runner import ModelRunner
+from sllmdask.engine.state import KVChunk, KVLayout, Manifest, RequestState
+from sllmdask.errors import StateRefused
+
+#: Moves that are over, and still known, of each kind: a repeated call comes soon or never.
+_N_REMEMBERED = 4096
+
+
+@dataclass(eq=False)
+class _Export:
+    epoch: int
+    sequence: Sequence
+    #: Blocks of its first tokens that were sent, held so that they can be sent again, whatever becomes of the sequence.
+    pinned: list[int] = field(default_factory=list)
+    frozen: bool = False
+    #: Whether somebody held it before us, who will let it go.
+    was_held: bool = False
+
+
+@dataclass(eq=False)
+class _Import:
+    manifest: Manifest
+    incoming: Incoming
+    #: Tokens from the first one on whose KV is here.
+    n_tokens: int
+
+
+class Transfer:
+    """The moves of one engine that are under way. `parked` is the KV of parked sequences (n_blocks, bytes of a block)."""
+
+    def __init__(
+        self,
+        scheduler: BatchScheduler,
+        runner: ModelRunner,
+        parked: Mapping[str, Tensor],
+        check: Callable[[Sequence], None],
+    ) -> None:
+        """`check` raises what is wrong with a sequence that comes from elsewhere."""
+        self.model_id = ""
+        self.numerics_id = runner.numerics_id
+        self._scheduler = scheduler
+        self._pool: BlockPool = scheduler.pool
+        self._runner = runner
+        self._parked = parked
+        self._check = check
+        self._layout = KVLayout(str(runner.dtype).removeprefix("torch."), runner.block_size, tuple(runner.layers))
+        self._exports: dict[str, _Export] = {}
+        self._imports: dict[str, _Import] = {}
+        #: (kind, request id) -> epoch, and whether it was committed.
+        self._over: OrderedDict[tuple[str, str], tuple[int, bool]] = OrderedDict()
+
+    @property
+    def under_way(self) -> tuple[str, ...]:
+        """The requests that leave or enter."""
+        return (*self._exports, *self._imports)
+
+    def frozen(self, request_id: str) -> bool:
+        export = self._exports.get(request_id)
+        return export is not None and export.frozen
+
+    def close(self) -> None:
+        for request_id, export in list(self._exports.items()):
+            self.export_abort(request_id, export.epoch)
+        for request_id, entry in list(self._imports.items()):
+            self.import_abort(request_id, entry.manifest.epoch)
+
+    def relieve(self) -> bool:
+        """Let go of the blocks that are only kept to be sent again; whether there were any."""
+        pinned = [export for export in self._exports.values() if export.pinned and not export.frozen]
+        for export in pinned:
+            self._unpin(export)
+        return bool(pinned)
+
+    # --- the engine that it leaves -------------------------------------------------------------------------------------
+
+    def export_open(self, request_id: str, epoch: int) -> dict[str, Any]:
+        """A :class:`Manifest`, as of now. An export of the same request with a lower epoch is aborted."""
+        self._check_epoch("export", request_id, epoch)
+        export = self._exports.get(request_id)
+        if export is not None and epoch < export.epoch:
+            raise StateRefused(request_id, f"move {epoch} was followed by move {export.epoch}")
+        if export is not None and epoch > export.epoch:
+            self.export_abort(request_id, export.epoch)
+            export = None
+        sequence = self._scheduler.find(request_id)
+        if sequence is None:
+            raise StateRefused(request_id, "it is not here, or has ended")
+        if export is None:
+            self._exports[request_id] = _Export(epoch, sequence)
+        tokens = sequence.token_ids(0, sequence.n_tokens)
+        return Manifest(
+            request_id, epoch, self.model_id, self.numerics_id, self._layout, sequence.salt, sequence.from_scratch, tokens
+        ).as_wire()
+
+    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
+        """A :class:`KVChunk` of the full blocks from `since_block` on, at most `max_blocks`; of no tokens if there is none yet.
+
+        They are kept until the end of the move, so that they can be read again.
+        """
+        export = self._export(request_id, epoch)
+        sequence, block_size = export.sequence, self._layout.block_size
+        n_full = max(len(export.pinned), sequence.n_computed // block_size, sequence.n_parked // block_size)
+        stop = n_full if max_blocks is None else min(n_full, since_block + max_blocks)
+        fresh = sequence.block_table[len(export.pinned) : min(stop, sequence.n_computed // block_size)]
+        self._pool.share(fresh)
+        export.pinned += fresh
+        return self._chunk(export, since_block, max(since_block, stop) * block_size).as_wire()
+
+    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
+        """Stop the request. ``{"state", "kv"}``: its :class:`RequestState`, and a :class:`KVChunk` of what is not sent yet.
+
+        Its blocks stay as they are until :meth:`export_commit` or :meth:`export_abort`.
+        """
+        export = self._export(request_id, epoch)
+        sequence, block_size = export.sequence, self._layout.block_size
+        if sequence.finish_reason is not None:
+            raise StateRefused(request_id, "it has ended meanwhile")
+        if since_block * block_size > sequence.n_tokens - 1:
+            raise StateRefused(request_id, f"block {since_block} is beyond its {sequence.n_tokens} tokens")
+        if not export.frozen:
+            export.was_held = sequence in self._scheduler.held
+            self._scheduler.hold(request_id)
+            export.frozen = True
+        n_tokens = max(sequence.n_computed, sequence.n_parked, len(export.pinned) * block_size, since_block * block_size)
+        kv = self._chunk(export, since_block, n_tokens)
+        return {"state": RequestState.of(sequence, n_tokens).as_wire(), "kv": kv.as_wire()}
+
+    def export_commit(self, request_id: str, epoch: int) -> bool:
+        """The request is elsewhere now: nothing of it stays. ``False`` if that was so already."""
+        if self._ended("export", request_id, epoch, committed=True):
+            return False
+        export = self._export(request_id, epoch)
+        if not export.frozen:
+            raise StateRefused(request_id, "it still runs here, and its last tokens were not given away")
+        self._end_export(request_id, export, committed=True)
+        if self._scheduler.find(request_id) is export.sequence:
+            self._scheduler.finish(request_id, FinishReason.ABORT)
+        return True
+
+    def export_abort(self, request_id: str, epoch: int) -> bool:
+        """The request stays, and goes on if it was stopped. ``False`` if nothing was under way."""
+        if self._ended("export", request_id, epoch, committed=False):
+            return False
+        export = self._exports.get(request_id)
+        if export is None or export.epoch != epoch:
+            return False
+        self._end_export(request_id, export, committed=False)
+        if export.frozen and not export.was_held and self._scheduler.find(request_id) is export.sequence:
+            self._scheduler.resume(request_id)
+        return True
+
+    def _export(self, request_id: str, epoch: int) -> _Export:
+        export = self._exports.get(request_id)
+        if export is None or export.epoch != epoch:
+            raise StateRefused(request_id, f"move {epoch} is not under way here")
+        return export
+
+    def _end_export(self, request_id: str, export: _Export, *, committed: bool) -> None:
+        del self._exports[request_id]
+        self._unpin(export)
+        self._remember("export", request_id, export.epoch, committed)
+
+    def _unpin(self, export: _Export) -> None:
+        self._pool.release(export.pinned)
+        export.pinned = []
+
+    def _chunk(self, export: _Export, since_block: int, stop_token: int) -> KVChunk:
+        """KV of the tokens from block `since_block` on, up to `stop_token`."""
+        first_token = since_block * self._layout.block_size
+        stop = blocks_for(stop_token, self._layout.block_size)
+        if stop <= since_block:
+            return KVChunk.of(since_block, 0, b"")
+        sequence = export.sequence
+        blocks = [*export.pinned, *sequence.block_table[len(export.pinned) :]][since_block:stop]
+        if len(blocks) == stop - since_block:
+            data = self._runner.read_blocks(blocks, stop_token - first_token)
+        else:
+            # What is not in blocks is parked. In its last block, more than the sequence's tokens may have been parked.
+            rows = self._parked[sequence.request_id][since_block:stop]
+            data = self._runner.blank(rows, stop_token - first_token)
+        return KVChunk.of(since_block, stop_token - first_token, data.numpy().tobytes())
+
+    # --- the engine that it enters -------------------------------------------------------------------------------------
+
+    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
+        """Reserve a place, and blocks for `n_tokens` tokens: by default, those of the manifest and some more.
+
+        Returns ``{"request_id", "epoch", "since_block", "same_numerics"}``: KV is needed from the sender's block `since_block`
+        on, since the KV of the tokens before is here. Raises :class:`StateRefused` if the state is of another model or layout, or
+        if there is no room, and what ``add`` raises.
+        """
+        offered = Manifest.from_wire(manifest)
+        request_id, epoch = offered.request_id, offered.epoch
+        self._check_epoch("import", request_id, epoch)
+        entry = self._imports.get(request_id)
+        if entry is not None and epoch < entry.manifest.epoch:
+            raise StateRefused(request_id, f"move {epoch} was followed by move {entry.manifest.epoch}")
+        if entry is not None and epoch > entry.manifest.epoch:
+            self.import_abort(request_id, entry.manifest.epoch)
+            entry = None
+        if entry is None:
+            if offered.model_id != self.model_id:
+                raise StateRefused(request_id, f"it is of model {offered.model_id!r}, and here is {self.model_id!r}")
+            reason = self._layout.differs(offered.layout)
+            if reason:
+                raise StateRefused(request_id, reason)
+            known = Sequence(
+                request_id, offered.token_ids, SamplingParams(), salt=offered.salt, from_scratch=offered.from_scratch
+            )
+            incoming = self._scheduler.expect(known, n_tokens or known.n_tokens + self._layout.block_size)
+            if incoming is None:
+                n_free = self._pool.n_free
+                reason = f"there is no room for {known.n_tokens} tokens: {n_free} blocks of {self._layout.block_size} are free"
+                raise StateRefused(request_id, reason)
+            entry = _Import(offered, incoming, incoming.n_shared * self._layout.block_size)
+            self._imports[request_id] = entry
+        return {
+            "request_id": request_id,
+            "epoch": epoch,
+            "since_block": entry.n_tokens // entry.manifest.layout.block_size,
+            "same_numerics": offered.numerics_id == self.numerics_id,
+        }
+
+    def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
+        """Take a :class:`KVChunk`. Returns ``{"n_tokens", "since_block"}``: how far the KV is here, and where to go on.
+
+        Raises :class:`StateRefused` if it is damaged, if something before it is missing, or if there is no room.
+        """
+        entry = self._import(request_id, epoch)
+        source = entry.manifest.layout
+        piece = KVChunk.from_wire(chunk, request_id, source)
+        first = piece.since_block * source.block_size
+        stop = first + piece.n_tokens
+        if first > entry.n_tokens:
+            raise StateRefused(request_id, f"the KV of tokens {entry.n_tokens} to {first} is missing")
+        if not self._scheduler.extend(entry.incoming, stop):
+            raise StateRefused(request_id, f"there is no room for the KV of {stop} tokens")
+        # Blocks that are shared are never written.
+        start = max(first, entry.incoming.n_shared * self._layout.block_size)
+        if start < stop:
+            blocks, block_size = entry.incoming.blocks, self._layout.block_size
+            slots = [blocks[token // block_size] * block_size + token % block_size for token in range(start, stop)]
+            rows = torch.frombuffer(bytearray(piece.data), dtype=torch.uint8).view(-1, source.block_nbytes)
+            self._runner.write_tokens(slots, rows, source.block_size, start - first)
+        entry.n_tokens = max(entry.n_tokens, stop)
+        return {"n_tokens": entry.n_tokens, "since_block": entry.n_tokens // source.block_size}
+
+    def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
+        """The request is ours from now on, and runs in the next step; `kv` is a last chunk. ``False`` if that was so already.
+
+        Tokens whose KV did not come are computed here. Raises :class:`StateRefused` if the state is not that of the manifest, or
+        if there is no room for its tokens, and what ``add`` raises; the move is still under way then.
+        """
+        if self._ended("import", request_id, epoch, committed=True):
+            return False
+        entry = self._import(request_id, epoch)
+        arrived = RequestState.from_wire(state)
+        sequence = arrived.sequence()
+        known = entry.manifest.token_ids
+        same = arrived.request_id == request_id and arrived.salt == entry.manifest.salt
+        if not same or sequence.token_ids(0, len(known)) != known:
+            raise StateRefused(request_id, "its tokens are not those that were told before")
+        self._check(sequence)
+        if kv is not None:
+            self.import_write(request_id, epoch, kv)
+        if not self._scheduler.accept(entry.incoming, sequence, min(entry.n_tokens, sequence.n_tokens - 1)):
+            raise StateRefused(request_id, f"there is no room for its {sequence.n_tokens} tokens")
+        del self._imports[request_id]
+        self._remember("import", request_id, epoch, committed=True)
+        return True
+
+    def import_abort(self, request_id: str, epoch: int) -> bool:
+        """The request does not come. ``False`` if nothing was under way."""
+        if self._ended("import", request_id, epoch, committed=False):
+            return False
+        entry = self._imports.get(request_id)
+        if entry is None or entry.manifest.epoch != epoch:
+            return False
+        del self._imports[request_id]
+        self._scheduler.refuse(entry.incoming)
+        self._remember("import", request_id, epoch, committed=False)
+        return True
+
+    def _import(self, request_id: str, epoch: int) -> _Import:
+        entry = self._imports.get(request_id)
+        if entry is None or entry.manifest.epoch != epoch:
+            raise StateRefused(request_id, f"move {epoch} is not under way here")
+        return entry
+
+    # --- moves that are over -------------------------------------------------------------------------------------------
+
+    def _check_epoch(self, kind: str, request_id: str, epoch: int) -> None:
+        over, _ = self._over.get((kind, request_id), (-1, False))
+        if epoch <= over:
+            raise StateRefused(request_id, f"move {epoch} is over")
+
+    def _ended(self, kind: str, request_id: str, epoch: int, *, committed: bool) -> bool:
+        """Whether the move has ended in that way; :class:`StateRefused` if it has ended in the other one."""
+        over, how = self._over.get((kind, request_id), (-1, False))
+        if epoch == over and how != committed:
+            raise StateRefused(request_id, f"move {epoch} was {'committed' if how else 'aborted'} already")
+        return epoch == over
+
+    def _remember(self, kind: str, request_id: str, epoch: int, committed: bool) -> None:
+        self._over[kind, request_id] = (epoch, committed)
+        self._over.move_to_end((kind, request_id))
+        if len(self._over) > 2 * _N_REMEMBERED:
+            self._over.popitem(last=False)
