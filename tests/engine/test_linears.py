@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from sllmdask.engine import linears
 from sllmdask.engine.engine import LLMEngine, build_engine
 from sllmdask.engine.linears import LinearPacker, PackedLinear, Packing, can_pack, matrices_outside, packable
 from sllmdask.errors import DeterminismUnavailable
@@ -19,6 +20,12 @@ from tests.engine.models import CONFIGS, TinyModel, drain, make_engine, make_mod
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def layers_of_any_size_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the models here are small."""
+    monkeypatch.setattr(linears, "LEAST_NUMEL", {torch.float32: 0, torch.bfloat16: 0})
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +206,15 @@ def until_packed(engine: LLMEngine) -> None:
         if packer_of(engine).ended:
             return
     raise AssertionError("it takes too long")
+
+
+def test_layers_that_are_too_small_to_gain_stay_plain_in_a_hot_model(llama: TinyModel, monkeypatch: pytest.MonkeyPatch):
+    engine = make_engine(llama, pack_after=0)
+    numels = sorted(layer.weight.numel() for layer in packable(engine._runner.model))  # type: ignore[union-attr, operator, misc]
+    monkeypatch.setattr(linears, "LEAST_NUMEL", {torch.float32: numels[-1]})
+    until_packed(engine)
+    assert 0 < packer_of(engine).n_packed == numels.count(numels[-1]) < len(numels)
+    engine.close()
 
 
 def test_a_model_is_packed_when_it_is_hot_and_its_lent_weights_are_left_alone(llama: TinyModel):
