@@ -593,7 +593,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         reply = await self._ask(worker.address, "sllm_preload", FETCH_S, source=source, peers=peers)
         if "error" in reply:
             raise from_wire(reply)
-        cold_start = "hit" if tier_from is Tier.HOST else reply.get("loaded_from") or str(tier_from)
+        loaded_from = reply.get("loaded_from") or str(tier_from)
+        # The worker knows sooner than we that it was there.
+        cold_start = "hit" if Tier.HOST in (tier_from, loaded_from) else loaded_from
         return {"state": "host", "node": worker.name, "cold_start": cold_start, "seconds": time.monotonic() - began_at}
 
     @answer
