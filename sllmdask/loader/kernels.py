@@ -1,74 +1,22 @@
 """The loops over bytes: checksum, change of dtype, and the codec of :mod:`sllmdask.loader.codec`. Compiled, without the GIL.
 
-Each kernel has one signature. It is compiled on first use, or by :func:`warm_up`, and kept on disk, in ``NUMBA_CACHE_DIR`` or
-where numba keeps such files; where none of these can be written, every process compiles for itself. Memory is given by
-address, as ``ctypes`` calls take it: the caller keeps it alive, and vouches for `nbytes` of it.
+Each kernel has one signature. It is compiled on first use, or by :func:`warm_up`, and kept on disk
+(:mod:`sllmdask.compiling`). Memory is given by address, as ``ctypes`` calls take it: the caller keeps it alive, and vouches
+for `nbytes` of it.
 
 All kernels live in this one file, because a change to a file invalidates only what was compiled from that file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import pickle
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import carray, njit, types
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.cgutils import ir, raw_memcpy
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
-_log = logging.getLogger(__name__)
-
-# --- compiling, and keeping what was compiled ------------------------------------------------------------------------
-
-
-class _Files(CompileResultCacheImpl):
-    def get_filename_base(self, fullname: str, abiflags: str) -> str:
-        # numba writes the index before the code that it names. With one name for every version, a process that starts, or
-        # a disk that fills up, in between would run the code of another version.
-        source, machine = Path(__file__).read_bytes(), repr(cpu_target.target_context.codegen().magic_tuple())
-        return f"{super().get_filename_base(fullname, abiflags)}-{hashlib.sha256(source + machine.encode()).hexdigest()[:16]}"
-
-
-class _Cache(FunctionCache):
-    """numba's cache on disk, for which a full disk or a file that was cut short is no reason to fail."""
-
-    _impl_class = _Files
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except OSError as error:
-            _log.debug("%r is compiled anew: %s", self, error)
-        except (EOFError, pickle.UnpicklingError) as error:
-            _log.debug("%r is compiled anew: its file is damaged (%s)", self, error)
-            with suppress(OSError):
-                self.flush()
-        return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            super().save_overload(sig, data)
-        except OSError as error:
-            _log.debug("%r is not kept: %s", self, error)
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """`function`, to be compiled by numba, to run without the GIL, and to be kept on disk where that is possible."""
-    compiled = njit(nogil=True)(function)
-    # RuntimeError: no directory can be written. OSError: the source cannot be read.
-    with suppress(RuntimeError, OSError):
-        compiled._cache = _Cache(function)
-    return compiled
-
+from sllmdask.compiling import instruction, kernel
 
 # numba takes uint64 and a Python number together for a float64, so numbers in kernels have a type.
 _0, _1, _2, _3, _4, _5, _6, _7, _8, _15, _16, _24, _32 = (np.uint64(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 24, 32))
@@ -87,60 +35,43 @@ def _machine() -> tuple[str, list[str]]:
     return name, [feature.removeprefix("+") for feature in features.split(",") if feature.startswith("+")]
 
 
-def _instruction(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A function of kernels, given by what makes LLVM's code for it: called with an LLVM builder and the arguments' values."""
-
-    def declare(generate: Callable[..., Any]) -> Any:
-        def lower(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return generate(builder, *arguments)
-
-        # numba asks for names of the arguments: they are those of `generate`.
-        @wraps(generate)
-        def definition(_context: Any, *_types: Any) -> Any:
-            return signature, lower
-
-        return intrinsic(definition)
-
-    return declare
-
-
-@_instruction(types.uint64(types.uint64))
+@instruction(types.uint64(types.uint64))
 def _load(builder: Any, address: Any) -> Any:
     """The eight bytes at `address`, aligned or not."""
     return builder.load(builder.inttoptr(address, _I64.as_pointer()), align=1)
 
 
-@_instruction(types.CPointer(types.uint8)(types.uint64))
+@instruction(types.CPointer(types.uint8)(types.uint64))
 def _u8(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I8.as_pointer())
 
 
-@_instruction(types.CPointer(types.uint16)(types.uint64))
+@instruction(types.CPointer(types.uint16)(types.uint64))
 def _u16(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I16.as_pointer())
 
 
-@_instruction(types.CPointer(types.uint32)(types.uint64))
+@instruction(types.CPointer(types.uint32)(types.uint64))
 def _u32(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I32.as_pointer())
 
 
-@_instruction(types.float32(types.uint32))
+@instruction(types.float32(types.uint32))
 def _float_of(builder: Any, bits: Any) -> Any:
     return builder.bitcast(bits, _F32)
 
 
-@_instruction(types.uint32(types.float32))
+@instruction(types.uint32(types.float32))
 def _bits_of(builder: Any, number: Any) -> Any:
     return builder.bitcast(number, _I32)
 
 
-@_instruction(types.uint64(types.uint64))
+@instruction(types.uint64(types.uint64))
 def _popcount(builder: Any, bits: Any) -> Any:
     return builder.ctpop(bits)
 
 
-@_instruction(types.int64(types.uint64, types.uint64, types.uint64))
+@instruction(types.int64(types.uint64, types.uint64, types.uint64))
 def _copy(builder: Any, target: Any, source: Any, nbytes: Any) -> Any:
     """Copy `nbytes` from address `source` to address `target`. Returns 0: there is no instruction without a value."""
     raw_memcpy(builder, builder.inttoptr(target, _I8.as_pointer()), builder.inttoptr(source, _I8.as_pointer()), nbytes, 1)
@@ -158,7 +89,7 @@ def _deposit_one_by_one(bits: Any, marks: Any, width: Any) -> Any:
     return result
 
 
-@_instruction(types.uint64(types.uint64, types.uint64, types.uint64))
+@instruction(types.uint64(types.uint64, types.uint64, types.uint64))
 def _deposit(builder: Any, bits: Any, marks: Any, width: Any) -> Any:
     """The next `width` of `bits`, from the lowest on, at each of `marks`: single bits, at least `width` apart. Between them 0."""
     name, features = _machine()
@@ -169,7 +100,7 @@ def _deposit(builder: Any, bits: Any, marks: Any, width: Any) -> Any:
     return builder.call(pdep, [bits, builder.sub(builder.shl(marks, width), marks)])
 
 
-@_instruction(types.int64(*[types.uint64] * 6))
+@instruction(types.int64(*[types.uint64] * 6))
 def _join(builder: Any, table_low: Any, table_high: Any, codes: Any, kept: Any, low: Any, target: Any) -> Any:
     """Write 16 numbers of 16 bits to address `target`, rotated right by one: ``table[code] | kept``, then a byte from `low` on.
 
@@ -243,7 +174,7 @@ def _merged(result: Any, lane: Any) -> Any:
     return (result ^ _round(_0, lane)) * _PRIME_1 + _PRIME_4
 
 
-@_kernel
+@kernel
 def _xxh64(address: int, nbytes: int) -> Any:
     position, left = np.uint64(address), np.uint64(nbytes)
     if nbytes >= 32:
@@ -328,7 +259,7 @@ def _from_float16(half: Any) -> Any:
     return magnitude | ((bits & np.uint32(0x8000)) << np.uint32(16))
 
 
-@_kernel
+@kernel
 def _cast(conversion: int, source: int, target: int, n: int) -> None:
     from_address, to_address = np.uint64(source), np.uint64(target)
     words, half_words = carray(_u32(from_address), n), carray(_u16(from_address), n)
@@ -397,7 +328,7 @@ _EACH_4, _NOT_5_BITS = np.uint64(0x1111111111111111), np.uint64(0xE0E0E0E0E0E0E0
 _NO_CODE = np.uint64(1 << 63)
 
 
-@_kernel
+@kernel
 def _split16_decode(source_address: int, source_nbytes: int, target_address: int, target_nbytes: int) -> int:
     # Every length is below 2**33, so that no sum of a few of them wraps around.
     source, end, target = np.uint64(source_address), np.uint64(source_address + source_nbytes), np.uint64(target_address)
@@ -497,7 +428,7 @@ def split16_decode(source: int, source_nbytes: int, target: int, target_nbytes: 
     return int(_split16_decode(source, source_nbytes, target, target_nbytes))
 
 
-@_kernel
+@kernel
 def _split16_encode(source_address: int, n_numbers: int, target_address: int, log2_block: int) -> int:
     n_blocked = n_numbers & ~15
     n_blocks = (n_blocked + (1 << log2_block) - 1) >> log2_block
@@ -638,6 +569,6 @@ def warm_up(*, encoder: bool = True) -> None:
 
     Without `encoder`, which only writing needs, it takes half of the time where nothing is on the disk yet.
     """
-    for kernel, signature in _SIGNATURES:
-        if encoder or kernel is not _split16_encode:
-            kernel.compile(signature)
+    for compiled, signature in _SIGNATURES:
+        if encoder or compiled is not _split16_encode:
+            compiled.compile(signature)

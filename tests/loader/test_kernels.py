@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from sllmdask import compiling
 from sllmdask.loader import codec, kernels, libc
 from tests.loader.xxh64 import xxh64_by_the_book
 
@@ -136,36 +137,36 @@ def hits(kernel: object) -> int:
 
 
 def test_what_was_compiled_is_found_by_the_next(cache):
-    first, second = kernels._kernel(plus_one), kernels._kernel(plus_one)
+    first, second = compiling.kernel(plus_one), compiling.kernel(plus_one)
     assert (first(1), hits(first)) == (2, 0)
     assert (second(1), hits(second)) == (2, 1)
     assert [path.suffix for path in files(cache)] == [".nbc", ".nbi"]
 
 
 def test_code_of_another_version_is_never_run(cache, monkeypatch, tmp_path_factory):
-    kernels._kernel(plus_one)(1)
+    compiling.kernel(plus_one)(1)
     before = files(cache)
-    other = tmp_path_factory.mktemp("other") / "kernels.py"
-    other.write_bytes(Path(kernels.__file__).read_bytes() + b"\n")
-    monkeypatch.setattr(kernels, "__file__", str(other))
-    second = kernels._kernel(plus_one)
+    other = tmp_path_factory.mktemp("other") / "compiling.py"
+    other.write_bytes(Path(compiling.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(compiling, "__file__", str(other))
+    second = compiling.kernel(plus_one)
     assert (second(1), hits(second)) == (2, 0)
     assert set(before) < set(files(cache)), "its files have names of their own"
 
 
 def test_where_nothing_can_be_written_a_kernel_still_runs(monkeypatch):
-    monkeypatch.setattr(kernels._Files, "_locator_classes", [])
-    kernel = kernels._kernel(plus_one)
+    monkeypatch.setattr(compiling._Files, "_locator_classes", [])
+    kernel = compiling.kernel(plus_one)
     assert kernel(1) == 2
     assert kernel.nopython_signatures, "compiled"
 
 
 def test_a_directory_that_is_gone_or_full_costs_only_the_compilation(cache, caplog):
-    kernel = kernels._kernel(plus_one)
+    kernel = compiling.kernel(plus_one)
     for directory in cache.iterdir():
         directory.rmdir()
         directory.touch()
-    with caplog.at_level(logging.DEBUG, "sllmdask.loader.kernels"):
+    with caplog.at_level(logging.DEBUG, "sllmdask.compiling"):
         assert kernel(1) == 2
     assert "is not kept" in caplog.text
 
@@ -173,10 +174,10 @@ def test_a_directory_that_is_gone_or_full_costs_only_the_compilation(cache, capl
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
 @pytest.mark.parametrize("content", [b"", bytes(100), None], ids=["empty", "zeros", "half"])
 def test_a_file_that_was_cut_short_is_written_again(cache, suffix, content):
-    kernels._kernel(plus_one)(1)
+    compiling.kernel(plus_one)(1)
     [path] = [path for path in files(cache) if path.suffix == suffix]
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    second, third = kernels._kernel(plus_one), kernels._kernel(plus_one)
+    second, third = compiling.kernel(plus_one), compiling.kernel(plus_one)
     assert (second(1), hits(second)) == (2, 0)
     assert (third(1), hits(third)) == (2, 1)
 
