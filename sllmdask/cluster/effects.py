@@ -18,7 +18,7 @@ from sllmdask.actors.streams import Outbox
 from sllmdask.config import Deployment
 from sllmdask.errors import SllmError, WorkerLost
 from sllmdask.policy import events as ev
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, Unload, WakeAt
 from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class Effects:
                 cause = decision.error.code
                 logger.info("refuse request=%s cause=%s why=%s", decision.request, cause, dict(decision.why))
                 self._tell(decision.front_door, ["refuse", decision.request, decision.error.as_wire()])
+            case Chose():
+                pass
             case WakeAt(at=at):
                 if self._timer:
                     self._timer.cancel()

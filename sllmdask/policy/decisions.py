@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sllmdask.errors import SllmError
+from sllmdask.policy.choice import Choice
 from sllmdask.policy.views import Tier
 
 
@@ -72,4 +73,11 @@ class WakeAt:
     at: float | None
 
 
-Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt
+@dataclass(frozen=True)
+class Chose:
+    """For the record: why a request is served the way it is. It comes before what it leads to, and asks for nothing."""
+
+    choice: Choice
+
+
+Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt | Chose
