@@ -47,8 +47,8 @@ class Held:
         blocks: set[int] = set()
         plan = engine.watched._scheduler.plan
 
-        def plan_and_look() -> Any:
-            planned = plan()
+        def plan_and_look(now: float) -> Any:
+            planned = plan(now)
             for chunk in planned.chunks:
                 blocks.update(chunk.sequence.block_table)
             return planned
