@@ -18,7 +18,7 @@ from sllmdask.actors.streams import Outbox
 from sllmdask.config import Deployment
 from sllmdask.errors import SllmError, WorkerLost
 from sllmdask.policy import events as ev
-from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, Unload, WakeAt
+from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Migrate, Preempt, Refuse, Unload, WakeAt
 from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class Effects:
                 self._tell(decision.front_door, ["refuse", decision.request, decision.error.as_wire()])
             case Chose():
                 pass
+            case Migrate() | Preempt():
+                raise NotImplementedError(f"no worker can do that yet: {decision!r}")
             case WakeAt(at=at):
                 if self._timer:
                     self._timer.cancel()

@@ -80,4 +80,30 @@ class Chose:
     choice: Choice
 
 
-Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt | Chose
+@dataclass(frozen=True)
+class Migrate:
+    """Make `instance` serve on `destination`, as `successor`: load there, move every request, then leave `worker`.
+
+    Answered by ``InstanceMigrated`` or ``MigrationFailed``. `moved_in_s` is predicted.
+    """
+
+    instance: str
+    successor: str
+    model: str
+    worker: str
+    destination: str
+    moved_in_s: float
+    cause: str
+
+
+@dataclass(frozen=True)
+class Preempt:
+    """Stop `requests` of `instance`, which belong to a lower class; each comes back as ``RequestReturned``."""
+
+    instance: str
+    worker: str
+    requests: tuple[str, ...]
+    cause: str
+
+
+Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt | Chose | Migrate | Preempt

@@ -126,6 +126,26 @@ class InstanceLost:
 
 
 @dataclass(frozen=True)
+class InstanceMigrated:
+    """`successor` is ready on its worker and has the requests of `instance`, which takes no more and holds nothing."""
+
+    at: float
+    instance: str
+    successor: str
+    loaded_from: Tier
+
+
+@dataclass(frozen=True)
+class MigrationFailed:
+    """`instance` goes on with all its requests, `successor` is gone."""
+
+    at: float
+    instance: str
+    successor: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class TimerFired:
     at: float
 
@@ -146,5 +166,7 @@ Event = (
     | LoadFailed
     | UnloadFinished
     | InstanceLost
+    | InstanceMigrated
+    | MigrationFailed
     | TimerFired
 )
