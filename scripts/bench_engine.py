@@ -20,8 +20,8 @@ faster than its weights and KV come from memory, nor than its products are compu
 Both rates are measured, and the best of several ways counts. Shares are from timers around the parts of a step, which the
 script hangs in.
 
-``--scenario latency``: time between tokens of streams that decode while prompts of 1,024 tokens arrive, for several token
-budgets of a step, and for one that cuts no prompt.
+``--scenario latency``: time between tokens of streams that decode while prompts of 1,024 tokens arrive, as the engine cuts these
+by itself, for several bounds of the pieces, and with prompts that are not cut.
 
 ``--scenario prefix``: time to the first token of a second request that begins with the same 1,024 tokens, over the first's.
 
@@ -108,7 +108,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens per answer; the median of mixed ones is 22/32 of it")
     parser.add_argument("--prompt-tokens", nargs=2, type=int, default=[32, 96], metavar=("MIN", "MAX"))
     parser.add_argument("--long-prompt", type=int, default=1024, help="tokens of the prompts of latency and prefix")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256, 512], help="tokens of a step, for latency")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256, 512], help="tokens of prefill beside decodes")
     parser.add_argument("--requests", type=int, default=1000, help="random requests, for memory")
     parser.add_argument("--one-by-one", type=int, default=4, metavar="N", help="requests that one by one is timed with at most")
     parser.add_argument(

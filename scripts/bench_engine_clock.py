@@ -120,12 +120,12 @@ def product_rate(dtype: str) -> float:
     import torch
 
     best = 0.0
-    for rows, inner, columns in ((256, 768, 2048), (512, 896, 4864), (512, 2048, 2048)):
+    for rows, inner, columns in ((32, 896, 4864), (128, 896, 4864), (256, 768, 2048), (512, 896, 4864), (512, 2048, 2048)):
         left = torch.randn(rows, inner).to(getattr(torch, dtype))
         right = torch.randn(columns, inner).to(getattr(torch, dtype))
         ways: list[Callable[[], Any]] = [lambda left=left, right=right: torch.nn.functional.linear(left, right)]
         with suppress(RuntimeError, AttributeError):
-            packed = torch.ops.mkldnn._reorder_linear_weight(right.to_mkldnn(), rows)
+            packed = torch.ops.mkldnn._reorder_linear_weight(right)
             ways.append(lambda left=left, packed=packed: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""))
             ways[-1]()
         for way in ways:

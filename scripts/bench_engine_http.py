@@ -15,7 +15,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from scripts.bench_engine_contenders import engine_settings
 from scripts.bench_engine_measure import Ran, Work, cpu_seconds_of_tree
@@ -35,9 +35,10 @@ class Server:
     #: Fields of a request that only this server knows.
     more: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, command: list[str], url: str, env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], url: str, env: dict[str, str], output: IO[bytes] | None = None) -> None:
+        """`output`: where what it prints goes; ``None``: to ours."""
         # A group of its own, so that no process of it is left over.
-        self._process = subprocess.Popen(command, env=os.environ | env, start_new_session=True)
+        self._process = subprocess.Popen(command, env=os.environ | env, start_new_session=True, stdout=output, stderr=output)
         self._url = url
         try:
             self._wait_until_it_answers()
@@ -107,7 +108,7 @@ class OurServer(Server):
 
     def __init__(self, directory: Path, dtype: str, device: str, n_threads: int, settings: dict[str, Any]) -> None:  # noqa: ARG002
         engine_settings(device, n_threads, settings)  # better refused here than in a log of the server
-        port = _free_port()
+        port = free_port()
         engine = {"device": device, "n_threads": n_threads} | settings
         env = {f"DASK_SLLMDASK__ENGINE__{key.upper()}": str(value) for key, value in engine.items()}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
@@ -123,7 +124,7 @@ class TransformersServe(Server):
         import transformers  # noqa: F401 - says that it is missing before anything starts
 
         self.model = str(directory)
-        port = _free_port()
+        port = free_port()
         serve = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(directory)]
         options = ["--continuous-batching", "--dtype", dtype, "--device", device, "--host", "127.0.0.1", "--port", str(port)]
         # As much cache and as large batches as the manager has where it takes part without a server.
@@ -131,7 +132,7 @@ class TransformersServe(Server):
         super().__init__(serve + options, f"http://127.0.0.1:{port}", {"HF_HUB_OFFLINE": "1"})
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

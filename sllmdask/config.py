@@ -207,6 +207,8 @@ class EngineSettings(Frozen):
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
     max_batch_tokens: int = Field(default=512, ge=1)
+    #: Of these, tokens of prefill beside requests that decode, which wait for each other's step; 0: 128 on a CPU, on a GPU all.
+    prefill_beside_decode: int = Field(default=0, ge=0, le=MAX_COUNT)
     #: Whether a request begins with the KV of tokens that another one began with, too.
     prefix_reuse: bool = True
     #: Bytes of host memory for the KV of requests that gave way, where that is quicker than to compute it again; 0: none.

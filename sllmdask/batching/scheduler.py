@@ -143,6 +143,9 @@ class BatchScheduler:
     With `ageing`, a waiting sequence gains one level of priority for each `ageing` units of time, and keeps it. It passes
     newcomers by that, and is safe from them; but nobody loses his blocks to a sequence that is only older.
 
+    A step in which others decode has at most `prefill_beside_decode` tokens of prefill (``None``: as many as fit), so that the
+    time between their tokens does not jump.
+
     `max_running` is bounded by `max_batch_tokens`, so that every decoding sequence advances in every step. A sequence that is
     held, with its blocks, and one that arrives count as running, so that they can go on at once.
     """
@@ -155,6 +158,7 @@ class BatchScheduler:
         max_running: int,
         max_batch_tokens: int,
         max_model_len: int,
+        prefill_beside_decode: int | None = None,
         watermark: float = 0.01,
         prefix_reuse: bool = False,
         ageing: float = 0.0,
@@ -165,6 +169,8 @@ class BatchScheduler:
         self.block_size = block_size
         self.max_running = min(max_running, max_batch_tokens)
         self.max_batch_tokens = max_batch_tokens
+        #: Tokens of prefill in a step in which others decode.
+        self.prefill_beside_decode = max_batch_tokens if prefill_beside_decode is None else prefill_beside_decode
         #: Tokens of one sequence, prompt and answer: the model's window or what the whole pool holds.
         self.max_model_len = min(max_model_len, pool.n_total * block_size)
         #: Blocks that admission leaves free, so that what is running does not at once run out.
@@ -268,6 +274,8 @@ class BatchScheduler:
             if sequence.n_uncomputed == 1 and sequence.block_table and self._grow(sequence, draft):
                 draft.chunks.append(Chunk(sequence, sequence.n_computed, 1))
         budget = self.max_batch_tokens - len(draft.chunks)
+        if draft.chunks:
+            budget = min(budget, self.prefill_beside_decode)
         for sequence in self.running:
             n_tokens = min(sequence.n_uncomputed, budget)
             if sequence.n_uncomputed > 1 and n_tokens:

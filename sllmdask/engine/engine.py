@@ -49,6 +49,9 @@ T = TypeVar("T")
 #: What a forward pass raises over one batch: shapes, indexes, numbers, memory. Anything else ends the engine.
 _STEP_FAILURES = (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError)
 
+#: Tokens of prefill beside requests that decode, on a CPU: four times as many bring a long prompt's first token a tenth sooner,
+#: and make everybody else's next token take four times as long (0.12 B parameters, one core).
+_CPU_PREFILL_BESIDE_DECODE = 128
 #: Bytes per second between a device's memory and the host's, until some were moved.
 _PARKING_BYTES_PER_S = 4e9
 #: Moves of less than that tell nothing about the speed.
@@ -182,6 +185,7 @@ class LLMEngine:
             block_size=settings.block_size,
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
+            prefill_beside_decode=settings.prefill_beside_decode or _prefill_beside_decode(runner.device),
             max_model_len=runner.family.max_model_len,
             # A sequence that grows beyond such a length is computed again from its first token, in its blocks.
             prefix_reuse=settings.prefix_reuse and runner.family.long_after is None,
@@ -848,6 +852,10 @@ class EngineThread:
         # A loop that is closed has nobody left who listens.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, value)
+
+
+def _prefill_beside_decode(device: torch.device) -> int | None:
+    return _CPU_PREFILL_BESIDE_DECODE if device.type == "cpu" else None
 
 
 def _failure(sequence: Sequence, error: SllmError) -> StepOutput:

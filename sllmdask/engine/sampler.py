@@ -28,6 +28,8 @@ from sllmdask.batching.params import SamplingParams
 _N_LIKELIEST = 1024
 #: Below it, sampling is greedy in float32 anyway.
 _MIN_TEMPERATURE = 1e-5
+#: Logits of which the largest is looked for at once.
+_BLOCK = 256
 #: Logits that are sampled from at once: the noise is made in many passes, which should stay in a processor's cache.
 _N_AT_ONCE = 1 << 16
 _MASK_64 = (1 << 64) - 1
@@ -84,7 +86,7 @@ class Draw:
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """One token id for each row of `logits` (n, vocab); ``None`` for a row with NaN or without any possible token."""
     logits = adjust(logits, draws)
-    best, tokens = logits.max(dim=-1)
+    best, tokens = largest(logits)
     usable = torch.isfinite(best)
     n_rows = max(1, _N_AT_ONCE // logits.shape[1])
     sampled = [row for row, draw in enumerate(draws) if not draw.params.greedy]
@@ -92,22 +94,40 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         left = (row for row in sampled if _filtered(draws[row].params) == filtered)
         while some := list(islice(left, n_rows)):
             index = torch.tensor(some, device=logits.device)
-            tokens[index] = choose(logits[index] - best[index, None], [draws[row] for row in some])
+            tokens[index] = choose(logits[index].float() - best[index, None], [draws[row] for row in some])
     return [token if ok else None for token, ok in zip(tokens.tolist(), usable.tolist(), strict=True)]
 
 
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of `logits` (n, vocab), as float32, and the first place where it is; NaN where there is one.
+
+    The place is looked for in the block that has the maximum: torch computes maxima many at a time, places one by one.
+    """
+    logits = logits.float()  # torch is slower with maxima in half precision
+    n_vocab = logits.shape[1]
+    n_whole = n_vocab - n_vocab % _BLOCK
+    tops = logits[:, :n_whole].unflatten(1, (n_whole // _BLOCK, _BLOCK)).amax(dim=-1)
+    if n_whole < n_vocab:
+        tops = torch.cat((tops, logits[:, n_whole:].amax(dim=-1, keepdim=True)), dim=1)
+    # A last block that is short is looked at with what is before it, where nothing is as large.
+    first = (tops.argmax(dim=-1, keepdim=True) * _BLOCK).clamp(max=max(0, n_vocab - _BLOCK))
+    block = logits.gather(1, first + torch.arange(min(_BLOCK, n_vocab), device=logits.device))
+    best, place = block.max(dim=-1)
+    return best, first[:, 0] + place
+
+
 def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """`logits` (n, vocab) in float32 with the penalties, biases and bans of their rows; a copy where anything changes.
+    """`logits` (n, vocab) with the penalties, biases and bans of their rows; a copy in float32 where anything changes.
 
     A penalty applies to the tokens that a row has seen only, so the work grows with those and not with the vocabulary.
     """
-    logits = logits.float()
     penalised = [row for row, draw in enumerate(draws) if draw.seen is not None and len(draw.seen.ids)]
     biased = [(row, token, bias) for row, draw in enumerate(draws) for token, bias in draw.params.logit_bias]
     masked = [row for row, draw in enumerate(draws) if draw.allowed is not None]
     banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned if token < logits.shape[1]]
-    if penalised or biased or masked or banned:
-        logits = logits.clone()
+    if not (penalised or biased or masked or banned):
+        return logits
+    logits = logits.to(torch.float32, copy=True)
     if penalised:
         _penalise(logits, penalised, draws)
     if biased:

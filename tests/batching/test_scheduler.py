@@ -55,6 +55,16 @@ def test_decodes_come_first_and_prefill_takes_what_they_leave():
     assert shape(run(batch)) == [("short", 4, 1), ("long", 15, 15)]
 
 
+def test_prefill_beside_decodes_has_a_bound_of_its_own_and_none_without_them():
+    batch = scheduler(prefill_beside_decode=3)
+    batch.add(sequence("first", 14, max_tokens=3))
+    assert shape(run(batch)) == [("first", 0, 14)]
+    batch.add(sequence("long", 20))
+    assert shape(run(batch)) == [("first", 14, 1), ("long", 0, 3)]
+    assert shape(run(batch)) == [("first", 15, 1), ("long", 3, 3)]
+    assert shape(run(batch)) == [("long", 6, 14)]
+
+
 def test_several_prompts_share_a_step():
     batch = scheduler()
     for name in "abc":

@@ -21,7 +21,7 @@ from transformers import (
 
 from sllmdask.batching.params import SamplingParams
 from sllmdask.engine import sampler
-from sllmdask.engine.sampler import Draw, TokenCounts, adjust, gumbel, sample
+from sllmdask.engine.sampler import Draw, TokenCounts, adjust, gumbel, largest, sample
 
 
 def draw(seed: int = 0, position: int = 0, banned: frozenset[int] = frozenset(), **params: float) -> Draw:
@@ -176,6 +176,21 @@ def test_the_noise_has_the_moments_of_a_gumbel_distribution_and_no_infinity():
     assert noise.isfinite().all()
     assert float(noise.mean()) == pytest.approx(0.57722, abs=0.01)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.02)
+
+
+@pytest.mark.parametrize("n_vocab", [1, 255, 256, 257, 700, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logit_is_the_first_of_equal_ones_wherever_it_is(n_vocab: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(n_vocab)
+    # Few values, so that many are equal.
+    logits = torch.randint(-4, 4, (40, n_vocab), generator=generator).to(dtype)
+    logits[1] = -torch.inf
+    logits[2, n_vocab - 1] = 9
+    logits[3, n_vocab // 2] = torch.nan
+    best, places = largest(logits)
+    for row, value, place in zip(logits.float().numpy(), best.tolist(), places.tolist(), strict=True):
+        assert place == row.argmax()
+        np.testing.assert_equal(value, row.max())
 
 
 # --- penalties, bias, masks ------------------------------------------------------------------------------------------
