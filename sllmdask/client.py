@@ -114,6 +114,7 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.SchedulerUnreachable,
         errors.WorkerLost,
         errors.InstanceGone,
+        errors.ModelReplaced,
         errors.Cancelled,
         errors.EngineError,
     )

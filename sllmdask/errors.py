@@ -33,7 +33,8 @@
     │   ├── SourceUnreachable
     │   └── SchedulerUnreachable
     ├── WorkerLost                  the cluster: the request may be tried on another worker
-    ├── InstanceGone                the cluster: the instance left before the request reached it
+    ├── InstanceGone                the cluster: the instance left or died; the request may be tried on another one
+    ├── ModelReplaced               the caller: an answer cannot be continued by another checkpoint
     ├── StateRefused                the cluster: a request cannot move with its KV, but it can with its tokens
     ├── Cancelled                   the caller went away
     ├── EngineError                 the engine failed this one request
@@ -515,17 +516,33 @@ class WorkerLost(SllmError):
 
 
 class InstanceGone(SllmError):
-    """``InstanceGone(instance)``: the instance was unloaded before the request reached it."""
+    """``InstanceGone(instance, reason)``: the instance left, or, with a `reason`, its engine died."""
 
     http_status, code = 503, "instance_gone"
 
-    def __init__(self, instance: str) -> None:
-        super().__init__(instance)
-        self.instance = instance
+    def __init__(self, instance: str, reason: str = "") -> None:
+        super().__init__(instance, reason)
+        self.instance, self.reason = instance, reason
 
     @property
     def message(self) -> str:
+        if self.reason:
+            return f"The instance {self.instance} died: {self.reason}"
         return f"The instance {self.instance} is not loaded any more."
+
+
+class ModelReplaced(SllmError):
+    """``ModelReplaced(model)``: an answer cannot be continued, since the model is another checkpoint by now."""
+
+    http_status, code = 503, "model_replaced"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
+    @property
+    def message(self) -> str:
+        return f"{self.model!r} was deployed from another checkpoint while it answered. Send the request again."
 
 
 class Cancelled(SllmError):

@@ -54,6 +54,8 @@ EXAMPLES: list[SllmError] = [
     errors.SchedulerUnreachable("tcp://10.0.0.1:8786", "connection refused"),
     errors.WorkerLost("tcp://10.0.0.2:40000"),
     errors.InstanceGone("qwen/7"),
+    errors.InstanceGone("qwen/7", "out of memory"),
+    errors.ModelReplaced("qwen"),
     errors.StateRefused("r1", "its KV is in bfloat16, here it is in float32"),
     errors.Cancelled(),
     errors.Cancelled("an operator cancelled it"),

@@ -667,7 +667,7 @@ class InstanceRegistry:
         self.discard(instance)
         kind = "failed" if while_loading else "lost"
         self.report({"kind": kind, "instance": instance.id, "model": instance.model, "reason": error.message})
-        task = asyncio.create_task(instance.close(None if while_loading else error))
+        task = asyncio.create_task(instance.close(None if while_loading else InstanceGone(instance.id, error.message)))
         task.add_done_callback(lambda done: done.exception())
 
     async def drain(self, timeout_s: float) -> None:

@@ -43,6 +43,7 @@ from sllmdask.errors import (
     InstanceGone,
     InvalidRequest,
     ModelNotFound,
+    ModelReplaced,
     QueueTimeout,
     SchedulerUnreachable,
     SllmError,
@@ -55,8 +56,10 @@ logger = logging.getLogger(__name__)
 
 #: Ended requests that ``GET /admin/requests`` still shows.
 N_RECENT = 256
-#: Times that a request goes back to the queue because its instance had just left.
+#: Times that a request goes back to the queue because its instance was gone before its first token.
 MAX_RETURNS = 5
+#: Times that an answer is continued elsewhere because its instance died: a request that kills whoever serves it does not kill all.
+MAX_RESUMES = 3
 #: Seconds between pings of a worker, and without any word from it after which it counts as lost.
 PING_EVERY_S = 2.0
 SILENCE_S = 20.0
@@ -69,13 +72,16 @@ RECONNECT_S = (0.2, 5.0)
 class _Active:
     """A request under way: its journal, its text so far, and what has arrived for it."""
 
-    def __init__(self, key: str, request: GenerateRequest | EmbedRequest, text: TextStream) -> None:
+    def __init__(self, key: str, request: GenerateRequest | EmbedRequest, text: TextStream, revision: int = 0) -> None:
         #: What the cluster calls the request. Clients repeat their ids, at once and at several front doors; this one is unique.
         self.key = key
         self.journal = Journal(request)
         self.text = text
         self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
         self.n_returns = 0
+        self.n_resumes = 0
+        #: Which checkpoint of the model it was begun with: only the same one can continue it.
+        self.revision = revision
         #: Whether it was told last that its instance is being read.
         self.reading = False
 
@@ -374,7 +380,7 @@ class Gateway:
     async def _serve(self, request: GenerateRequest | EmbedRequest, text: TextStream) -> AsyncGenerator[GatewayEvent]:
         if self._given_up:
             raise SchedulerUnreachable(self._scheduler, "it went away")
-        active = _Active(f"{self.id}:{next(self._numbers)}", request, text)
+        active = _Active(f"{self.id}:{next(self._numbers)}", request, text, int(self._row(request.model)["revision"]))
         self._active[active.key] = active
         try:
             self._ask_for_place(active)
@@ -409,6 +415,7 @@ class Gateway:
             case ["progress", state, detail, done, total] if journal.worker is None:
                 return [Progress(state, detail, done, total)]
             case ["dispatch", _, instance, worker, node, loaded_from, queue_s]:
+                self._check_revision(active)
                 journal.instance, journal.worker, journal.node, journal.state = instance, worker, node, "running"
                 journal.path.append(node)
                 active.reading = False
@@ -478,17 +485,38 @@ class Gateway:
         return events
 
     def _fail(self, active: _Active, error: SllmError) -> None:
-        """What never began goes back to its place in the queue when its instance or worker is gone; all else is raised."""
+        """What lost its instance or its worker goes back to its place in the queue, and is continued elsewhere with the tokens that
+        it has; all else is raised, and so is the loss of one instance too many."""
         journal = active.journal
-        never_began = isinstance(error, InstanceGone | WorkerLost) and not journal.output_ids
-        if not never_began or active.n_returns >= MAX_RETURNS:
+        began = bool(journal.output_ids)
+        spent = active.n_resumes >= MAX_RESUMES if began else active.n_returns >= MAX_RETURNS
+        if not isinstance(error, InstanceGone | WorkerLost) or spent:
             journal.state = "failed"
             raise error
-        active.n_returns += 1
+        self._check_revision(active)
+        active.n_resumes += began
+        active.n_returns += not began
+        if began:
+            logger.info(
+                "continue request=%s model=%s n_tokens=%d node=%s cause=%s",
+                journal.request.id,
+                journal.request.model,
+                len(journal.output_ids),
+                journal.node,
+                error.code,
+            )
         journal.epoch += 1
         journal.worker = journal.instance = journal.node = None
         journal.state = "queued"
         self._ask_for_place(active, "returned")
+
+    def _check_revision(self, active: _Active) -> None:
+        """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
+        journal = active.journal
+        row = self._rows.get(journal.request.model)
+        if journal.output_ids and row is not None and int(row["revision"]) != active.revision:
+            journal.state = "failed"
+            raise ModelReplaced(journal.request.model)
 
     def _close(self, active: _Active) -> None:
         """Forget a request, and stop it where it still runs."""

@@ -370,11 +370,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         now = time.monotonic()
         match message:
             case ["request" | "returned" as what, request_id, model, priority, deadline_s]:
+                deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and request_id in self.controller.running:
-                    self.on(ev.RequestReturned(now, request_id))
+                    self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
-                deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id]:

@@ -152,8 +152,8 @@ class Controller:
                 return self._admit(request)
             case ev.RequestEnded(request=request_id):
                 self._end(request_id, event.at)
-            case ev.RequestReturned(request=request_id):
-                return self._return(request_id, event.at)
+            case ev.RequestReturned(request=request_id, deadline_at=deadline_at):
+                return self._return(request_id, event.at, deadline_at)
             case ev.LoadRequested(request=request):
                 self._forget_failures(request.model)
                 return self._admit(request)
@@ -267,7 +267,7 @@ class Controller:
             for key in [key for key, failure in self.failures.items() if key[0] == instance.model and failure.until <= at]:
                 del self.failures[key]
 
-    def _return(self, request_id: str, at: float) -> list[Decision]:
+    def _return(self, request_id: str, at: float, deadline_at: float | None) -> list[Decision]:
         """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""
         request = self.running.get(request_id)
         if request:
@@ -275,7 +275,8 @@ class Controller:
             instance = self.instances.get(request.instance or "")
             if instance:
                 self.instances[instance.id] = replace(instance, draining="replaced")
-            self.waiting[request_id] = replace(request, instance=None)
+            deadline_at = request.deadline_at if deadline_at is None else deadline_at
+            self.waiting[request_id] = replace(request, instance=None, deadline_at=deadline_at)
             self.waiting = dict(sorted(self.waiting.items(), key=lambda item: item[1].arrived_at))
             if request.model not in self.models:
                 return [self._refuse(request, ModelNotFound(request.model))]

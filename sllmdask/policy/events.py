@@ -67,10 +67,14 @@ class RequestEnded:
 
 @dataclass(frozen=True)
 class RequestReturned:
-    """The instance was gone when the request reached it: it takes its old place in the queue again."""
+    """The instance of the request is gone: it takes its old place in the queue again, to begin or to go on with what it has.
+
+    It may wait there until `deadline_at`; ``None``: until its deadline of before.
+    """
 
     at: float
     request: str
+    deadline_at: float | None = None
 
 
 @dataclass(frozen=True)

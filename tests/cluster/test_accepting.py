@@ -9,9 +9,10 @@ import pytest_asyncio
 
 from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.sequence import FinishReason
-from sllmdask.cluster.gateway import Gateway, _Active
+from sllmdask.cluster.gateway import MAX_RESUMES, MAX_RETURNS, Gateway, _Active
 from sllmdask.cluster.journal import Delta, Finished, GenerateRequest
 from sllmdask.config import Settings
+from sllmdask.errors import EngineError, InstanceGone, ModelReplaced, WorkerLost
 from tests.fakes import byte_tokenizer, told_of
 
 pytestmark = pytest.mark.asyncio
@@ -72,3 +73,48 @@ async def test_tokens_without_anything_told_are_taken_as_before(gateway: Gateway
     active = running()
     [delta] = gateway._follow(active, message(0, "ab")[:6])
     assert delta == Delta("ab", tuple(byte_tokenizer().encode("ab")))
+
+
+async def test_who_loses_his_worker_goes_on_in_a_new_epoch_with_the_tokens_that_were_accepted(gateway: Gateway):
+    active = running()
+    gateway._follow(active, message(0, "abc"))
+    gateway._fail(active, WorkerLost("w"))
+    journal = active.journal
+    assert (journal.epoch, journal.worker, journal.state) == (1, None, "queued")
+    # What the old worker had sent and nobody had read is of an epoch that is over.
+    assert gateway._follow(active, message(3, "d")) == []
+    journal.instance = "m/2"
+    kind, key, epoch, instance, prompt, output, *_ = journal.submission(active.key)
+    assert (kind, key, epoch, instance) == ("submit", "key", 1, "m/2")
+    assert (prompt, output) == (byte_tokenizer().encode("ab"), byte_tokenizer().encode("abc"))
+
+
+@pytest.mark.parametrize(("begun", "times"), [("abc", MAX_RESUMES), ("", MAX_RETURNS)])
+async def test_a_request_that_loses_instance_after_instance_ends_with_the_reason(gateway: Gateway, begun: str, times: int):
+    active = running()
+    if begun:
+        gateway._follow(active, message(0, begun))
+    for _ in range(times):
+        gateway._fail(active, InstanceGone("m/1", "out of memory"))
+        active.journal.worker = "w"
+    with pytest.raises(InstanceGone, match="out of memory"):
+        gateway._fail(active, InstanceGone("m/1", "out of memory"))
+    assert active.journal.state == "failed"
+
+
+async def test_another_checkpoint_does_not_go_on_with_an_answer(gateway: Gateway):
+    active = running()
+    gateway._follow(active, message(0, "abc"))
+    gateway._rows["m"] = {"model": "m", "revision": active.revision + 1}
+    with pytest.raises(ModelReplaced):
+        gateway._fail(active, WorkerLost("w"))
+    unbegun = running()
+    gateway._fail(unbegun, WorkerLost("w"))
+    assert unbegun.journal.state == "queued"
+
+
+async def test_a_fault_of_the_request_itself_is_not_tried_again(gateway: Gateway):
+    active = running()
+    gateway._follow(active, message(0, "abc"))
+    with pytest.raises(EngineError):
+        gateway._fail(active, EngineError("a step failed"))

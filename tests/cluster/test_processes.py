@@ -196,20 +196,28 @@ def test_a_killed_front_door_takes_only_its_own_requests_along(processes, url):
     assert post(url, "/v1/completions", {"model": "a", **SHORT})["choices"]
 
 
-def test_a_killed_worker_ends_its_streams_with_an_error_and_the_next_one_serves(processes, url):
-    stream = Stream(url, {"model": "a", **LONG})
-    chunks = stream.chunks()
-    next(chunks)
+def test_a_killed_worker_costs_a_pause_and_the_answers_are_those_of_an_undisturbed_run(processes, url):
+    drawn = {**LONG, "temperature": 0.9, "seed": 7, "presence_penalty": 0.4, "repetition_penalty": 1.1}
+    bodies = [{"model": "a", **body, "max_tokens": 1000} for body in (LONG, drawn)]
+    undisturbed = [post(url, "/v1/completions", body) for body in bodies]
+    streams = [Stream(url, {**body, "stream_options": {"include_usage": True}}) for body in bodies]
+    begun = [stream.chunks() for stream in streams]
+    heard = [[next(chunks)] for chunks in begun]
+    whole = threading.Thread(target=lambda: heard.append([post(url, "/v1/completions", bodies[0])]))
+    whole.start()
     (worker,) = workers(url)
-    killed_at = time.monotonic()
+    until("all three run", lambda: [each for each in instances(url) if each["n_requests"] == 3])
     os.kill(worker["pid"], signal.SIGKILL)
-    last = list(chunks)[-1]
-    assert last["error"]["code"] == "worker_lost"
-    assert time.monotonic() - killed_at < 3
-    assert post(url, "/v1/completions", {"model": "a", **SHORT})["choices"]
+    for rest, chunks in zip(heard, begun, strict=False):
+        rest += chunks
+    whole.join()
+    texts = ["".join(each["text"] for chunk in of for each in chunk["choices"]) for of in heard]
+    assert texts == [undisturbed[0]["choices"][0]["text"], undisturbed[1]["choices"][0]["text"], texts[0]]
+    assert [of[-1]["usage"]["completion_tokens"] for of in heard] == [1000, 1000, 1000]
     (again,) = workers(url)
     assert again["pid"] != worker["pid"]
     assert (again["slots_used"], again["instances"][0]["n_requests"]) == (1, 0)
+    until("the engine is empty", lambda: n_running(url) == [0], 5)
 
 
 def test_two_workers_each_run_the_model_that_their_name_was_given(tmp_path, checkpoints):
