@@ -21,7 +21,8 @@ from sllmdask.errors import (
     SllmError,
 )
 from sllmdask.policy import events as ev
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.policy.choice import Choice, Option, Way
+from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.dispatch import least_requests
 from sllmdask.policy.estimate import load_seconds
 from sllmdask.policy.eviction import pinned_bytes
@@ -117,7 +118,7 @@ class Controller:
 
     def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
         """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
-        placement, _ = place(
+        placement, _, _ = place(
             model,
             self.workers.values(),
             self._on_worker(),
@@ -392,6 +393,10 @@ class Controller:
             closed = frozenset(key for key, claimant in self._claims.items() if self._goes_before(claimant, request))
             chosen = least_requests(self.instances_of(request.model), self.settings.max_requests, closed)
             if chosen:
+                if _waited_for(chosen, request) is None:
+                    worker = self.workers[chosen.worker]
+                    live = Option(Way.LIVE, worker.address, worker.name, 0.0, instance=chosen.id)
+                    decisions.append(_chose(request, self.models[request.model], [live], {}, at))
                 decisions.append(self._dispatch(request, chosen, at))
             else:  # more is closed to those behind it, never less
                 full.add(request.model)
@@ -485,7 +490,7 @@ class Controller:
     def _place(self, model: ModelView, at: float, *, may_evict: bool, request: RequestView | None = None) -> list[Decision]:
         """Begin an instance for `request`, or for nobody in particular; nothing if there is no place."""
         own = frozenset(instance.id for instance in self._living(model))
-        placement, _ = place(
+        placement, why, options = place(
             model,
             self.workers.values(),
             self._on_worker(),
@@ -497,7 +502,8 @@ class Controller:
         )
         if placement is None:
             return []
-        decisions: list[Decision] = [self._unload(self.instances[victim], "evicted", at) for victim in placement.evict]
+        decisions: list[Decision] = [_chose(request, model, options, why, at)] if request else []
+        decisions += [self._unload(self.instances[victim], "evicted", at) for victim in placement.evict]
         self._n_instances += 1
         instance = InstanceView(
             id=f"{model.name}/{self._n_instances}",
@@ -674,3 +680,12 @@ class Controller:
 def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:
     """The tier that `instance` was loaded from while `request` waited; ``None`` when it was ready already."""
     return instance.loaded_from if instance.ready_at is not None and request.arrived_at < instance.ready_at else None
+
+
+def _chose(request: RequestView, model: ModelView, options: list[Option], why: dict[str, str], at: float) -> Chose:
+    """The record of the first of `options`, which was taken."""
+    chosen, *others = options
+    lost = [replace(option, lost=f"{option.ready_in_s - chosen.ready_in_s:.3f} s slower") for option in others]
+    unfit = {address: reason for address, reason in why.items() if all(option.worker != address for option in options)}
+    reason = f"{chosen.way}: the soonest of {len(options)}"
+    return Chose(Choice(at, request.id, model.name, chosen, reason, (chosen, *lost[:15]), len(lost[15:]), unfit))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.estimate import load_seconds
 from sllmdask.policy.eviction import victims
-from sllmdask.policy.views import InstanceView, ModelView, WorkerView
+from sllmdask.policy.views import InstanceView, ModelView, Tier, WorkerView
 from sllmdask.units import format_bytes, format_seconds
 
 
@@ -60,15 +61,17 @@ def place(
     refused: Mapping[str, str],
     protected: frozenset[str],
     min_residency_s: float,
-) -> tuple[Placement | None, dict[str, str]]:
+) -> tuple[Placement | None, dict[str, str], list[Option]]:
     """The worker on which `model` is ready first: free slots before idle instances, then the estimate, then the name.
 
     `on_worker` has the instances by worker address, `refused` workers that are out for now with the reason (back-off),
-    `protected` instances that may not be evicted. Returns the placement, or ``None`` with every worker's reason.
+    `protected` instances that may not be evicted. Returns the placement or ``None``, every worker's reason, and the ways
+    that there are, the best one first.
     """
     workers = list(workers)
     best: tuple[tuple[bool, float, float, str], Placement] | None = None
     why: dict[str, str] = {}
+    ranked: list[tuple[tuple[bool, float, float, str], Option]] = []
     for worker in workers:
         reason = unfit(model, worker) or refused.get(worker.address)
         evict: tuple[str, ...] = ()
@@ -99,6 +102,11 @@ def place(
         if evict:
             why[worker.address] += f" after {', '.join(evict)} left"
         rank = (bool(evict), ready_in_s, used_s, worker.name)
+        tier = worker.residency.get(model.checkpoint_key, Tier.REMOTE)
+        way = Way.EVICT if evict else Way.FREE
+        gone = tuple((instance, "") for instance in evict)
+        parts = {"read": ready_in_s}
+        ranked.append((rank, Option(way, worker.address, worker.name, ready_in_s, tier, leaving=gone, parts=parts)))
         if best is None or rank < best[0]:
             best = rank, Placement(worker.address, ready_in_s, evict, why)
-    return (best[1] if best else None), why
+    return (best[1] if best else None), why, [option for _, option in sorted(ranked, key=lambda each: each[0])]

@@ -18,7 +18,7 @@ from sllmdask.errors import (
 )
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.policy.decisions import Chose, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
 from sllmdask.sim.run import Costs, simulate
 
@@ -56,8 +56,8 @@ def wish(controller, request_id, model, at, node="", deadline_s=100.0):
 
 
 def acts(decisions):
-    """Decisions without the wake-up calls."""
-    return [decision for decision in decisions if not isinstance(decision, WakeAt)]
+    """Decisions without the wake-up calls and the records."""
+    return [decision for decision in decisions if not isinstance(decision, WakeAt | Chose)]
 
 
 def wake(decisions):
