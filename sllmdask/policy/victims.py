@@ -217,21 +217,21 @@ class _Search:
         member = self._members[i]
         frees = 0 if kept & member.group else member.frees
         slots_after, nbytes_after = max(0, missing_slots - member.n_slots), max(0, missing_nbytes - frees)
-        for exit in member.exits:
-            to, chosen = exit.destination, (member.index, exit.leave)
+        for each in member.exits:
+            to, chosen = each.destination, (member.index, each.leave)
             if to < 0:
-                yield _Node(i + 1, slots_after, nbytes_after, slots, spaces, kept, cost + exit.weight, chosen, node)
-            elif slots[to] >= member.n_slots and spaces[to] >= exit.leave.nbytes:
+                yield _Node(i + 1, slots_after, nbytes_after, slots, spaces, kept, cost + each.weight, chosen, node)
+            elif slots[to] >= member.n_slots and spaces[to] >= each.leave.nbytes:
                 fewer = (*slots[:to], slots[to] - member.n_slots, *slots[to + 1 :])
-                less = (*spaces[:to], spaces[to] - exit.leave.nbytes, *spaces[to + 1 :])
-                yield _Node(i + 1, slots_after, nbytes_after, fewer, less, kept, cost + exit.weight, chosen, node)
+                less = (*spaces[:to], spaces[to] - each.leave.nbytes, *spaces[to + 1 :])
+                yield _Node(i + 1, slots_after, nbytes_after, fewer, less, kept, cost + each.weight, chosen, node)
         yield _Node(i + 1, missing_slots, missing_nbytes, slots, spaces, kept | member.group, cost, victim, parent)
 
     # --- bounds ---
 
     def _loose_bound(self) -> _Bound:
         """As if every destination had room, and as if slots and bytes were to be freed apart from each other."""
-        cheapest = [min(exit.weight for exit in member.exits) for member in self._members]
+        cheapest = [min(each.weight for each in member.exits) for member in self._members]
         by_slots = _cover(self._n_slots, [(w, member.n_slots) for w, member in zip(cheapest, self._members, strict=True)])
         if not self._nbytes:
             return lambda node: by_slots[node.i][node.missing_slots]
@@ -270,8 +270,8 @@ def _cover_with_room(missing: int, n_free: int, members: Sequence[_Member]) -> l
     table = [rows]
     for member in reversed(members):
         size = member.n_slots
-        here = min((exit.weight for exit in member.exits if exit.destination < 0), default=inf)
-        away = min((exit.weight for exit in member.exits if exit.destination >= 0), default=inf)
+        here = min((each.weight for each in member.exits if each.destination < 0), default=inf)
+        away = min((each.weight for each in member.exits if each.destination >= 0), default=inf)
         rows_before, rows = rows, [rows[0]]
         for j in range(1, missing + 1):
             without = rows_before[max(0, j - size)]
@@ -312,7 +312,7 @@ def _undominated(candidates: Sequence[Candidate], exits: Sequence[tuple[_Exit, .
     cheap: dict[int, list[tuple[int, int]]] = defaultdict(list)
     sizes = [min(candidate.n_slots, n_slots) for candidate in candidates]
     for i, size in enumerate(sizes):
-        cheap[size] += [(exit.weight, i) for exit in exits[i] if exit.destination < 0]
+        cheap[size] += [(each.weight, i) for each in exits[i] if each.destination < 0]
     enough = {size: sorted(found)[: -(-n_slots // size)] for size, found in cheap.items() if size > 0}
     return [
         _Member(i, candidates[i].n_slots, exits[i])
