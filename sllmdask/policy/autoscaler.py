@@ -89,6 +89,9 @@ class Autoscaler:
                     self._fleet.reopen(instance)
         while (n_living := len(self._state.living(model.name))) < wanted:
             is_promised = n_living < model.min_instances
+            if not is_promised and not self._state.any_free:
+                self._short[model.name] = None
+                break
             ways = self._finder.of_nobody(model, at, may_evict=is_promised)
             chosen = self._choose(ways.open)
             if chosen is None:

@@ -288,8 +288,6 @@ class Controller:
             self._until.pop(demand, None)
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
-        else:
-            self._dirty[demand] = None
 
     def _open(self, request_id: str) -> None:
         """What was closed for a request is open again."""
@@ -534,11 +532,12 @@ class Controller:
         chosen = self._choose(ways.open)
         if chosen is None or chosen.way is Way.WAIT:
             decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
-            if not staying and self._is_impatient(request, at):
+            may_claim = not staying and not at_most
+            if may_claim and self._is_impatient(request, at):
                 self._claim(request, model, ways)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
-            self._look_again(demand, request, chosen, may_claim=not staying, at=at)
+            self._look_again(demand, request, chosen, may_claim=may_claim, at=at)
             return decisions
         return self._take(demand, request, chosen, ways, at)
 

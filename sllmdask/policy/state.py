@@ -103,6 +103,8 @@ class ClusterState:
     def drop_worker(self, address: str) -> list[InstanceView]:
         """Forget a worker with its instances; returns these."""
         worker = self.workers[address]
+        for mate in self.mates(address):  # it leaves memory to them
+            self._changed_workers[mate.address] = None
         instances = self.on_worker(address)
         for instance in instances:
             self.drop_instance(instance.id)
@@ -397,7 +399,7 @@ def node_of(worker: WorkerView) -> str:
     return worker.node or worker.address
 
 
-def _remove(items: list[Any], item: object) -> None:
+def _remove(items: list[Any], item: Any) -> None:
     """Take `item` out of a sorted list that has it."""
     i = bisect_left(items, item)
     assert items[i] == item
