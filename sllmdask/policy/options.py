@@ -235,6 +235,7 @@ class _Search:
         self._own = {instance.id for instance in self._state.living(model.name)}
         self._back_off = finder.back_off.active(model.name, at)
         self._seen = {without}
+        self._alike: dict[tuple[float, ...], tuple[Tier | None, dict[str, float]]] = {}
         self._unfit: dict[str, str] = {}
         self._any_fit = self._any_allowed = False
         #: Free slots and idle instances: when an idle one was used last, and the option.
@@ -271,8 +272,7 @@ class _Search:
             n_left -= option is not None and not option.parts["queue"]
             if not n_left:
                 break
-        if may_evict:
-            n_left = n
+        if may_evict and n_left > 0:  # none of them could be sooner than what is free
             for _, instance_id in islice(cohort.idle, _MAX_IDLE):
                 for worker in state.mates(state.instances[instance_id].worker):
                     n_left -= self._consider(worker, may_evict) is not None
@@ -307,7 +307,7 @@ class _Search:
             if len(self._unfit) < N_BEST:
                 self._unfit[worker.address] = reason
             return None
-        tier, parts = load_parts(self._model, worker, queue_s=self._state.queue_s(worker, self._at), peers=self._peers)
+        tier, parts = self._load_parts(worker)
         ready_in_s = sum(parts.values())
         leaving = self._leaving(worker)
         if leaving is None:
@@ -328,6 +328,16 @@ class _Search:
         )
         self.found.append((max((instance.idle_since or 0.0 for instance in leaving), default=0.0), option))
         return option
+
+    def _load_parts(self, worker: WorkerView) -> tuple[Tier | None, dict[str, float]]:
+        """The same for all workers of a cohort that have neither the checkpoint nor anything to read before."""
+        queue_s = self._state.queue_s(worker, self._at)
+        if queue_s or self._model.checkpoint_key in worker.residency:
+            return load_parts(self._model, worker, queue_s=queue_s, peers=self._peers)
+        key = self._state.cohort_key(worker.address)
+        if key not in self._alike:
+            self._alike[key] = load_parts(self._model, worker, peers=self._peers)
+        return self._alike[key]
 
     def _leaving(self, worker: WorkerView) -> list[InstanceView] | None:
         """The idle instances that would leave, if any have to; ``None``: those are not enough."""

@@ -368,6 +368,9 @@ class ClusterState:
         """Whether `n_slots` slots are free, or would be without the instances that may be evicted."""
         return self._room[address] >= n_slots
 
+    def cohort_key(self, address: str) -> _CohortKey:
+        return self._cohort_of[address]
+
     def least_seconds(self, model: ModelView, address: str) -> float:
         """What a load from elsewhere takes at the least, whoever supplies it; 0 where the worker has the checkpoint itself."""
         if model.checkpoint_key in self.workers[address].residency:
