@@ -549,7 +549,7 @@ class Controller:
                 self._claim(request, model, ways)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
-            self._look_again(demand, request, chosen, may_claim=may_claim, at=at)
+            self._look_again(demand, request, ways, chosen, may_claim=may_claim, at=at)
             return decisions
         return self._take(demand, request, chosen, ways, at)
 
@@ -595,11 +595,15 @@ class Controller:
     def _is_impatient(self, request: RequestView, at: float) -> bool:
         return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
 
-    def _look_again(self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float) -> None:
+    def _look_again(
+        self, demand: Demand, request: RequestView, ways: Ways, chosen: Option | None, *, may_claim: bool, at: float
+    ) -> None:
         """When time alone may have changed the answer."""
         moments = []
         if chosen is not None:
             moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
+            load = ways.soonest(Way.FREE, Way.EVICT)
+            moments += [request.arrived_at + load.ready_in_s] if load is not None else []
         if may_claim and not self.claims.has(request.id):
             moments.append(request.arrived_at + self.settings.patience_s)
         tried_again_at = self.back_off.ends_at(request.model, at)
