@@ -26,9 +26,10 @@ from sllmdask.policy.views import InstanceState, InstanceView, ModelView, Reques
 from sllmdask.units import format_seconds
 
 #: Options that a record has, and workers without the checkpoint that are offered: more are no better.
-N_BEST = 16
-#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones.
-N_BUSY, N_MOVING = 8, 4
+N_BEST, N_OFFERED = 16, 8
+#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
+#: where they cannot move yet, for the record.
+N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
 #: Destinations that are looked at for an instance that could move.
 N_DESTINATIONS = 4
 #: Workers, and idle instances, of one cohort that are looked at until enough are found.
@@ -170,8 +171,7 @@ class WayFinder:
         load = ways.soonest(Way.FREE, Way.EVICT)
         if load is not None and at >= request.arrived_at + load.ready_in_s:
             ways.options = [
-                replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option
-                for option in ways.options
+                replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
             ]
         return ways
 
@@ -257,7 +257,7 @@ class _Search:
         ordered = sorted(self.found, key=lambda each: (*rank(each[1]), each[0], each[1].node))
         return Ways([option for _, option in ordered], self._unfit, self._any_fit, self._any_allowed)
 
-    def run(self, n: int = N_BEST, *, may_evict: bool = True) -> None:
+    def run(self, n: int = N_OFFERED, *, may_evict: bool = True) -> None:
         """Look at the workers that have the checkpoint, or that the model is limited to, and at `n` others."""
         state, model = self._state, self._model
         for worker in state.named(model.nodes) if model.nodes else state.holders(model.checkpoint_key):
@@ -380,7 +380,7 @@ class _Search:
         full = sorted(self._full, key=lambda each: each[:2])[:N_BUSY]
         for i, (ready_in_s, _, worker, tier, parts) in enumerate(full):
             options = [self._wait(worker, tier, parts)]
-            if i < N_MOVING and ready_in_s < enough_s and self._state.any_free:
+            if i < (N_NOT_MOVING if self._finder.migration_lost else N_MOVING) and ready_in_s < enough_s and self._state.any_free:
                 options.append(self._migrate(worker, tier, parts))
             if self._request is not None and any(
                 n and priority < self._request.priority for priority, n in self._finder.queue.n_running.items()
