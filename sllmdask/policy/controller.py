@@ -34,7 +34,7 @@ from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, demand_of
+from sllmdask.policy.queue import Claims, Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -469,18 +469,20 @@ class Controller:
         mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
         roomy = [address for address in mates if self.state.has_room(address, 1)]
         free = [address for address in roomy if self.state.free_slots(address) > 0]
+
+        def gains(demand: Demand) -> bool:
+            offered = free if demand in self._coming else roomy  # nobody is disturbed for what is coming
+            return bool(offered) and self._gains(demand, offered, at)
+
+        demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
         if roomy:
             self.autoscaler.there_is_room()
-            demands = self.queue.in_turn()
-        else:
-            demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
-            demands.sort(key=self.queue.turn)
+            demands += [demand for demand in self.queue.in_turn() if demand not in self._dirty and gains(demand)]
         decisions: list[Decision] = []
         n_looks = 0
-        for demand in demands:
-            # Nobody is disturbed for what is coming.
-            offered = free if demand in self._coming else roomy
-            if demand in self._dirty or (offered and self._gains(demand, offered, at)):
+        for demand in sorted(demands, key=self._turn):
+            # Those before may have taken what there was.
+            if demand in self._dirty or gains(demand):
                 if n_looks == _MAX_LOOKS:
                     self._dirty[demand] = None
                     continue
@@ -488,6 +490,12 @@ class Controller:
                 self._dirty.pop(demand, None)
                 decisions += self._obtain(demand, at)
         return decisions
+
+    def _turn(self, demand: Demand) -> Turn:
+        """That of the first who has no place in an instance that is on its way."""
+        request = self.queue.head(demand)
+        many = request is not None and self.queue.n_waiting(demand) > 1
+        return self.queue.turn(demand, self.finder.n_places(request) if many and request is not None else 0)
 
     def _gains(self, demand: Demand, offered: list[str], at: float) -> bool:
         """Whether one of the workers with room would serve it sooner than what it waits for."""
@@ -573,6 +581,8 @@ class Controller:
         if chosen.way in (Way.LIVE, Way.COMING):
             return self._tell(demand, chosen, ways, chosen.instance, at)
         begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
+        if self.finder.n_without_place(request) > 0:
+            self._dirty[demand] = None
         return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
 
     def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:

@@ -6,7 +6,7 @@ fastest: what it takes does not grow with the cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import inf
@@ -19,7 +19,7 @@ from sllmdask.policy.estimate import load_parts, load_seconds, migration_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, RequestQueue
+from sllmdask.policy.queue import Claims, RequestQueue, demand_of
 from sllmdask.policy.state import ClusterState, Cohort
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -154,8 +154,13 @@ class WayFinder:
         return Ways([option for instance in ready for option in self._on_own(request, instance, at)])
 
     def of_request(self, request: RequestView, model: ModelView, at: float, *, may_load: bool) -> Ways:
-        """All ways of a waiting request; without `may_load` only those to instances that the model has already."""
-        own = [option for instance in self._own(request) for option in self._on_own(request, instance, at)]
+        """All ways of the waiting `request` and of those who wait for the same, or rather of the last of them; without `may_load` only
+        those to instances that the model has already."""
+        mine = self._own(request)
+        own = [option for instance in mine for option in self._on_own(request, instance, at)]
+        n_without = self.n_without_place(request)
+        if n_without > 0:
+            own = self._for_the_last(own, mine, n_without)
         if not may_load:
             return Ways(sorted(own, key=rank), any_fit=True, any_allowed=True)
         search = _Search(self, model, request, at)
@@ -166,7 +171,7 @@ class WayFinder:
         later = search.disturbing(enough_s)
         ways.options = sorted([*own, *ways.options, *later], key=rank)
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
-        if coming_s < inf:
+        if coming_s < inf and n_without <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
         load = ways.soonest(Way.FREE, Way.EVICT)
         if load is not None and at >= request.arrived_at + load.ready_in_s:
@@ -174,6 +179,31 @@ class WayFinder:
                 replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
             ]
         return ways
+
+    def n_without_place(self, request: RequestView) -> int:
+        """How many wait for the same as `request` beyond those whom the instances that are on their way will take at once."""
+        return 0 if request.load_only else self.queue.n_waiting(demand_of(request)) - self.n_places(request)
+
+    def n_places(self, request: RequestView) -> int:
+        """Requests that the instances which are on their way will take at once."""
+        coming = (InstanceState.PLANNED, InstanceState.LOADING)
+        return self.max_requests * sum(each.state in coming for each in self._own(request))
+
+    def _for_the_last(self, own: Sequence[Option], instances: Sequence[InstanceView], n_without: int) -> list[Option]:
+        """The ways to one's own instances, if there are not enough: the last waits for the ends of those before it."""
+        if not instances:
+            return list(own)
+        service = self._service.get(instances[0].model, _UNKNOWN)
+        later_s = (n_without - 1) / (self.max_requests * len(instances)) * service.mean_s
+        found = []
+        for option in own:
+            if option.way is Way.COMING:  # it is promised to those before
+                option = replace(option, way=Way.WAIT, ready_in_s=option.ready_in_s + service.mean_s)
+            if option.way is Way.WAIT:
+                wait_s = option.ready_in_s + later_s
+                option = replace(option, ready_in_s=wait_s, parts={"wait": wait_s})
+            found.append(option)
+        return found
 
     @staticmethod
     def _beside(option: Option, coming_s: float) -> Option:
