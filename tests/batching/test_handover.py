@@ -177,7 +177,7 @@ def explore(limits: Limits) -> dict[World, list[World]]:
 
 CASES = {
     "whatever happens to one attempt": Limits(source_dies=True, target_dies=True, ends=True),
-    "it is tried twice, and the destination is started anew": Limits(n_epochs=2, target_dies=True, refuses=False),
+    "it is tried twice": Limits(n_epochs=2, source_dies=True, ends=True),
 }
 
 
