@@ -157,6 +157,11 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self._forget_failures(request.model)
                 return self._admit(request)
+            case ev.RequestMoved(request=request_id, instance=instance_id):
+                self._rebind(request_id, instance_id, event.at)
+            case ev.InstanceLeaves(instance=instance_id, cause=cause):
+                if instance_id in self.instances:
+                    self._drain(self.instances[instance_id], cause)
             case ev.UnloadRequested(model=name, node=node):
                 return self._ask_to_leave(name, node)
             case ev.FrontDoorLeft(front_door=front_door):
@@ -266,6 +271,18 @@ class Controller:
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             for key in [key for key, failure in self.failures.items() if key[0] == instance.model and failure.until <= at]:
                 del self.failures[key]
+
+    def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
+        """A running request has moved to another instance."""
+        request = self.running.get(request_id)
+        if request is None or request.instance == instance_id:
+            return
+        self.running[request_id] = replace(request, instance=instance_id)
+        for each, change in ((request.instance or "", -1), (instance_id, 1)):
+            instance = self.instances.get(each)
+            if instance is not None:
+                n_requests = instance.n_requests + change
+                self.instances[each] = replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None)
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""
@@ -458,8 +475,10 @@ class Controller:
         if coming:
             self._unclaim(request)
             return []
-        if sum(not instance.draining for instance in self.instances_of(model.name)) >= model.max_instances:
-            if request.load_only and len(elsewhere := self._living(model)) >= model.max_instances:
+        counted = [each for each in self.instances_of(model.name) if not each.draining and each.id != request.replaces]
+        if len(counted) >= model.max_instances:
+            elsewhere = [each for each in self._living(model) if each.id != request.replaces]
+            if request.load_only and len(elsewhere) >= model.max_instances:
                 nodes = ", ".join(sorted({self.workers[instance.worker].name for instance in elsewhere}))
                 reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
                 return self._refuse_all(request, LoadFailed(model.name, reason))

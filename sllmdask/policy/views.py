@@ -112,3 +112,5 @@ class RequestView:
     instance: str | None = None
     load_only: bool = False
     node: str = ""
+    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``.
+    replaces: str = ""
