@@ -46,6 +46,7 @@ ALLOWED = {
     "distributed": {"actors", "cluster"},
     "huggingface_hub": {"loader/hub.py"},
     "llguidance": {"engine/grammar.py"},
+    "msgpack": {"actors/move_wire.py"},
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},

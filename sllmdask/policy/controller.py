@@ -192,6 +192,11 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
+            case ev.RequestMoved(request=request_id, instance=instance):
+                self._rebind(request_id, instance, at)
+            case ev.InstanceLeaves(instance=instance, cause=cause):
+                if instance in self.instances:
+                    self.fleet.drain(self.instances[instance], cause, at)
             case ev.UnloadRequested(model=name, node=node):
                 return self._ask_to_leave(name, node, at)
             case ev.FrontDoorLeft(front_door=front_door):
@@ -246,6 +251,7 @@ class Controller:
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
                 self.fleet.drain(instance, "replaced", at)
+        self.autoscaler.limit(model, at)
 
     def _ask_to_leave(self, name: str, node: str, at: float) -> list[Decision]:
         """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
@@ -321,6 +327,18 @@ class Controller:
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request
+
+    def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
+        """A running request has moved to another instance."""
+        request = self.running.get(request_id)
+        if request is None or request.instance == instance_id:
+            return
+        self.queue.rebind(request, instance_id)
+        for each, change in ((request.instance or "", -1), (instance_id, 1)):
+            instance = self.instances.get(each)
+            if instance is not None:
+                n_requests = instance.n_requests + change
+                self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
@@ -534,9 +552,11 @@ class Controller:
         living = [instance for instance in mine if not instance.draining]
         coming = any(instance.state in (InstanceState.PLANNED, InstanceState.LOADING) for instance in living)
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        at_most = sum(not each.draining and not each.successor for each in self.instances_of(model.name)) >= model.max_instances
-        if at_most and request.load_only and not coming and len(self.state.living(model.name)) >= model.max_instances:
-            nodes = ", ".join(sorted({self.workers[each.worker].name for each in self.state.living(model.name)}))
+        others = [each for each in self.instances_of(model.name) if each.id != request.replaces]
+        at_most = sum(not each.draining and not each.successor for each in others) >= model.max_instances
+        elsewhere = [each for each in self.state.living(model.name) if each.id != request.replaces]
+        if at_most and request.load_only and not coming and len(elsewhere) >= model.max_instances:
+            nodes = ", ".join(sorted({self.workers[each.worker].name for each in elsewhere}))
             reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
             return self._refuse_all(demand, LoadFailed(model.name, reason))
         model = self._wanted(request)

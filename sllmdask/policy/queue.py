@@ -95,10 +95,14 @@ class RequestQueue:
         """All that run on an instance run on another one; returns how many those are."""
         moved = self.on_instance(instance_id)
         for request in moved:
-            self._forget_place(request)
-            self.running[request.id] = replace(request, instance=successor)
-            self._on_instance.setdefault(successor, {})[request.id] = None
+            self.rebind(request, successor)
         return len(moved)
+
+    def rebind(self, request: RequestView, instance_id: str) -> None:
+        """A running request runs on another instance."""
+        self._forget_place(request)
+        self.running[request.id] = replace(request, instance=instance_id)
+        self._on_instance.setdefault(instance_id, {})[request.id] = None
 
     def _take(self, request: RequestView) -> None:
         del self.waiting[request.id]
