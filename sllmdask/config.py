@@ -325,6 +325,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Names that would have been right at the place where `path` ends."""
     for part in path[:-1]:
+        if isinstance(part, int):  # a place in a list
+            continue
         models = _models_in(cls.model_fields[str(part)].annotation) if str(part) in cls.model_fields else []
         if not models:
             return []

@@ -95,6 +95,10 @@ class TierCosts:
     lanes: int = 1
     expected_bytes_per_s: float | None = None
 
+    @property
+    def told_bytes_per_s(self) -> float:
+        return self.expected_bytes_per_s or self.bytes_per_s
+
 
 @dataclass(frozen=True)
 class NodeSpec:
@@ -161,6 +165,24 @@ class RequestRecord:
     n_preemptions: int = 0
 
 
+def introductions(nodes: Iterable[NodeSpec]) -> list[WorkerView]:
+    """The workers of `nodes`, as they introduce themselves to the controller."""
+    return [
+        WorkerView(
+            address=address,
+            name=name,
+            slots=node.slots,
+            host_capacity=node.host_nbytes,
+            node=node.name if len(node.workers) > 1 else "",
+            residency={**dict.fromkeys(node.on_disk, Tier.DISK), **dict.fromkeys(node.in_host, Tier.HOST)},
+            bytes_per_s={tier: each.told_bytes_per_s for tier, each in node.tiers.items()},
+            overhead_s={tier: each.overhead_s for tier, each in node.tiers.items()},
+        )
+        for node in nodes
+        for address, name in node.workers
+    ]
+
+
 class _Node:
     """A node at work."""
 
@@ -171,7 +193,7 @@ class _Node:
         self.spec = spec
         self.links: dict[Tier, Link] = {tier: link(clock, costs.sharing, each.lanes) for tier, each in spec.tiers.items()}
         self.host, self.disk = TierMemory(spec.host_nbytes), TierMemory(spec.disk_nbytes)
-        self.told = {tier: each.expected_bytes_per_s or each.bytes_per_s for tier, each in spec.tiers.items()}
+        self.told = {tier: each.told_bytes_per_s for tier, each in spec.tiers.items()}
         self.overhead_s = {tier: each.overhead_s for tier, each in spec.tiers.items()}
         self.version = 0
         #: Checkpoints that are being read to host memory, with the loads that wait for the same bytes.
@@ -234,23 +256,8 @@ class Cluster:
         self._sequences: dict[str, Sequence] = {}
         self.requests: dict[str, RequestRecord] = {}
         self.loads: list[LoadRecord] = []
-
-    def workers(self) -> list[WorkerView]:
-        """As they introduce themselves to the controller."""
-        return [
-            WorkerView(
-                address=address,
-                name=name,
-                slots=node.spec.slots,
-                host_capacity=node.spec.host_nbytes,
-                node=node.spec.name if len(node.spec.workers) > 1 else "",
-                residency=node.residency(),
-                bytes_per_s=dict(node.told),
-                overhead_s=node.overhead_s,
-            )
-            for node in self._nodes
-            for address, name in node.spec.workers
-        ]
+        self.n_migrations = 0
+        self.n_failed_migrations = 0
 
     def n_slots_used(self, worker: str) -> int:
         """Slots of `worker` that instances have, loading ones included."""
@@ -420,6 +427,7 @@ class Cluster:
         """Load at the destination and bring over what there is, while the source decodes; stop there, and go on here."""
 
         def failed(reason: str) -> None:
+            self.n_failed_migrations += 1
             self._tell(ev.MigrationFailed(self._clock.now, migrate.instance, migrate.successor, reason))
 
         def source(successor: _Instance) -> _Instance | None:
@@ -456,6 +464,7 @@ class Cluster:
                 self.requests[each.request].n_moves += 1
                 if each.has_kv:
                     self._goes_on(each)
+            self.n_migrations += 1
             if moving.id in self._instances:
                 self._leave(moving)
             successor.serving.give(sequences)

@@ -15,7 +15,7 @@ from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.decisions import Decision, Dispatch, Refuse, WakeAt
 from sllmdask.sim.clock import Appointment, Clock
-from sllmdask.sim.effects import Costs, Estimated, Tell
+from sllmdask.sim.effects import Costs, Estimated
 
 
 class Effects(Protocol):
@@ -28,14 +28,67 @@ class Effects(Protocol):
 class Outcome:
     """What happened to each request, in virtual seconds, and every decision with its time.
 
-    A request that is dispatched again, since it was preempted, keeps the time of the first dispatch.
+    A request that is dispatched again, since it was preempted, keeps its first dispatch.
     """
 
     dispatched_at: dict[str, float] = field(default_factory=dict)
+    dispatches: dict[str, Dispatch] = field(default_factory=dict)
     ended_at: dict[str, float] = field(default_factory=dict)
     refused: dict[str, Refuse] = field(default_factory=dict)
     refused_at: dict[str, float] = field(default_factory=dict)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
+
+
+class Simulation:
+    """The clock, and the controller that is told of every event at its time."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.clock = Clock()
+        self.outcome = Outcome()
+        self._effects: Effects | None = None
+        self._check: Callable[[Controller], None] | None = None
+        self._timer: Appointment | None = None
+
+    def tell(self, event: ev.Event) -> Appointment:
+        """The controller hears of `event` when it happens."""
+        return self.clock.call_at(event.at, partial(self._handle, event))
+
+    def run(
+        self, arrivals: Iterable[ev.Event], effects: Effects, *, check: Callable[[Controller], None] | None = None
+    ) -> Outcome:
+        """Tell of `arrivals`, and let happen all that follows from them, until nothing is left.
+
+        `check` is called after every event, for invariants and for progress.
+        """
+        self._effects, self._check = effects, check
+        for event in arrivals:
+            self.tell(event)
+        self.clock.run()
+        return self.outcome
+
+    def _handle(self, event: ev.Event) -> None:
+        assert self._effects is not None
+        if isinstance(event, ev.RequestEnded):
+            self.outcome.ended_at[event.request] = event.at
+        for decision in self.controller.handle(event):
+            self.outcome.decisions.append((event.at, decision))
+            match decision:
+                case WakeAt(at=at):
+                    self._wake(at)
+                case Dispatch(request=request):
+                    self.outcome.dispatched_at.setdefault(request, event.at)
+                    self.outcome.dispatches.setdefault(request, decision)
+                case Refuse(request=request):
+                    self.outcome.refused[request], self.outcome.refused_at[request] = decision, event.at
+            self._effects.enact(decision)
+        if self._check:
+            self._check(self.controller)
+
+    def _wake(self, at: float | None) -> None:
+        if self._timer is not None:
+            self._timer.call_off()
+        self._timer = None if at is None else self.tell(ev.TimerFired(at))
 
 
 def simulate(
@@ -45,51 +98,7 @@ def simulate(
     *,
     check: Callable[[Controller], None] | None = None,
 ) -> Outcome:
-    """:func:`run` with a mechanism whose loads and moves last exactly as long as the controller predicts."""
-    return run(controller, arrivals, partial(Estimated, controller, costs), check=check)
-
-
-def run(
-    controller: Controller,
-    arrivals: Iterable[ev.Event],
-    mechanism: Callable[[Clock, Tell], Effects],
-    *,
-    check: Callable[[Controller], None] | None = None,
-) -> Outcome:
-    """Feed `arrivals`, and all that follows from them, to `controller` until nothing is left to happen.
-
-    `mechanism` gets the clock and what it tells the controller with, which is for the time of the event, not sooner. `check`
-    is called after every event, for invariants.
-    """
-    clock, outcome = Clock(), Outcome()
-    timer: list[Appointment] = []
-
-    def tell(event: ev.Event) -> Appointment:
-        return clock.call_at(event.at, partial(handle, event))
-
-    def handle(event: ev.Event) -> None:
-        if isinstance(event, ev.RequestEnded):
-            outcome.ended_at[event.request] = event.at
-        for decision in controller.handle(event):
-            outcome.decisions.append((event.at, decision))
-            match decision:
-                case WakeAt(at=at):
-                    wake(at)
-                case Dispatch(request=request):
-                    outcome.dispatched_at.setdefault(request, event.at)
-                case Refuse(request=request):
-                    outcome.refused[request], outcome.refused_at[request] = decision, event.at
-            effects.enact(decision)
-        if check:
-            check(controller)
-
-    def wake(at: float | None) -> None:
-        for old in timer:
-            old.call_off()
-        timer[:] = [] if at is None else [clock.call_at(at, lambda: handle(ev.TimerFired(at)))]
-
-    effects = mechanism(clock, tell)
-    for event in arrivals:
-        tell(event)
-    clock.run()
-    return outcome
+    """A simulation in which loads and moves last exactly as long as the controller predicts; `check` after every event."""
+    simulation = Simulation(controller)
+    effects = Estimated(controller, costs, simulation.clock, simulation.tell)
+    return simulation.run(arrivals, effects, check=check)
