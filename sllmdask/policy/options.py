@@ -94,12 +94,14 @@ class WayFinder:
         min_residency_s: float,
         can_migrate: bool,
         can_preempt: bool,
+        preempts_older: bool = False,
     ) -> None:
         self.state, self.queue, self.claims, self.back_off, self._service = state, queue, claims, back_off, service
         self.max_requests, self.min_residency_s = max_requests, min_residency_s
         #: Why nobody can be moved, or preempted; empty: they can.
         self.migration_lost = "" if can_migrate else NO_MIGRATION
         self.preemption_lost = "" if can_preempt else NO_PREEMPTION
+        self._preempts_older = preempts_older
 
     # --- seconds ---
 
@@ -211,6 +213,17 @@ class WayFinder:
         if any(each.priority < request.priority for each in running):
             found.append(option(Way.PREEMPT, LEAST_REMAINING_S, "move", self.preemption_lost))
         return found
+
+    def gives_way(self, running: RequestView, request: RequestView) -> bool:
+        """Whether a request may be sent back to the queue for one for another model."""
+        if running.priority != request.priority:
+            return running.priority < request.priority
+        return self._preempts_older and running.arrived_at < request.arrived_at
+
+    def may_preempt(self, request: RequestView) -> bool:
+        """Whether anything runs that could give way."""
+        lowest = min((priority for priority, n in self.queue.n_running.items() if n), default=inf)
+        return lowest < request.priority or (self._preempts_older and lowest == request.priority)
 
 
 _UNKNOWN = ServiceTime()
@@ -358,9 +371,7 @@ class _Search:
             options = [self._wait(worker, tier, parts)]
             if i < N_MOVING and ready_in_s < enough_s and self._state.any_free:
                 options.append(self._migrate(worker, tier, parts))
-            if self._request is not None and any(
-                n and priority < self._request.priority for priority, n in self._finder.queue.n_running.items()
-            ):
+            if self._request is not None and self._finder.may_preempt(self._request):
                 options.append(self._preempt(worker, tier, parts))
             found += [option for option in options if option is not None]
         return found
@@ -426,10 +437,11 @@ class _Search:
 
     def _preempt(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Instances whose requests are all of lower classes leave, those first that lose the least work."""
-        priority = self._request.priority if self._request is not None else 0
+        request = self._request
 
         def leaves(instance: InstanceView) -> list[Leave]:
-            if any(each.priority >= priority for each in self._finder.queue.on_instance(instance.id)):
+            running = self._finder.queue.on_instance(instance.id)
+            if request is None or not all(self._finder.gives_way(each, request) for each in running):
                 return []
             return [Leave(Way.PREEMPT, sum(self._finder.move_seconds(instance)))]
 

@@ -64,13 +64,18 @@ class Run:
         return dict(Counter(each.start for each in self.requests))
 
 
-def controller_settings(scenario: Scenario, _policy: Policy, _seed: int) -> ControllerSettings:
+def controller_settings(scenario: Scenario, policy: Policy, seed: int) -> ControllerSettings:
     spec = scenario.scheduler
     return ControllerSettings(
         max_queue=spec.max_queue,
         min_residency_s=spec.min_residency,
         patience_s=spec.patience,
         max_requests=spec.max_running,
+        can_migrate=policy.can_migrate,
+        can_preempt=policy.can_preempt,
+        preempts_older=policy.preempts_older,
+        chooser=policy.chooser,
+        seed=seed,
     )
 
 
@@ -129,7 +134,14 @@ def simulate_policy(
 
 
 def _view(request: Request, scenario: Scenario) -> RequestView:
-    return RequestView(request.id, request.model, "simulated", request.at, request.at + scenario.scheduler.request_deadline)
+    return RequestView(
+        id=request.id,
+        model=request.model,
+        front_door="simulated",
+        arrived_at=request.at,
+        deadline_at=request.at + scenario.scheduler.request_deadline,
+        n_tokens=request.lengths.n_prompt,
+    )
 
 
 def _served(request: Request, outcome: Outcome, cluster: Cluster) -> Served:

@@ -1,4 +1,4 @@
-"""The policies that a simulation compares, by name."""
+"""The policies that a simulation compares, by name: the same controller, set differently."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from types import MappingProxyType
 class Policy:
     """How the controller is set, and whether the workers tell it the bandwidth that they see."""
 
-    about: str
+    chooser: str
+    can_migrate: bool = False
+    can_preempt: bool = False
+    #: Whether a request takes the place of older ones of its own class.
+    preempts_older: bool = False
     workers_measure: bool = True
 
 
-POLICIES: Mapping[str, Policy] = MappingProxyType({"ours": Policy("the controller as it is")})
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "ours": Policy("fastest", can_migrate=True, can_preempt=True),
+        "serverlessllm": Policy("serverlessllm", can_migrate=True, workers_measure=False),
+        "shepherd": Policy("shepherd", can_preempt=True, preempts_older=True, workers_measure=False),
+        "locality": Policy("locality"),
+        "random": Policy("random"),
+    }
+)
 
 
 def unknown_policy(name: str) -> str:

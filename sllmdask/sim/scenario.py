@@ -197,6 +197,8 @@ class Scenario(Frozen):
                 min_instances=spec.min_instances,
                 max_instances=spec.max_instances,
                 keep_alive_s=spec.keep_alive,
+                alpha=self.costs.prefill_per_token,
+                beta=self.costs.prefill + self.costs.prefill_per_token * self.costs.migration_delta,
             )
             for spec in self.models
             for name in _names(spec)
