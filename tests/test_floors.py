@@ -50,7 +50,7 @@ ALLOWED = {
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},
-    "pydantic": {"config", "sim/scenario.py"},
+    "pydantic": {"config", "sim/replay.py", "sim/scenario.py"},
     "rich": {"cli"},
     "safetensors": {"bench"},
     "torch": {"bench", "engine", "library", "loader/device.py", "loader/tiers.py"},

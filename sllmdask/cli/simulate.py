@@ -1,8 +1,9 @@
-"""Compare policies without a cluster: ``simulate run``, ``simulate sweep``."""
+"""Without a cluster: ``simulate run`` and ``simulate sweep`` compare policies, ``simulate replay`` reads an event log."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sllmdask.cli.output import Column, Waiting, print_json, print_rows, waiting_line
-from sllmdask.cli.shell import Command
+from sllmdask.cli.shell import FAILED, Command, json_option
 
 if TYPE_CHECKING:
     from sllmdask.sim.report import Summary
     from sllmdask.sim.scenario import Scenario
+
+
+#: Events that are named where the decisions differ.
+N_DIFFERENT = 5
 
 
 class _Simulate(click.Group):
@@ -182,3 +187,55 @@ def _columns() -> list[Column]:
         ("PREEMPTED", lambda row: row["preemptions"]),
         ("REFUSED", lambda row: f"{row['starts']['refused']} of {row['n_requests']}"),
     ]
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+@simulate.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@json_option
+def replay(file: Path, as_json: bool) -> None:
+    """Decide again what a live cluster decided, from its event log (scheduler.event_log), and compare."""
+    from sllmdask.sim.replay import replay as steps_of
+
+    steps = list(steps_of(file))
+    # The log of a scheduler that was killed may lack decisions of its last event.
+    different = [step for step in steps if step.now[: len(step.then)] != step.then or (step is not steps[-1] and step.then != step.now)]
+    rows = [
+        {"at": step.event.at, "event": type(step.event).__name__, "line": step.line, **decision}
+        for step in steps
+        for decision in step.now
+    ]
+    if as_json:
+        print_json({"same": not different, "n_events": len(steps), "different": [step.line for step in different], "decisions": rows})
+    else:
+        print_rows([row for row in rows if row["decision"] not in ("WakeAt", "Chose")], _DECISION_COLUMNS, "Nothing was decided.")
+        if not different:
+            click.echo(f"{len(steps)} events lead to the same decisions as they did.", err=True)
+    for step in different[:N_DIFFERENT]:
+        where = f"line {step.line}: {type(step.event).__name__} at {step.event.at:.3f}"
+        click.echo(f"{where}: then {_told(step.then)}; now {_told(step.now)}", err=True)
+    if different:
+        click.echo(f"Error: of {len(steps)} events, {len(different)} lead to other decisions than they did.", err=True)
+        sys.exit(FAILED)
+
+
+def _told(decisions: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(each["decision"] for each in decisions) or "nothing"
+
+
+def _fact(*names: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: next((str(row[name]) for name in names if row.get(name)), "")
+
+
+_DECISION_COLUMNS: list[Column] = [
+    ("AT", lambda row: f"{row['at']:.3f}"),
+    ("EVENT", _fact("event")),
+    ("DECISION", _fact("decision")),
+    ("MODEL", _fact("model")),
+    ("REQUEST", lambda row: row.get("request") or " ".join(row.get("requests", ()))),
+    ("INSTANCE", _fact("instance")),
+    ("WORKER", _fact("worker")),
+    ("WHY", lambda row: row.get("cause") or (row["error"]["error"] if "error" in row else "")),
+]

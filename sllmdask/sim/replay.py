@@ -77,12 +77,14 @@ def replay(path: Path) -> Iterator[Step]:
     pending: tuple[int, ev.Event, tuple[Any, ...]] | None = None
     then: list[Any] = []
     for number, data in _lines(path):
-        if controller is None:
-            controller = Controller(_read(ControllerSettings, data.get("settings"), path, number))
+        if pending and "decision" not in data:
+            yield Step(*pending[:2], tuple(then), pending[2])
+            pending, then = None, []
+        if "settings" in data:  # a scheduler that was started again
+            controller = Controller(_read(ControllerSettings, data["settings"], path, number))
+        elif controller is None:
+            raise ConfigError(f"{path} is no event log: its first line has no settings")
         elif "event" in data:
-            if pending:
-                yield Step(*pending[:2], tuple(then), pending[2])
-            then = []
             kind = _KINDS.get(data.pop("event"))
             if kind is None:
                 raise ConfigError(f"{path}, line {number}: an event that this version does not know")
