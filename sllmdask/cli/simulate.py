@@ -34,7 +34,9 @@ def simulate() -> None:
 def _choices(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--plot", "plot_file", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw a picture."),
-        click.option("--json", "json_file", metavar="FILE", help="Write every figure there too; '-' is stdout, without the table."),
+        click.option(
+            "--json", "json_file", metavar="FILE", help="Write every figure there too; '-' is stdout, without the table."
+        ),
         click.option("--seeds", type=click.IntRange(min=1), help="Workloads, from seed 0 on, instead of the file's."),
         click.option("--policy", "policies", metavar="NAME", multiple=True, help="Instead of the file's; may be repeated."),
     ):
@@ -201,14 +203,18 @@ def replay(file: Path, as_json: bool) -> None:
 
     steps = list(steps_of(file))
     # The log of a scheduler that was killed may lack decisions of its last event.
-    different = [step for step in steps if step.now[: len(step.then)] != step.then or (step is not steps[-1] and step.then != step.now)]
+    different = [
+        step for step in steps if step.now[: len(step.then)] != step.then or (step is not steps[-1] and step.then != step.now)
+    ]
     rows = [
         {"at": step.event.at, "event": type(step.event).__name__, "line": step.line, **decision}
         for step in steps
         for decision in step.now
     ]
     if as_json:
-        print_json({"same": not different, "n_events": len(steps), "different": [step.line for step in different], "decisions": rows})
+        print_json(
+            {"same": not different, "n_events": len(steps), "different": [step.line for step in different], "decisions": rows}
+        )
     else:
         print_rows([row for row in rows if row["decision"] not in ("WakeAt", "Chose")], _DECISION_COLUMNS, "Nothing was decided.")
         if not different:

@@ -23,7 +23,7 @@ def _there(options: Sequence[Option]) -> Option | None:
 
 
 def uniform(seed: int) -> Callable[[Sequence[Option]], Option | None]:
-    """Any worker where it could be loaded at once, all equally likely: a serverless platform that does not look at checkpoints."""
+    """Any worker that could load it at once, all equally likely: a serverless platform that does not look at checkpoints."""
     rng = Random(f"uniform {seed}")
 
     def choose(options: Sequence[Option]) -> Option | None:

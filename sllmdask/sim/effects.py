@@ -121,7 +121,7 @@ class NodeSpec:
 class ClusterCosts:
     """What everything but reading costs, and how far reality is from what is nominal."""
 
-    steps: StepCosts = StepCosts()
+    steps: StepCosts = field(default_factory=StepCosts)
     unload_s: float = 0.05
     #: A move by copying keys and values: seconds per token beside decoding, and seconds in which nobody decodes.
     copy_s_per_token: float = 0.0002

@@ -117,7 +117,9 @@ def simulate_policy(
     outcome = simulation.run(arrivals, cluster, check=look)
     decisions = [decision for _, decision in outcome.decisions]
     loads = cluster.loads
-    errors = [abs(load.seconds - load.predicted_s) / load.seconds for load in loads if load.predicted_s is not None and load.seconds]
+    errors = [
+        abs(load.seconds - load.predicted_s) / load.seconds for load in loads if load.predicted_s is not None and load.seconds
+    ]
     counted = [request for request in requests if request.at >= scenario.workload.warm_up]
     return Run(
         policy=policy,

@@ -44,7 +44,9 @@ def plot_run(path: Path, found: Sequence[Summary], title: str) -> None:
     for i, each in enumerate(found):
         colour, dash = STYLES[min(i, len(STYLES) - 1)]
         axes.plot([max(LEAST_S, value) for value in each.quantiles], parts, color=colour, linestyle=dash, label=each.policy)
-    axes.set(xscale="log", xlabel="startup latency, s (less is left out)", ylabel="part of the requests", ylim=(0, 1), title=title)
+    axes.set(
+        xscale="log", xlabel="startup latency, s (less is left out)", ylabel="part of the requests", ylim=(0, 1), title=title
+    )
     axes.set_xlim(left=LEAST_S)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)

@@ -156,9 +156,7 @@ def run_facts(scenario: Scenario, found: Sequence[Summary], source: str) -> dict
     }
 
 
-def sweep_facts(
-    scenario: Scenario, key: str, points: Sequence[tuple[Any, Sequence[Summary]]], source: str
-) -> dict[str, Any]:
+def sweep_facts(scenario: Scenario, key: str, points: Sequence[tuple[Any, Sequence[Summary]]], source: str) -> dict[str, Any]:
     """Comparisons that differ in one key."""
     return {
         "kind": "simulated",

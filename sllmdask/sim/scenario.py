@@ -212,9 +212,7 @@ class Scenario(Frozen):
         return [
             NodeSpec(
                 name=f"node-{node}",
-                workers=tuple(
-                    (f"sim://{i}", str(i)) for i in range(workers.count) if i // workers.per_node == node
-                ),
+                workers=tuple((f"sim://{i}", str(i)) for i in range(workers.count) if i // workers.per_node == node),
                 slots=workers.slots,
                 host_nbytes=workers.host.size,
                 disk_nbytes=workers.disk.size,

@@ -17,7 +17,7 @@ from sllmdask.sim.clock import Appointment, Clock
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a step of the engine, and the room for KV. The defaults are fitted to LLaMA-7B on an A10 (Llumnix, OSDI '24)."""
+    """Seconds of a step of the engine, and the room for KV. The defaults are LLaMA-7B on an A10 (Llumnix, OSDI '24)."""
 
     prefill_s: float = 0.002
     prefill_s_per_token: float = 0.000235
@@ -32,7 +32,7 @@ class StepCosts:
         return self.prefill_s + self.prefill_s_per_token * n_tokens
 
     def decodes(self, n_steps: int, n_sequences: int, n_tokens: int) -> float:
-        """Seconds of `n_steps` steps of a batch that has `n_tokens` tokens before the first, and one more per sequence with each."""
+        """Seconds of `n_steps` steps of a batch that has `n_tokens` tokens before the first; each step adds one per sequence."""
         more = n_sequences * n_steps * (n_steps - 1) // 2
         return n_steps * self._first_step(n_sequences, n_tokens) + self.decode_s_per_token * more
 
@@ -131,6 +131,9 @@ class Serving:
 
     # --- steps ---
 
+    def _is_busy(self) -> bool:
+        return self._until is not None
+
     def _n_kv(self) -> int:
         return sum(each.n_tokens for each in self._running)
 
@@ -177,7 +180,7 @@ class Serving:
         self._until = None
         while self._at_boundary:
             self._at_boundary.pop(0)()
-        if self._until is not None:  # one of those who waited has begun something
+        if self._is_busy():  # one of those who waited has begun something
             return
         self._since = self._clock.now
         if self._waiting and self._has_room(self._waiting[0]):

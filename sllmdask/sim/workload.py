@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Literal
 
@@ -20,8 +21,8 @@ LengthKind = Literal["fixed", "lognormal", "sharegpt", "gsm8k"]
 #: Tokens at quantiles of the prompts and answers of ShareGPT. Source: Llumnix (OSDI '24), table 1; the ends are ours.
 SHAREGPT_PROMPT = ((0.0, 4), (0.5, 74), (0.8, 348), (0.95, 1484), (0.99, 3388), (1.0, 4096))
 SHAREGPT_OUTPUT = ((0.0, 2), (0.5, 487), (0.8, 781), (0.95, 988), (0.99, 1234), (1.0, 2048))
-#: An imitation of GSM8K, not its rows: log-normal lengths with these means and this sigma. Its answers are as long as ServerlessLLM
-#: (OSDI '24) says, 1 / 3.7 of those of ShareGPT.
+#: An imitation of GSM8K, not its rows: log-normal lengths with these means and this sigma. Its answers are as long as
+#: ServerlessLLM (OSDI '24) says, 1 / 3.7 of those of ShareGPT.
 GSM8K_PROMPT, GSM8K_OUTPUT, GSM8K_SIGMA = 60.0, 135.0, 0.45
 
 
@@ -50,7 +51,7 @@ def gaps(process: ArrivalProcess, rate: float, cv: float, rng: Random) -> Callab
 def _first_gap(process: ArrivalProcess, rate: float, cv: float, rng: Random) -> float:
     """Seconds to the first arrival of a process that has run for ever: else all models would begin with a burst.
 
-    The gap around a given moment is longer than the others, by the shape ``k + 1`` instead of ``k``; what is left of it is uniform.
+    The gap around a given moment is longer than others, by the shape ``k + 1`` instead of ``k``; what is left of it is uniform.
     """
     if process == "poisson":
         return rng.expovariate(rate)
@@ -77,7 +78,7 @@ def shares(popularity: Popularity, n_models: int, alpha: float) -> list[float]:
 
 def at_quantile(table: Sequence[tuple[float, float]], q: float) -> int:
     """Tokens at the quantile `q`, by straight lines between the logarithms of the known ones; at least 1."""
-    for (low_q, low), (high_q, high) in zip(table, table[1:], strict=False):
+    for (low_q, low), (high_q, high) in pairwise(table):
         if q <= high_q:
             part = (q - low_q) / (high_q - low_q)
             return max(1, round(math.exp(math.log(low) + part * (math.log(high) - math.log(low)))))
@@ -139,7 +140,4 @@ def trace(
         horizon_s *= 2
     stretch = duration_s / times[n_wanted][0]
     words = Random(f"lengths {seed}")
-    return [
-        Request(f"r{i}", at * stretch, model, draw_lengths(words)) for i, (at, model) in enumerate(times[:n_wanted])
-    ]
-
+    return [Request(f"r{i}", at * stretch, model, draw_lengths(words)) for i, (at, model) in enumerate(times[:n_wanted])]

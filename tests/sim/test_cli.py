@@ -31,7 +31,7 @@ def test_a_run_compares_the_policies_in_a_table_and_says_that_it_is_simulated():
     assert heading[:2] == ["POLICY", "STARTUP MEAN"] and heading[-1] == "REFUSED"
     assert [row[0] for row in rows] == list(POLICIES)
     assert all(row[-1] == "0 of 288" for row in rows)
-    assert "Simulated seconds" in result.stderr and "small: ours, seed 1" in result.stderr
+    assert "Simulated seconds" in result.stderr and "small: ours, seed 0 0%" in result.stderr
 
 
 def test_json_has_everything_that_is_needed_to_run_it_again(tmp_path):

@@ -29,9 +29,7 @@ class World:
 
     def __init__(self, n_nodes=1, *, tiers=TIERS, host=5 * GiB, on_disk=ON_DISK, lengths=(100, 200), seed=0, **costs):
         self.clock, self.told = Clock(), []
-        nodes = [
-            NodeSpec(f"node-{i}", ((f"w{i}", str(i)),), 2, host, 100 * GiB, tiers, on_disk=on_disk) for i in range(n_nodes)
-        ]
+        nodes = [NodeSpec(f"node-{i}", ((f"w{i}", str(i)),), 2, host, 100 * GiB, tiers, on_disk=on_disk) for i in range(n_nodes)]
         self.views = introductions(nodes)
         of_requests = {f"r{i}": Lengths(*lengths) for i in range(4)}
         self.cluster = Cluster(self.clock, self.tell, nodes, MODELS, of_requests, ClusterCosts(**costs), Random(seed))

@@ -60,7 +60,8 @@ def test_every_request_ends_or_is_refused_and_neither_slots_nor_memory_are_excee
 def test_a_model_alone_is_loaded_once_and_then_everything_is_a_hit():
     data = SMALL.model_dump(mode="json")
     data["models"] = [{"name": "one", "size": "2GB", "max_instances": 1}]
-    data["workers"]["noise"], data["workers"]["disk"]["expected_bandwidth"] = 0, 0
+    data["workers"] |= {"noise": 0, "peer": None}
+    data["workers"]["disk"]["expected_bandwidth"] = 0
     data["workload"] |= {"arrivals": "poisson", "rps": 1.0, "lengths": "fixed", "output_tokens": 10}
     run = simulate_policy(Scenario.model_validate(data), "ours", 0)
     # 2 GiB at 1 GiB/s, and the overhead; whoever comes while it is read waits for the rest.

@@ -27,7 +27,7 @@ def events():
     for i, model in enumerate("abz"):
         yield ev.RequestArrived(1.0 + i, RequestView(f"r{i}", model, "door", 1.0 + i, float("inf")))
     yield ev.LoadFinished(5.0, "a/1", Tier.DISK)
-    yield ev.WorkerReported(5.0, "w", 1, {"a": Tier.HOST}, {Tier.DISK: 2.0 * GiB}, {}, None, frozenset({"a/1"}))
+    yield ev.WorkerReported(5.0, "w", 1, {"a": Tier.HOST, "b": Tier.DISK}, {Tier.DISK: 2.0 * GiB}, {}, None, frozenset({"a/1"}))
     yield ev.RequestEnded(7.0, "r0")
     yield ev.UnloadFinished(7.1, "a/1")
     yield ev.LoadFailed(8.0, "b/2", "the disk is gone")

@@ -42,7 +42,7 @@ def serve_step_by_step(requests, costs=COSTS):
         due = [each for each in left if each[1][0] <= now]
         room = costs.kv_tokens - sum(requests[i][1] + requests[i][2] for i, _ in batch)
         if due and (not batch or due[0][1][1] + due[0][1][2] <= room):
-            i, (_, prompt, output) = left.pop(0)
+            i, (_, prompt, _) = left.pop(0)
             now += costs.prefill_s + costs.prefill_s_per_token * prompt
             first[i] = now
             batch.append((i, 1))

@@ -67,7 +67,7 @@ def test_a_trace_has_its_rate_exactly_is_in_order_and_is_the_same_for_the_same_s
     requests = make(seed=3)
     assert len(requests) == 1000
     assert [each.at for each in requests] == sorted(each.at for each in requests)
-    assert 0 <= requests[0].at and requests[-1].at <= 500.0
+    assert requests[0].at >= 0 and requests[-1].at <= 500.0
     assert requests == make(seed=3) != make(seed=4)
     assert [each.id for each in requests] == [f"r{i}" for i in range(1000)]
 
