@@ -15,9 +15,9 @@ from sllmdask.policy.estimate import resume_seconds
 #: Share of the past that one more resumed request leaves: the last ten make most of the fit.
 _DECAY = 0.9
 #: Weight of the prior beside observations of weight 1: of how long it takes in all, and of how that divides into tokens and rest.
-_SCALE_WEIGHT, _SHAPE_WEIGHT = 0.5, 0.5
+_SCALE_WEIGHT, _SHAPE_WEIGHT = 0.2, 0.1
 #: The latter fades to this, so that requests of one length go on to be divided somehow.
-_LEAST_SHAPE_WEIGHT = 0.02
+_LEAST_SHAPE_WEIGHT = 0.002
 
 #: Priors of seconds per token and of seconds per request, as in ServerlessLLM's ``scheduler_config``.
 PRIOR_ALPHA, PRIOR_BETA = 0.01, 0.1
@@ -27,7 +27,7 @@ PRIOR_ALPHA, PRIOR_BETA = 0.01, 0.1
 class ResumeFit:
     """Seconds to compute the KV of n tokens again, ``alpha * n_tokens + beta``, from those that were resumed before.
 
-    Recursive least squares with forgetting, of relative errors, so that short requests count as much as long ones. Until there
+    Recursive least squares with forgetting, of errors relative to the prior, so that short requests count too. Until there
     are observations the line is the prior, a deployment's ``scheduler_config``; after them, ridge regression draws it to the
     prior made longer or shorter as a whole, which a single request can tell for a device that is a hundred times as fast. Neither
     number is ever negative. Source of the line: ServerlessLLM (OSDI '24), section 6.2.
