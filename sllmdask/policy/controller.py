@@ -103,6 +103,8 @@ class Controller:
         self._expects: dict[str, str] = {}
         #: When what is waited for is predicted to be had: what comes sooner is of interest.
         self._until: dict[Demand, float] = {}
+        #: Those of it that an instance is on its way for.
+        self._coming: dict[Demand, None] = {}
         #: What has to be looked at.
         self._dirty: dict[Demand, None] = {}
         #: Since when no connected worker may run the model, or not where it is wished for.
@@ -290,6 +292,7 @@ class Controller:
         if self.queue.head(demand) is None:
             self.timers.cancel("look", *demand)
             self._until.pop(demand, None)
+            self._coming.pop(demand, None)
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
 
@@ -464,10 +467,11 @@ class Controller:
     # --- placing ---
 
     def _obtain_all(self, workers: Iterable[str], at: float) -> list[Decision]:
-        """Look for a way for what has changed, and for those to whom something on `workers` comes sooner than what they wait
+        """Look for a way for what has changed, and for those to whom what `workers` have got comes sooner than what they wait
         for; in their turns."""
         mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
         roomy = [address for address in mates if self.state.has_room(address, 1)]
+        free = [address for address in roomy if self.state.free_slots(address) > 0]
         if roomy:
             self.autoscaler.there_is_room()
             demands = self.queue.in_turn()
@@ -477,7 +481,9 @@ class Controller:
         decisions: list[Decision] = []
         n_looks = 0
         for demand in demands:
-            if demand in self._dirty or (roomy and self._gains(demand, roomy, at)):
+            # Nobody is disturbed for what is coming.
+            offered = free if demand in self._coming else roomy
+            if demand in self._dirty or (offered and self._gains(demand, offered, at)):
                 if n_looks == _MAX_LOOKS:
                     self._dirty[demand] = None
                     continue
@@ -486,16 +492,19 @@ class Controller:
                 decisions += self._obtain(demand, at)
         return decisions
 
-    def _gains(self, demand: Demand, roomy: list[str], at: float) -> bool:
+    def _gains(self, demand: Demand, offered: list[str], at: float) -> bool:
         """Whether one of the workers with room would serve it sooner than what it waits for."""
         request, until = self.queue.head(demand), self._until.get(demand, inf)
         if request is None or until <= at:
             return False
         model = self._wanted(request)
-        for address in roomy:
-            if self.state.has_room(address, model.n_slots) and unfit(model, self.workers[address]) is None:
-                if at + self.finder.load_seconds(model, self.workers[address], at) < until:
-                    return True
+        worth_s = (until - at) / 2 if demand in self._coming else until - at
+        for address in offered:
+            if not self.state.has_room(address, model.n_slots) or self.state.least_seconds(model, address) >= worth_s:
+                continue
+            worker = self.workers[address]
+            if unfit(model, worker) is None and self.finder.load_seconds(model, worker, at) < worth_s:
+                return True
         return until == inf and self._is_impatient(request, at)
 
     def _wanted(self, request: RequestView) -> ModelView:
@@ -535,6 +544,7 @@ class Controller:
                 return self._refuse_all(demand, LoadFailed(model.name, self.last_failure(model.name) or "unknown"), refused)
         self._unplaceable_since.pop(demand, None)
         chosen = self._choose(ways.open)
+        self._coming.pop(demand, None)
         if chosen is None or chosen.way is Way.WAIT:
             decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
             may_claim = not staying and not at_most
@@ -560,6 +570,7 @@ class Controller:
         for other in self.claims.claimants():
             if demand_of(other) == demand:
                 self._open(other.id)
+        self._coming[demand] = None
         if chosen.way is Way.LIVE:
             self.state.touch_model(request.model)
         if chosen.way in (Way.LIVE, Way.COMING):
