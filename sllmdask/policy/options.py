@@ -6,7 +6,7 @@ fastest: what it takes does not grow with the cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import inf
@@ -19,7 +19,7 @@ from sllmdask.policy.estimate import load_parts, load_seconds, migration_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, RequestQueue
+from sllmdask.policy.queue import Claims, RequestQueue, demand_of
 from sllmdask.policy.state import ClusterState, Cohort
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -111,8 +111,15 @@ class WayFinder:
         return load_seconds(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
 
     def load_parts(self, model: ModelView, worker: WorkerView, at: float) -> tuple[Tier | None, dict[str, float]]:
+        """The tier, and seconds by name. Bytes that the node reads already for another instance are read once: then it is ready
+        when that one is."""
         peers = self.state.suppliers(model.checkpoint_key)
-        return load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        tier, parts = load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        if tier is not Tier.HOST:
+            arriving_s = self.state.arrives_in_s(worker, model.checkpoint_key, at)
+            if arriving_s is not None and arriving_s < sum(parts.values()):
+                parts = {"queue": arriving_s, "overhead": 0.0, "read": 0.0}
+        return tier, parts
 
     def remaining_s(self, request: RequestView, at: float) -> float:
         """Until a running request is predicted to end."""
@@ -153,7 +160,11 @@ class WayFinder:
 
     def of_request(self, request: RequestView, model: ModelView, at: float, *, may_load: bool) -> Ways:
         """All ways of a waiting request; without `may_load` only those to instances that the model has already."""
-        own = [option for instance in self._own(request) for option in self._on_own(request, instance, at)]
+        mine = self._own(request)
+        n_short = 0 if request.load_only else self.queue.n_waiting(demand_of(request)) - self._n_places(mine)
+        own = [option for instance in mine for option in self._on_own(request, instance, at)]
+        if n_short > 0:
+            own = self._for_the_last(own, mine, n_short)
         if not may_load:
             return Ways(sorted(own, key=rank), any_fit=True, any_allowed=True)
         search = _Search(self, model, request, at)
@@ -164,9 +175,30 @@ class WayFinder:
         later = search.disturbing(enough_s)
         ways.options = sorted([*own, *ways.options, *later], key=rank)
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
-        if coming_s < inf:
+        if coming_s < inf and n_short <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
         return ways
+
+    def _n_places(self, instances: Iterable[InstanceView]) -> int:
+        """Requests that instances which are on their way will take at once."""
+        return sum(self.max_requests for each in instances if each.state in (InstanceState.PLANNED, InstanceState.LOADING))
+
+    def _for_the_last(self, own: Sequence[Option], instances: Sequence[InstanceView], n_short: int) -> list[Option]:
+        """The ways to one's own instances, for the last of those who wait: what is on its way is promised to others, and `n_short`
+        wait for the ends of those that run."""
+        model = instances[0].model if instances else ""
+        later_s = n_short / (self.max_requests * max(1, len(instances))) * self._service.get(model, _UNKNOWN).mean_s
+        return [
+            replace(
+                option,
+                way=Way.WAIT,
+                ready_in_s=option.ready_in_s + later_s,
+                parts={**option.parts, "wait": option.parts.get("wait", 0.0) + later_s},
+            )
+            if option.way in (Way.COMING, Way.WAIT)
+            else option
+            for option in own
+        ]
 
     @staticmethod
     def _beside(option: Option, coming_s: float) -> Option:
@@ -244,7 +276,6 @@ class _Search:
     def __init__(self, finder: WayFinder, model: ModelView, request: RequestView | None, at: float, *, without: str = "") -> None:
         self._finder, self._state = finder, finder.state
         self._model, self._request, self._at = model, request, at
-        self._peers = self._state.suppliers(model.checkpoint_key)
         self._own = {instance.id for instance in self._state.living(model.name)}
         self._back_off = finder.back_off.active(model.name, at)
         self._seen = {without}
@@ -320,7 +351,7 @@ class _Search:
             if len(self._unfit) < N_BEST:
                 self._unfit[worker.address] = reason
             return None
-        tier, parts = load_parts(self._model, worker, queue_s=self._state.queue_s(worker, self._at), peers=self._peers)
+        tier, parts = self._finder.load_parts(self._model, worker, self._at)
         ready_in_s = sum(parts.values())
         leaving = self._leaving(worker)
         if leaving is None:

@@ -134,6 +134,10 @@ class RequestQueue:
 
     # --- what the rules ask ---
 
+    def n_waiting(self, demand: Demand) -> int:
+        """Requests and wishes that wait for the same."""
+        return len(self._turns.get(demand, ()))
+
     def head(self, demand: Demand) -> RequestView | None:
         """Whose turn it is of those who wait for the same."""
         turns = self._turns.get(demand)
