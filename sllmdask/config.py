@@ -276,6 +276,8 @@ class SchedulerSettings(Frozen):
     min_residency: Seconds = Field(default=0.0, ge=0)
     #: Seconds after which a request that waits for a slot closes the instances that hold it to newcomers.
     patience: Seconds = Field(default=10.0, ge=0)
+    #: A file to which every event and decision is appended, for ``sllmdask simulate replay``; empty: none is written.
+    event_log: str = ""
 
 
 class ServerSettings(Frozen):
@@ -323,6 +325,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Names that would have been right at the place where `path` ends."""
     for part in path[:-1]:
+        if isinstance(part, int):  # a place in a list
+            continue
         models = _models_in(cls.model_fields[str(part)].annotation) if str(part) in cls.model_fields else []
         if not models:
             return []

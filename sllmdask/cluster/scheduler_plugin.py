@@ -26,6 +26,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.event_log import Recorder
 from sllmdask.cluster.moving import Moving
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, parse
@@ -107,6 +108,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 max_requests=settings.engine.max_running,
             )
         )
+        self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
         self.events: deque[ev.Event] = deque(maxlen=N_EVENTS)
         self.deployed: dict[str, Deployed] = {}
         self._doors: dict[str, Outbox] = {}
@@ -162,6 +164,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # Dask swallows what a hook raises; without the event nobody could find out why.
             logger.exception("the controller failed on %r", event)
             raise
+        self._recorder.saw(event, decisions)
         for decision in decisions:
             try:
                 self.enact(decision)
@@ -208,6 +211,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         await self.effects.close()
         for outbox in list(self._doors.values()):
             await outbox.close()
+        self._recorder.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         state = scheduler.workers[worker]

@@ -60,6 +60,8 @@ class ControllerSettings:
     #: Whether a running instance can move to another worker, and requests be sent back to the queue.
     can_migrate: bool = False
     can_preempt: bool = False
+    #: Whether the place of a request of another model may be taken by a newer one of the same class, as Shepherd does.
+    preempts_older: bool = False
     #: The rule that picks one of the ways to serve a request: a name of :data:`~sllmdask.policy.choosers.CHOOSERS`.
     chooser: str = "fastest"
     #: Of a chooser that needs chance.
@@ -90,6 +92,7 @@ class Controller:
             min_residency_s=settings.min_residency_s,
             can_migrate=settings.can_migrate,
             can_preempt=settings.can_preempt,
+            preempts_older=settings.preempts_older,
         )
         self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers)
         self._choose = CHOOSERS[settings.chooser](settings.seed)
