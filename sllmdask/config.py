@@ -182,10 +182,6 @@ class Deployment(Frozen):
             found.append("placement_config.local_disk has no effect beside target_nodes, which says where the model may run")
         if self.backend_config.enable_lora and not self.backend_config.lora_adapters:
             found.append("backend_config.enable_lora has no effect without lora_adapters, which names the adapters")
-        if "router_config" in self.model_fields_set:
-            found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
-        if "scheduler_config" in self.model_fields_set:
-            found.append("scheduler_config.alpha and .beta have no effect: running requests do not move between workers yet")
         return found
 
 
@@ -257,6 +253,8 @@ class WorkerSettings(Frozen):
     remote_hosts: tuple[str, ...] = ("https://*",)
     #: Whether workers supply each other with checkpoints.
     peers: bool = True
+    #: Bytes of KV per second that requests which leave a worker may send together; 0: what the network carries.
+    migration_bandwidth: BytesPerSecond = Field(default=0.0, ge=0)
     #: Bytes per read.
     chunk_size: Bytes = Field(default=2 * 1024**2, ge=4096)
     #: Threads that read one checkpoint.

@@ -47,6 +47,7 @@ ALLOWED = {
     "huggingface_hub": {"loader/hub.py"},
     "llguidance": {"engine/grammar.py"},
     "matplotlib": {"sim/plot.py"},
+    "msgpack": {"actors/move_wire.py"},
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
     "psutil": {"cluster"},

@@ -34,13 +34,13 @@ from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, demand_of
+from sllmdask.policy.queue import Claims, Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
-_MAX_LOOKS = 16
+_MAX_LOOKS = 4
 #: Seconds before a request that waits for a predicted end looks again, at the least.
 _LOOK_AGAIN_S = 0.25
 
@@ -195,6 +195,11 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
+            case ev.RequestMoved(request=request_id, instance=instance):
+                self._rebind(request_id, instance, at)
+            case ev.InstanceLeaves(instance=instance, cause=cause):
+                if instance in self.instances:
+                    self.fleet.drain(self.instances[instance], cause, at)
             case ev.UnloadRequested(model=name, node=node):
                 return self._ask_to_leave(name, node, at)
             case ev.FrontDoorLeft(front_door=front_door):
@@ -249,6 +254,7 @@ class Controller:
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
                 self.fleet.drain(instance, "replaced", at)
+        self.autoscaler.limit(model, at)
 
     def _ask_to_leave(self, name: str, node: str, at: float) -> list[Decision]:
         """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
@@ -324,6 +330,18 @@ class Controller:
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request
+
+    def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
+        """A running request has moved to another instance."""
+        request = self.running.get(request_id)
+        if request is None or request.instance == instance_id:
+            return
+        self.queue.rebind(request, instance_id)
+        for each, change in ((request.instance or "", -1), (instance_id, 1)):
+            instance = self.instances.get(each)
+            if instance is not None:
+                n_requests = instance.n_requests + change
+                self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
@@ -472,18 +490,20 @@ class Controller:
         mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
         roomy = [address for address in mates if self.state.has_room(address, 1)]
         free = [address for address in roomy if self.state.free_slots(address) > 0]
+
+        def gains(demand: Demand) -> bool:
+            offered = free if demand in self._coming else roomy  # nobody is disturbed for what is coming
+            return bool(offered) and self._gains(demand, offered, at)
+
+        demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
         if roomy:
             self.autoscaler.there_is_room()
-            demands = self.queue.in_turn()
-        else:
-            demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
-            demands.sort(key=self.queue.turn)
+            demands += [demand for demand in self.queue.in_turn() if demand not in self._dirty and gains(demand)]
         decisions: list[Decision] = []
         n_looks = 0
-        for demand in demands:
-            # Nobody is disturbed for what is coming.
-            offered = free if demand in self._coming else roomy
-            if demand in self._dirty or (offered and self._gains(demand, offered, at)):
+        for demand in sorted(demands, key=self._turn):
+            # Those before may have taken what there was.
+            if demand in self._dirty or gains(demand):
                 if n_looks == _MAX_LOOKS:
                     self._dirty[demand] = None
                     continue
@@ -491,6 +511,12 @@ class Controller:
                 self._dirty.pop(demand, None)
                 decisions += self._obtain(demand, at)
         return decisions
+
+    def _turn(self, demand: Demand) -> Turn:
+        """That of the first who has no place in an instance that is on its way."""
+        request = self.queue.head(demand)
+        many = request is not None and self.queue.n_waiting(demand) > 1
+        return self.queue.turn(demand, self.finder.n_places(request) if many and request is not None else 0)
 
     def _gains(self, demand: Demand, offered: list[str], at: float) -> bool:
         """Whether one of the workers with room would serve it sooner than what it waits for."""
@@ -529,9 +555,11 @@ class Controller:
         living = [instance for instance in mine if not instance.draining]
         coming = any(instance.state in (InstanceState.PLANNED, InstanceState.LOADING) for instance in living)
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        at_most = sum(not each.draining and not each.successor for each in self.instances_of(model.name)) >= model.max_instances
-        if at_most and request.load_only and not coming and len(self.state.living(model.name)) >= model.max_instances:
-            nodes = ", ".join(sorted({self.workers[each.worker].name for each in self.state.living(model.name)}))
+        others = [each for each in self.instances_of(model.name) if each.id != request.replaces]
+        at_most = sum(not each.draining and not each.successor for each in others) >= model.max_instances
+        elsewhere = [each for each in self.state.living(model.name) if each.id != request.replaces]
+        if at_most and request.load_only and not coming and len(elsewhere) >= model.max_instances:
+            nodes = ", ".join(sorted({self.workers[each.worker].name for each in elsewhere}))
             reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
             return self._refuse_all(demand, LoadFailed(model.name, reason))
         model = self._wanted(request)
@@ -552,7 +580,7 @@ class Controller:
                 self._claim(request, model, ways)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
-            self._look_again(demand, request, chosen, may_claim=may_claim, at=at)
+            self._look_again(demand, request, ways, chosen, may_claim=may_claim, at=at)
             return decisions
         return self._take(demand, request, chosen, ways, at)
 
@@ -576,6 +604,8 @@ class Controller:
         if chosen.way in (Way.LIVE, Way.COMING):
             return self._tell(demand, chosen, ways, chosen.instance, at)
         begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
+        if self.finder.n_without_place(request) > 0:
+            self._dirty[demand] = None
         return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
 
     def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:
@@ -598,11 +628,15 @@ class Controller:
     def _is_impatient(self, request: RequestView, at: float) -> bool:
         return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
 
-    def _look_again(self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float) -> None:
+    def _look_again(
+        self, demand: Demand, request: RequestView, ways: Ways, chosen: Option | None, *, may_claim: bool, at: float
+    ) -> None:
         """When time alone may have changed the answer."""
         moments = []
         if chosen is not None:
             moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
+            load = ways.soonest(Way.FREE, Way.EVICT)
+            moments += [request.arrived_at + load.ready_in_s] if load is not None else []
         if may_claim and not self.claims.has(request.id):
             moments.append(request.arrived_at + self.settings.patience_s)
         tried_again_at = self.back_off.ends_at(request.model, at)

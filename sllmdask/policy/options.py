@@ -26,9 +26,10 @@ from sllmdask.policy.views import InstanceState, InstanceView, ModelView, Reques
 from sllmdask.units import format_seconds
 
 #: Options that a record has, and workers without the checkpoint that are offered: more are no better.
-N_BEST = 16
-#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones.
-N_BUSY, N_MOVING = 8, 4
+N_BEST, N_OFFERED = 16, 8
+#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
+#: where they cannot move yet, for the record.
+N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
 #: Destinations that are looked at for an instance that could move.
 N_DESTINATIONS = 4
 #: Workers, and idle instances, of one cohort that are looked at until enough are found.
@@ -40,6 +41,9 @@ _MAX_NODES = 200
 NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
+#: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much as
+#: to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
+_WAITED = "the request has waited for as long as it takes to load"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
 
 
@@ -111,15 +115,8 @@ class WayFinder:
         return load_seconds(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
 
     def load_parts(self, model: ModelView, worker: WorkerView, at: float) -> tuple[Tier | None, dict[str, float]]:
-        """The tier, and seconds by name. Bytes that the node reads already for another instance are read once: then it is ready
-        when that one is."""
         peers = self.state.suppliers(model.checkpoint_key)
-        tier, parts = load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
-        if tier is not Tier.HOST:
-            arriving_s = self.state.arrives_in_s(worker, model.checkpoint_key, at)
-            if arriving_s is not None and arriving_s < sum(parts.values()):
-                parts = {"queue": arriving_s, "overhead": 0.0, "read": 0.0}
-        return tier, parts
+        return load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
 
     def remaining_s(self, request: RequestView, at: float) -> float:
         """Until a running request is predicted to end."""
@@ -159,12 +156,13 @@ class WayFinder:
         return Ways([option for instance in ready for option in self._on_own(request, instance, at)])
 
     def of_request(self, request: RequestView, model: ModelView, at: float, *, may_load: bool) -> Ways:
-        """All ways of a waiting request; without `may_load` only those to instances that the model has already."""
+        """All ways of the waiting `request` and of those who wait for the same, or rather of the last of them; without `may_load` only
+        those to instances that the model has already."""
         mine = self._own(request)
-        n_short = 0 if request.load_only else self.queue.n_waiting(demand_of(request)) - self._n_places(mine)
         own = [option for instance in mine for option in self._on_own(request, instance, at)]
-        if n_short > 0:
-            own = self._for_the_last(own, mine, n_short)
+        n_without = self.n_without_place(request)
+        if n_without > 0:
+            own = self._for_the_last(own, mine, n_without)
         if not may_load:
             return Ways(sorted(own, key=rank), any_fit=True, any_allowed=True)
         search = _Search(self, model, request, at)
@@ -175,30 +173,39 @@ class WayFinder:
         later = search.disturbing(enough_s)
         ways.options = sorted([*own, *ways.options, *later], key=rank)
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
-        if coming_s < inf and n_short <= 0:
+        if coming_s < inf and n_without <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
+        load = ways.soonest(Way.FREE, Way.EVICT)
+        if load is not None and at >= request.arrived_at + load.ready_in_s:
+            ways.options = [
+                replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
+            ]
         return ways
 
-    def _n_places(self, instances: Iterable[InstanceView]) -> int:
-        """Requests that instances which are on their way will take at once."""
-        return sum(self.max_requests for each in instances if each.state in (InstanceState.PLANNED, InstanceState.LOADING))
+    def n_without_place(self, request: RequestView) -> int:
+        """How many wait for the same as `request` beyond those whom the instances that are on their way will take at once."""
+        return 0 if request.load_only else self.queue.n_waiting(demand_of(request)) - self.n_places(request)
 
-    def _for_the_last(self, own: Sequence[Option], instances: Sequence[InstanceView], n_short: int) -> list[Option]:
-        """The ways to one's own instances, for the last of those who wait: what is on its way is promised to others, and `n_short`
-        wait for the ends of those that run."""
-        model = instances[0].model if instances else ""
-        later_s = n_short / (self.max_requests * max(1, len(instances))) * self._service.get(model, _UNKNOWN).mean_s
-        return [
-            replace(
-                option,
-                way=Way.WAIT,
-                ready_in_s=option.ready_in_s + later_s,
-                parts={**option.parts, "wait": option.parts.get("wait", 0.0) + later_s},
-            )
-            if option.way in (Way.COMING, Way.WAIT)
-            else option
-            for option in own
-        ]
+    def n_places(self, request: RequestView) -> int:
+        """Requests that the instances which are on their way will take at once."""
+        coming = (InstanceState.PLANNED, InstanceState.LOADING)
+        return self.max_requests * sum(each.state in coming for each in self._own(request))
+
+    def _for_the_last(self, own: Sequence[Option], instances: Sequence[InstanceView], n_without: int) -> list[Option]:
+        """The ways to one's own instances, if there are not enough: the last waits for the ends of those before it."""
+        if not instances:
+            return list(own)
+        service = self._service.get(instances[0].model, _UNKNOWN)
+        later_s = (n_without - 1) / (self.max_requests * len(instances)) * service.mean_s
+        found = []
+        for option in own:
+            if option.way is Way.COMING:  # it is promised to those before
+                option = replace(option, way=Way.WAIT, ready_in_s=option.ready_in_s + service.mean_s)
+            if option.way is Way.WAIT:
+                wait_s = option.ready_in_s + later_s
+                option = replace(option, ready_in_s=wait_s, parts={"wait": wait_s})
+            found.append(option)
+        return found
 
     @staticmethod
     def _beside(option: Option, coming_s: float) -> Option:
@@ -276,9 +283,11 @@ class _Search:
     def __init__(self, finder: WayFinder, model: ModelView, request: RequestView | None, at: float, *, without: str = "") -> None:
         self._finder, self._state = finder, finder.state
         self._model, self._request, self._at = model, request, at
+        self._peers = self._state.suppliers(model.checkpoint_key)
         self._own = {instance.id for instance in self._state.living(model.name)}
         self._back_off = finder.back_off.active(model.name, at)
         self._seen = {without}
+        self._alike: dict[tuple[float, ...], tuple[Tier | None, dict[str, float]]] = {}
         self._unfit: dict[str, str] = {}
         self._any_fit = self._any_allowed = False
         #: Free slots and idle instances: when an idle one was used last, and the option.
@@ -291,7 +300,7 @@ class _Search:
         ordered = sorted(self.found, key=lambda each: (*rank(each[1]), each[0], each[1].node))
         return Ways([option for _, option in ordered], self._unfit, self._any_fit, self._any_allowed)
 
-    def run(self, n: int = N_BEST, *, may_evict: bool = True) -> None:
+    def run(self, n: int = N_OFFERED, *, may_evict: bool = True) -> None:
         """Look at the workers that have the checkpoint, or that the model is limited to, and at `n` others."""
         state, model = self._state, self._model
         for worker in state.named(model.nodes) if model.nodes else state.holders(model.checkpoint_key):
@@ -315,8 +324,7 @@ class _Search:
             n_left -= option is not None and not option.parts["queue"]
             if not n_left:
                 break
-        if may_evict:
-            n_left = n
+        if may_evict and n_left > 0:  # none of them could be sooner than what is free
             for _, instance_id in islice(cohort.idle, _MAX_IDLE):
                 for worker in state.mates(state.instances[instance_id].worker):
                     n_left -= self._consider(worker, may_evict) is not None
@@ -351,7 +359,7 @@ class _Search:
             if len(self._unfit) < N_BEST:
                 self._unfit[worker.address] = reason
             return None
-        tier, parts = self._finder.load_parts(self._model, worker, self._at)
+        tier, parts = self._load_parts(worker)
         ready_in_s = sum(parts.values())
         leaving = self._leaving(worker)
         if leaving is None:
@@ -372,6 +380,16 @@ class _Search:
         )
         self.found.append((max((instance.idle_since or 0.0 for instance in leaving), default=0.0), option))
         return option
+
+    def _load_parts(self, worker: WorkerView) -> tuple[Tier | None, dict[str, float]]:
+        """The same for all workers of a cohort that have neither the checkpoint nor anything to read before."""
+        queue_s = self._state.queue_s(worker, self._at)
+        if queue_s or self._model.checkpoint_key in worker.residency:
+            return load_parts(self._model, worker, queue_s=queue_s, peers=self._peers)
+        key = self._state.cohort_key(worker.address)
+        if key not in self._alike:
+            self._alike[key] = load_parts(self._model, worker, peers=self._peers)
+        return self._alike[key]
 
     def _leaving(self, worker: WorkerView) -> list[InstanceView] | None:
         """The idle instances that would leave, if any have to; ``None``: those are not enough."""
@@ -405,7 +423,7 @@ class _Search:
         full = sorted(self._full, key=lambda each: each[:2])[:N_BUSY]
         for i, (ready_in_s, _, worker, tier, parts) in enumerate(full):
             options = [self._wait(worker, tier, parts)]
-            if i < N_MOVING and ready_in_s < enough_s and self._state.any_free:
+            if i < (N_NOT_MOVING if self._finder.migration_lost else N_MOVING) and ready_in_s < enough_s and self._state.any_free:
                 options.append(self._migrate(worker, tier, parts))
             if self._request is not None and self._finder.may_preempt(self._request):
                 options.append(self._preempt(worker, tier, parts))

@@ -289,7 +289,7 @@ class ClusterState:
     def promise(self, instance_id: str, worker: WorkerView, tier: Tier | None, seconds: float, at: float) -> None:
         """A load will read `tier` of the worker's node for `seconds`, after those that were promised before."""
         self.unpromise(instance_id, at)
-        if tier is not None and tier is not Tier.DEVICE and seconds > 0:
+        if tier is not None and tier is not Tier.DEVICE:
             key = node_of(worker), tier
             self._queues.setdefault(key, IoQueue()).promise(instance_id, at, seconds)
             self._promises[instance_id] = key
@@ -311,12 +311,6 @@ class ClusterState:
             if reading_s is not None:  # what was promised before may have ended sooner or later than was predicted
                 return reading_s
         return max(0.0, (at if instance.ready_by is None else instance.ready_by) - at)
-
-    def arrives_in_s(self, worker: WorkerView, checkpoint: str, at: float) -> float | None:
-        """Seconds until a checkpoint that is being read to the worker's node is there; ``None``: it is not being read."""
-        both = (*self.on_worker(worker.address), *self.neighbours(worker.address))
-        reading = [each for each in both if each.state is InstanceState.LOADING and each.checkpoint == checkpoint]
-        return min((self.ready_in_s(each, at) for each in reading), default=None)
 
     def queue_s(self, worker: WorkerView, at: float) -> Mapping[Tier, float]:
         """Seconds of the loads that were promised on each tier of the worker's node before."""
@@ -373,6 +367,9 @@ class ClusterState:
     def has_room(self, address: str, n_slots: int) -> bool:
         """Whether `n_slots` slots are free, or would be without the instances that may be evicted."""
         return self._room[address] >= n_slots
+
+    def cohort_key(self, address: str) -> _CohortKey:
+        return self._cohort_of[address]
 
     def least_seconds(self, model: ModelView, address: str) -> float:
         """What a load from elsewhere takes at the least, whoever supplies it; 0 where the worker has the checkpoint itself."""

@@ -233,6 +233,17 @@ def test_slots_that_come_free_go_to_models_in_the_order_in_which_they_were_asked
     assert served == list(order)
 
 
+def test_a_second_instance_waits_for_the_turn_of_the_one_who_needs_it():
+    model = replace(A, target=1)
+    controller = controller_with(model, B, C, workers=(), max_requests=1)
+    for at, name in enumerate("abaca"):
+        ask(controller, f"r{at}", name, float(at))
+    begun = []
+    for i, node in enumerate(NODES):
+        begun += [load.model for load in acts(controller.handle(ev.WorkerJoined(10.0 + i, node)))]
+    assert begun == ["a", "b", "a", "c"]
+
+
 def test_a_higher_class_gets_the_slot_before_those_who_wait_longer():
     controller = controller_with(A, B, C)
     (load,) = ask(controller, "ra", "a", 0.0)
