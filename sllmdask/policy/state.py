@@ -289,7 +289,7 @@ class ClusterState:
     def promise(self, instance_id: str, worker: WorkerView, tier: Tier | None, seconds: float, at: float) -> None:
         """A load will read `tier` of the worker's node for `seconds`, after those that were promised before."""
         self.unpromise(instance_id, at)
-        if tier is not None and tier is not Tier.DEVICE and seconds > 0:
+        if tier is not None and tier is not Tier.DEVICE:
             key = node_of(worker), tier
             self._queues.setdefault(key, IoQueue()).promise(instance_id, at, seconds)
             self._promises[instance_id] = key

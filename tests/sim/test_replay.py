@@ -66,8 +66,10 @@ def test_a_decision_that_was_another_one_then_is_found(log):
 
 def test_the_log_of_a_scheduler_that_was_killed_ends_in_the_middle_of_a_line(log):
     text = log.read_text()
-    log.write_text(text + text.splitlines()[-1][:-10])
-    assert len(list(replay(log))) == len(list(events()))
+    log.write_text(text[:-10])
+    steps = list(replay(log))
+    assert [step.event for step in steps] == list(events())[: len(steps)] and len(steps) >= len(list(events())) - 1
+    assert all(step.now[: len(step.then)] == step.then for step in steps)
 
 
 @pytest.mark.parametrize(
