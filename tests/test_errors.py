@@ -57,6 +57,7 @@ EXAMPLES: list[SllmError] = [
     errors.InstanceGone("qwen/7", "out of memory"),
     errors.ModelReplaced("qwen"),
     errors.StateRefused("r1", "its KV is in bfloat16, here it is in float32"),
+    errors.MoveFailed("The request 'r1'", "1", "there is no room"),
     errors.Cancelled(),
     errors.Cancelled("an operator cancelled it"),
     errors.EngineError("not enough memory for the step"),

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.event_log import Recorder
+from sllmdask.cluster.moving import Moving
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, parse
 from sllmdask.errors import (
@@ -106,6 +108,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 max_requests=settings.engine.max_running,
             )
         )
+        self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
         self.events: deque[ev.Event] = deque(maxlen=N_EVENTS)
         self.deployed: dict[str, Deployed] = {}
         self._doors: dict[str, Outbox] = {}
@@ -135,7 +138,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._revisions = itertools.count(int(1e3 * time.time()))
         #: What workers prove to each other that they know.
         self._token = secrets.token_hex(16)
-        self.effects = Effects(scheduler, self.on, self._doors, lambda model: self.deployed[model].deployment, self.peers)
+        self.moving = Moving(self)
+        self.effects = Effects(scheduler, self.on, self._doors, self.deployment, self.peers, self.moving.evacuate)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
         scheduler.handlers["sllm_delete"] = self.delete
@@ -144,6 +148,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_load"] = self.load
         scheduler.handlers["sllm_unload"] = self.unload
         scheduler.handlers["sllm_pull"] = self.pull
+        scheduler.handlers["sllm_migrate"] = self.migrate
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
     def on(self, event: ev.Event) -> None:
@@ -159,6 +164,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # Dask swallows what a hook raises; without the event nobody could find out why.
             logger.exception("the controller failed on %r", event)
             raise
+        self._recorder.saw(event, decisions)
         for decision in decisions:
             try:
                 self.enact(decision)
@@ -205,6 +211,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         await self.effects.close()
         for outbox in list(self._doors.values()):
             await outbox.close()
+        self._recorder.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         state = scheduler.workers[worker]
@@ -238,6 +245,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
         self.effects.worker_left(worker)
+        self.moving.worker_left(worker)
         if worker in self.controller.workers:
             self.on(ev.WorkerLeft(time.monotonic(), worker))
 
@@ -665,6 +673,63 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if "error" in reply:
             logger.warning("fetch failed source=%s worker=%s cause=%s", source, worker, from_wire(reply).message)
 
+    # --- moves ---
+
+    @answer
+    async def migrate(
+        self, requests: dict[str, str] | None, instance: str | None, to: str, kind: str | None, wait: bool
+    ) -> dict[str, Any]:
+        """Move running requests, of which the ids are told by their keys, or an instance with all that it has, to node `to`."""
+        where = self._node(to, "to")
+        assert where is not None
+        logger.info("migrate asked for requests=%s instance=%s to=%s kind=%s", [*(requests or ())], instance, to, kind)
+        if instance is not None:
+            return await self.moving.instance(instance, where, kind, wait)
+        return await self.moving.requests(requests or {}, where, kind, wait)
+
+    def deployment(self, model: str) -> Deployment:
+        return self._deployed(model).deployment
+
+    def move_address(self, worker: str) -> str | None:
+        """``host:port`` where a worker takes requests."""
+        address: str | None = self._accounts.get(worker, {}).get("moves")
+        return address
+
+    async def ask(self, worker: str, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        return await self._ask(worker, op, timeout_s, **arguments)
+
+    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
+        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named."""
+        view = self.controller.models.get(model)
+        if view is None:
+            raise ModelNotFound(model)
+        if view.nodes and where.name not in view.nodes:
+            raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "to")
+        misfit = self.controller.feasible(replace(view, nodes=(where.name,)))
+        if misfit is not None:
+            raise misfit
+        now = time.monotonic()
+        number = f"move-{next(self._wish_numbers)}"
+        wish = RequestView(number, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces)
+        report = self._wishes[wish.id] = asyncio.get_running_loop().create_future()
+        self.on(ev.LoadRequested(now, wish))
+        loaded = await report
+        await self._until_read(loaded.instance)
+        return loaded.instance
+
+    async def until_gone(self, instance: str) -> None:
+        """Until an instance that is to leave has left."""
+        if instance in self.controller.instances:
+            gone = asyncio.get_running_loop().create_future()
+            self._departures[gone] = {instance}
+            try:
+                await gone
+            finally:
+                self._departures.pop(gone, None)
+
+    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self.effects.start(coroutine)
+
     @answer
     async def cluster(self) -> dict[str, Any]:
         """Workers with their slots, tiers and models."""
@@ -722,7 +787,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             return None
         return {key: told[key] for key in ("done", "total", "tier", "bytes_per_s")}
 
-    def _node(self, name: str | None) -> WorkerView | None:
+    def _node(self, name: str | None, param: str = "node") -> WorkerView | None:
         """The worker of that name; raises :class:`InvalidRequest` with near ones."""
         if name is None:
             return None
@@ -731,7 +796,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             return by_name[name]
         near = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:10]
         known = f"Connected are {', '.join(map(repr, near))}." if near else "None is connected."
-        raise InvalidRequest(f"There is no node {name!r}. {known}", "node")
+        raise InvalidRequest(f"There is no node {name!r}. {known}", param)
 
     def _deployed(self, model: str) -> Deployed:
         deployed = self.deployed.get(model)

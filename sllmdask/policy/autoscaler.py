@@ -54,6 +54,12 @@ class Autoscaler:
         """Some worker has free slots, or idle instances."""
         self.look_at(islice(self._short, _MAX_SHORT))
 
+    def limit(self, model: ModelView, at: float) -> None:
+        """What is more than the most, which was lowered, takes no more requests."""
+        living = self._state.living(model.name)
+        for instance in fewest_first(living)[: max(0, len(living) - model.max_instances)]:
+            self._fleet.drain(instance, "max_instances", at)
+
     def scale(self, at: float) -> list[Decision]:
         """Begin what is missing, and let go of what is too much."""
         changed, self._changed = self._changed, {}
@@ -105,15 +111,9 @@ class Autoscaler:
         return decisions
 
     def _shrink(self, model: ModelView, at: float) -> list[Decision]:
-        """What is more than the most goes at once; the rest when it has been idle, or one too many, for the keep-alive time."""
+        """What has been idle, or one too many, for the keep-alive time leaves."""
         decisions: list[Decision] = []
         living = self._state.living(model.name)
-        too_many = len(living) - model.max_instances
-        if too_many > 0:
-            for instance in fewest_first(living)[:too_many]:
-                self._fleet.drain(instance, "max_instances", at)
-            decisions += self._fleet.unload_drained(at)
-            living = self._state.living(model.name)
         wanted = self._wanted(model)
         surplus = len(living) - wanted
         for instance in sorted(living, key=lambda instance: leaves_at(model, instance)):

@@ -34,7 +34,7 @@ from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, demand_of
+from sllmdask.policy.queue import Claims, Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -60,6 +60,8 @@ class ControllerSettings:
     #: Whether a running instance can move to another worker, and requests be sent back to the queue.
     can_migrate: bool = False
     can_preempt: bool = False
+    #: Whether the place of a request of another model may be taken by a newer one of the same class, as Shepherd does.
+    preempts_older: bool = False
     #: The rule that picks one of the ways to serve a request: a name of :data:`~sllmdask.policy.choosers.CHOOSERS`.
     chooser: str = "fastest"
     #: Of a chooser that needs chance.
@@ -90,6 +92,7 @@ class Controller:
             min_residency_s=settings.min_residency_s,
             can_migrate=settings.can_migrate,
             can_preempt=settings.can_preempt,
+            preempts_older=settings.preempts_older,
         )
         self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers)
         self._choose = CHOOSERS[settings.chooser](settings.seed)
@@ -192,6 +195,11 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
+            case ev.RequestMoved(request=request_id, instance=instance):
+                self._rebind(request_id, instance, at)
+            case ev.InstanceLeaves(instance=instance, cause=cause):
+                if instance in self.instances:
+                    self.fleet.drain(self.instances[instance], cause, at)
             case ev.UnloadRequested(model=name, node=node):
                 return self._ask_to_leave(name, node, at)
             case ev.FrontDoorLeft(front_door=front_door):
@@ -246,6 +254,7 @@ class Controller:
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
                 self.fleet.drain(instance, "replaced", at)
+        self.autoscaler.limit(model, at)
 
     def _ask_to_leave(self, name: str, node: str, at: float) -> list[Decision]:
         """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
@@ -321,6 +330,18 @@ class Controller:
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request
+
+    def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
+        """A running request has moved to another instance."""
+        request = self.running.get(request_id)
+        if request is None or request.instance == instance_id:
+            return
+        self.queue.rebind(request, instance_id)
+        for each, change in ((request.instance or "", -1), (instance_id, 1)):
+            instance = self.instances.get(each)
+            if instance is not None:
+                n_requests = instance.n_requests + change
+                self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
     def _return(self, request_id: str, at: float, deadline_at: float | None) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
@@ -470,18 +491,20 @@ class Controller:
         mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
         roomy = [address for address in mates if self.state.has_room(address, 1)]
         free = [address for address in roomy if self.state.free_slots(address) > 0]
+
+        def gains(demand: Demand) -> bool:
+            offered = free if demand in self._coming else roomy  # nobody is disturbed for what is coming
+            return bool(offered) and self._gains(demand, offered, at)
+
+        demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
         if roomy:
             self.autoscaler.there_is_room()
-            demands = self.queue.in_turn()
-        else:
-            demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
-            demands.sort(key=self.queue.turn)
+            demands += [demand for demand in self.queue.in_turn() if demand not in self._dirty and gains(demand)]
         decisions: list[Decision] = []
         n_looks = 0
-        for demand in demands:
-            # Nobody is disturbed for what is coming.
-            offered = free if demand in self._coming else roomy
-            if demand in self._dirty or (offered and self._gains(demand, offered, at)):
+        for demand in sorted(demands, key=self._turn):
+            # Those before may have taken what there was.
+            if demand in self._dirty or gains(demand):
                 if n_looks == _MAX_LOOKS:
                     self._dirty[demand] = None
                     continue
@@ -489,6 +512,12 @@ class Controller:
                 self._dirty.pop(demand, None)
                 decisions += self._obtain(demand, at)
         return decisions
+
+    def _turn(self, demand: Demand) -> Turn:
+        """That of the first who has no place in an instance that is on its way."""
+        request = self.queue.head(demand)
+        many = request is not None and self.queue.n_waiting(demand) > 1
+        return self.queue.turn(demand, self.finder.n_places(request) if many and request is not None else 0)
 
     def _gains(self, demand: Demand, offered: list[str], at: float) -> bool:
         """Whether one of the workers with room would serve it sooner than what it waits for."""
@@ -527,9 +556,11 @@ class Controller:
         living = [instance for instance in mine if not instance.draining]
         coming = any(instance.state in (InstanceState.PLANNED, InstanceState.LOADING) for instance in living)
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        at_most = sum(not each.draining and not each.successor for each in self.instances_of(model.name)) >= model.max_instances
-        if at_most and request.load_only and not coming and len(self.state.living(model.name)) >= model.max_instances:
-            nodes = ", ".join(sorted({self.workers[each.worker].name for each in self.state.living(model.name)}))
+        others = [each for each in self.instances_of(model.name) if each.id != request.replaces]
+        at_most = sum(not each.draining and not each.successor for each in others) >= model.max_instances
+        elsewhere = [each for each in self.state.living(model.name) if each.id != request.replaces]
+        if at_most and request.load_only and not coming and len(elsewhere) >= model.max_instances:
+            nodes = ", ".join(sorted({self.workers[each.worker].name for each in elsewhere}))
             reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
             return self._refuse_all(demand, LoadFailed(model.name, reason))
         model = self._wanted(request)
@@ -574,6 +605,8 @@ class Controller:
         if chosen.way in (Way.LIVE, Way.COMING):
             return self._tell(demand, chosen, ways, chosen.instance, at)
         begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
+        if self.finder.n_without_place(request) > 0:
+            self._dirty[demand] = None
         return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
 
     def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:

@@ -95,10 +95,14 @@ class RequestQueue:
         """All that run on an instance run on another one; returns how many those are."""
         moved = self.on_instance(instance_id)
         for request in moved:
-            self._forget_place(request)
-            self.running[request.id] = replace(request, instance=successor)
-            self._on_instance.setdefault(successor, {})[request.id] = None
+            self.rebind(request, successor)
         return len(moved)
+
+    def rebind(self, request: RequestView, instance_id: str) -> None:
+        """A running request runs on another instance."""
+        self._forget_place(request)
+        self.running[request.id] = replace(request, instance=instance_id)
+        self._on_instance.setdefault(instance_id, {})[request.id] = None
 
     def _take(self, request: RequestView) -> None:
         del self.waiting[request.id]
@@ -134,14 +138,19 @@ class RequestQueue:
 
     # --- what the rules ask ---
 
+    def n_waiting(self, demand: Demand) -> int:
+        """How many wait for the same."""
+        return len(self._turns.get(demand, ()))
+
     def head(self, demand: Demand) -> RequestView | None:
         """Whose turn it is of those who wait for the same."""
         turns = self._turns.get(demand)
         return self.waiting[turns[0][2]] if turns else None
 
-    def turn(self, demand: Demand) -> Turn:
-        """That of the first of them."""
-        return self._turns[demand][0]
+    def turn(self, demand: Demand, n_before: int = 0) -> Turn:
+        """That of the first of those who wait for the same, or of the one who has `n_before` before, or of the last."""
+        turns = self._turns[demand]
+        return turns[min(n_before, len(turns) - 1)]
 
     def members(self, demand: Demand) -> list[RequestView]:
         """All who wait for the same, in their turns."""

@@ -126,3 +126,5 @@ class RequestView:
     #: Tokens of its prompt, as far as they are known.
     n_tokens: int = 0
     dispatched_at: float | None = None
+    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``.
+    replaces: str = ""
