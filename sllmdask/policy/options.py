@@ -15,12 +15,12 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Choice, Option, Way
 from sllmdask.policy.choosers import rank
 from sllmdask.policy.dispatch import takes_requests
-from sllmdask.policy.estimate import load_parts, load_seconds, migration_seconds, move_seconds
+from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, move_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
 from sllmdask.policy.queue import Claims, RequestQueue, demand_of
-from sllmdask.policy.state import ClusterState, Cohort
+from sllmdask.policy.state import ClusterState, Cohort, node_of
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 from sllmdask.units import format_seconds
@@ -41,8 +41,8 @@ _MAX_NODES = 200
 NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
-#: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much as
-#: to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
+#: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much
+#: as to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
 _WAITED = "the request has waited for as long as it takes to load"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
 
@@ -111,12 +111,20 @@ class WayFinder:
     # --- seconds ---
 
     def load_seconds(self, model: ModelView, worker: WorkerView, at: float) -> float:
-        peers = self.state.suppliers(model.checkpoint_key)
-        return load_seconds(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        return sum(self.load_parts(model, worker, at)[1].values())
 
-    def load_parts(self, model: ModelView, worker: WorkerView, at: float) -> tuple[Tier | None, dict[str, float]]:
-        peers = self.state.suppliers(model.checkpoint_key)
-        return load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+    def load_parts(
+        self, model: ModelView, worker: WorkerView, at: float, peers: Sequence[Supplier] | None = None
+    ) -> tuple[Tier | None, dict[str, float]]:
+        """The tier, and seconds by name. Bytes that the node reads already for another instance are read once: then it is ready
+        when that one is."""
+        peers = self.state.suppliers(model.checkpoint_key) if peers is None else peers
+        tier, parts = load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        if tier is not Tier.HOST:
+            arriving_s = self.state.arrives_in_s(worker, model.checkpoint_key, at)
+            if arriving_s is not None and arriving_s < sum(parts.values()):
+                parts = {"queue": arriving_s, "overhead": 0.0, "read": 0.0}
+        return tier, parts
 
     def remaining_s(self, request: RequestView, at: float) -> float:
         """Until a running request is predicted to end."""
@@ -156,8 +164,8 @@ class WayFinder:
         return Ways([option for instance in ready for option in self._on_own(request, instance, at)])
 
     def of_request(self, request: RequestView, model: ModelView, at: float, *, may_load: bool) -> Ways:
-        """All ways of the waiting `request` and of those who wait for the same, or rather of the last of them; without `may_load` only
-        those to instances that the model has already."""
+        """All ways of the waiting `request` and those who wait for the same, or rather of the last of them; without `may_load`
+        only those to instances that the model has already."""
         mine = self._own(request)
         own = [option for instance in mine for option in self._on_own(request, instance, at)]
         n_without = self.n_without_place(request)
@@ -209,7 +217,7 @@ class WayFinder:
 
     @staticmethod
     def _beside(option: Option, coming_s: float) -> Option:
-        """What an option is worth while an instance is on its way: estimates are not so good that a second one is begun lightly."""
+        """An option while an instance is on its way: estimates are not so good that a second one is begun lightly."""
         if option.lost or option.way not in (Way.FREE, Way.EVICT, Way.MIGRATE, Way.PREEMPT):
             return option
         if option.leaving:
@@ -284,19 +292,20 @@ class _Search:
         self._finder, self._state = finder, finder.state
         self._model, self._request, self._at = model, request, at
         self._peers = self._state.suppliers(model.checkpoint_key)
+        self._arriving = self._state.arriving(model.checkpoint_key)
         self._own = {instance.id for instance in self._state.living(model.name)}
         self._back_off = finder.back_off.active(model.name, at)
         self._seen = {without}
         self._alike: dict[tuple[float, ...], tuple[Tier | None, dict[str, float]]] = {}
         self._unfit: dict[str, str] = {}
         self._any_fit = self._any_allowed = False
-        #: Free slots and idle instances: when an idle one was used last, and the option.
+        #: Free slots and idle instances: which of equally fast ones comes first, and the option.
         self.found: list[tuple[float, Option]] = []
         #: Workers where something that works would have to leave: seconds to load, name, and how the seconds divide.
         self._full: list[tuple[float, str, WorkerView, Tier | None, dict[str, float]]] = []
 
     def ways(self) -> Ways:
-        """What was found; of equally soon ones that first whose instance was not used for longest."""
+        """What was found, the best first."""
         ordered = sorted(self.found, key=lambda each: (*rank(each[1]), each[0], each[1].node))
         return Ways([option for _, option in ordered], self._unfit, self._any_fit, self._any_allowed)
 
@@ -378,14 +387,17 @@ class _Search:
             leaving=tuple((instance.id, "") for instance in leaving),
             parts=parts,
         )
-        self.found.append((max((instance.idle_since or 0.0 for instance in leaving), default=0.0), option))
+        # Of equally fast ones: what was not used for longest leaves, and instances of a model are on different workers.
+        n_own = sum(instance.model == self._model.name for instance in self._state.on_worker(worker.address))
+        used_at = max((instance.idle_since or 0.0 for instance in leaving), default=0.0)
+        self.found.append((used_at if leaving else float(n_own), option))
         return option
 
     def _load_parts(self, worker: WorkerView) -> tuple[Tier | None, dict[str, float]]:
-        """The same for all workers of a cohort that have neither the checkpoint nor anything to read before."""
-        queue_s = self._state.queue_s(worker, self._at)
-        if queue_s or self._model.checkpoint_key in worker.residency:
-            return load_parts(self._model, worker, queue_s=queue_s, peers=self._peers)
+        """The same for all workers of a cohort that have neither the checkpoint nor anything to read."""
+        known = self._model.checkpoint_key in worker.residency or node_of(worker) in self._arriving
+        if known or self._state.queue_s(worker, self._at):
+            return self._finder.load_parts(self._model, worker, self._at, self._peers)
         key = self._state.cohort_key(worker.address)
         if key not in self._alike:
             self._alike[key] = load_parts(self._model, worker, peers=self._peers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import inf
 from typing import Any
@@ -311,6 +311,18 @@ class ClusterState:
             if reading_s is not None:  # what was promised before may have ended sooner or later than was predicted
                 return reading_s
         return max(0.0, (at if instance.ready_by is None else instance.ready_by) - at)
+
+    def arriving(self, checkpoint: str) -> set[str]:
+        """Nodes that read a checkpoint for an instance."""
+        models = self._served_from.get(checkpoint, ())
+        instances = (instance for model in models for instance in self.instances_of(model))
+        return {node_of(self.workers[each.worker]) for each in instances if each.state is InstanceState.LOADING}
+
+    def arrives_in_s(self, worker: WorkerView, checkpoint: str, at: float) -> float | None:
+        """Seconds until a checkpoint that is being read to the worker's node is there; ``None``: it is not being read."""
+        both = (*self.on_worker(worker.address), *self.neighbours(worker.address))
+        reading = [each for each in both if each.state is InstanceState.LOADING and each.checkpoint == checkpoint]
+        return min((self.ready_in_s(each, at) for each in reading), default=None)
 
     def queue_s(self, worker: WorkerView, at: float) -> Mapping[Tier, float]:
         """Seconds of the loads that were promised on each tier of the worker's node before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import inf
 from random import Random
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Migrate, Preempt
-from sllmdask.policy.estimate import load_seconds, suppliers
+from sllmdask.policy.estimate import load_parts, suppliers
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.placement import unfit
 from sllmdask.policy.queue import demand_of, turn_of
@@ -113,7 +114,10 @@ def brute_force_s(controller: Controller, model: ModelView, at: float) -> float 
             neighbours=beside,
         )
         if leaving is not None:
-            found.append(load_seconds(model, worker, queue_s=state.queue_s(worker, at), peers=sources))
+            tier, parts = load_parts(model, worker, queue_s=state.queue_s(worker, at), peers=sources)
+            reading = [each for each in (*here, *beside) if each.state is InstanceState.LOADING]
+            arrives_s = [state.ready_in_s(each, at) for each in reading if each.checkpoint == model.checkpoint_key]
+            found.append(min(sum(parts.values()), *arrives_s, inf) if tier is not Tier.HOST else sum(parts.values()))
     return min(found, default=None)
 
 
