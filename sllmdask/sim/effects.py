@@ -17,6 +17,7 @@ from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.decisions import Decision, Dispatch, Load, Migrate, Preempt, Unload
 from sllmdask.policy.estimate import load_seconds
+from sllmdask.policy.rates import Measured, known_rates
 from sllmdask.policy.views import ModelView, Tier, WorkerView
 from sllmdask.sim.clock import Appointment, Clock
 from sllmdask.sim.links import Link, Sharing, Transfer, link
@@ -186,14 +187,12 @@ def introductions(nodes: Iterable[NodeSpec]) -> list[WorkerView]:
 class _Node:
     """A node at work."""
 
-    #: What the newest measurement counts in what a worker says of a tier.
-    NEWEST = 0.3
-
     def __init__(self, spec: NodeSpec, costs: ClusterCosts, clock: Clock) -> None:
         self.spec = spec
         self.links: dict[Tier, Link] = {tier: link(clock, costs.sharing, each.lanes) for tier, each in spec.tiers.items()}
         self.host, self.disk = TierMemory(spec.host_nbytes), TierMemory(spec.disk_nbytes)
         self.told = {tier: each.told_bytes_per_s for tier, each in spec.tiers.items()}
+        self._measured: dict[Tier, Measured] = {}
         self.overhead_s = {tier: each.overhead_s for tier, each in spec.tiers.items()}
         self.version = 0
         #: Checkpoints that are being read to host memory, with the loads that wait for the same bytes.
@@ -212,9 +211,16 @@ class _Node:
         return {**dict.fromkeys(self.disk, Tier.DISK), **dict.fromkeys(complete, Tier.HOST)}
 
     def measured(self, tier: Tier, nbytes: int, seconds: float) -> None:
-        seconds -= self.overhead_s[tier]
-        if seconds > 0:
-            self.told[tier] += self.NEWEST * (nbytes / seconds - self.told[tier])
+        """A load took `seconds`: the mean pace of all loads takes over from what was expected, as it does in live workers."""
+        pace_s = max(seconds - self.overhead_s[tier], 1e-6) / nbytes
+        known = self._measured.get(tier)
+        n = known.n_loads + 1 if known else 1
+        if known:
+            pace_s = 1 / known.bytes_per_s + (pace_s - 1 / known.bytes_per_s) / n
+        self._measured[tier] = Measured(1 / pace_s, self.overhead_s[tier], n)
+        expected = {tier: each.told_bytes_per_s for tier, each in self.spec.tiers.items()}
+        rates = known_rates(self._measured, expected, {}).bytes_per_s
+        self.told = {tier: rates[tier] for tier in expected}
 
 
 @dataclass(eq=False)
