@@ -21,7 +21,7 @@ import os
 import threading
 import urllib.parse
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -100,6 +100,7 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.ContextTooLong,
         errors.ModelNotFound,
         errors.AdapterNotFound,
+        errors.RecordNotFound,
         errors.WrongTask,
         errors.RouteNotFound,
         errors.MethodNotAllowed,
@@ -429,6 +430,36 @@ class AsyncClient:
         )
         return {"url": self.url, "ready": reason is None, "reason": reason, **cluster, **models, **requests}
 
+    async def requests(self) -> list[dict[str, Any]]:
+        """Requests under way, then those that ended lately: ``id``, ``model``, ``state``, ``node``, ``n_tokens``, ``seconds``..."""
+        return list((await self.call("GET", "/admin/requests"))["requests"])
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        """Why a request (the ``id`` of its :class:`Response`), or a model, is served as it is, and what really happened."""
+        return dict(await self.call("GET", f"/admin/explain/{urllib.parse.quote(name)}"))
+
+    async def cancel(self, request: str) -> dict[str, Any]:
+        """End a request, whoever asked for it; ``cancelled`` in the answer is false if it had ended already."""
+        return dict(await self.call("POST", "/admin/cancel", {"request": request}))
+
+    async def events(
+        self, since: int | None = None, *, last: int | None = None, model: str | None = None, follow: bool = True
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What the control plane does: what it did lately (after the event `since`, or the `last` few), then what comes, unless
+        `follow` is false. Each has ``id``, ``time``, ``event``, ``model``, ``instance``, ``node``, ``request``, ``text``."""
+        asked = {"since": since, "last": last, "model": model, "follow": str(follow).lower()}
+        params = {name: str(value) for name, value in asked.items() if value is not None}
+        async with _reaching(self.url), self._http().get(f"{self.url}/admin/events", params=params) as response:
+            if response.status != 200:
+                await _json_or_raise(response)
+            async for raw in response.content:
+                line = raw.decode().rstrip("\r\n")
+                if line.startswith("data: "):
+                    row = json.loads(line[6:])
+                    if "error" in row:
+                        raise server_error(200, row["error"], response.headers.get("x-request-id"))
+                    yield row
+
     async def call(self, method: str, path: str, body: Any = None) -> Any:
         """Any route by name: the JSON of its answer; raises :class:`ServerError` or :class:`ServerUnreachable`."""
         async with _reaching(self.url), self._http().request(method, self.url + path, json=body) as response:
@@ -646,6 +677,42 @@ class Client:
     def status(self) -> dict[str, Any]:
         """See :meth:`AsyncClient.status`."""
         return self._wait(self._client.status())
+
+    def requests(self) -> list[dict[str, Any]]:
+        """See :meth:`AsyncClient.requests`."""
+        return self._wait(self._client.requests())
+
+    def explain(self, name: str) -> dict[str, Any]:
+        """See :meth:`AsyncClient.explain`."""
+        return self._wait(self._client.explain(name))
+
+    def cancel(self, request: str) -> dict[str, Any]:
+        """See :meth:`AsyncClient.cancel`."""
+        return self._wait(self._client.cancel(request))
+
+    def events(
+        self, since: int | None = None, *, last: int | None = None, model: str | None = None, follow: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """See :meth:`AsyncClient.events`."""
+        source = self._client.events(since, last=last, model=model, follow=follow)
+        reading: asyncio.Future[dict[str, Any] | None] | None = None
+
+        async def step() -> dict[str, Any] | None:
+            nonlocal reading
+            reading = asyncio.ensure_future(anext(source, None))
+            return await reading
+
+        async def close() -> None:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait({reading})
+            await source.aclose()
+
+        try:
+            while (row := self._wait(step())) is not None:
+                yield row
+        finally:
+            self._wait(close())
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """See :meth:`AsyncClient.call`."""

@@ -368,6 +368,7 @@ def every_error() -> list[SllmError]:
         errors.ContextTooLong(10, 5),
         errors.ModelNotFound("a", ["b"]),
         errors.AdapterNotFound("a", "b", ["c"]),
+        errors.RecordNotFound("r", 3, 2.5),
         errors.WrongTask("a", "embed"),
         errors.RouteNotFound("GET", "/x"),
         errors.MethodNotAllowed("GET", "/x", ["POST"]),

@@ -37,6 +37,8 @@ EXAMPLES: list[SllmError] = [
     errors.ModelNotFound("gpt"),
     errors.AdapterNotFound("qwen", "polit", ("polite",)),
     errors.AdapterNotFound("qwen", "polite"),
+    errors.RecordNotFound("req-7", 2048, 1800.0),
+    errors.RecordNotFound("req-7", 0, 0.0),
     errors.WrongTask("minilm", "embed"),
     errors.WrongTask("qwen", "generate"),
     errors.RouteNotFound("GET", "/v2"),

@@ -12,7 +12,7 @@ import json
 import click
 
 from sllmdask import __version__
-from sllmdask.cli import checkpoints, measure, models, requests, run
+from sllmdask.cli import checkpoints, measure, models, observe, requests, run
 from sllmdask.cli.shell import command, json_option
 
 
@@ -45,6 +45,10 @@ for each in (
     requests.generate,
     requests.chat,
     requests.encode,
+    observe.requests,
+    observe.explain,
+    observe.events,
+    observe.cancel,
     version,
 ):
     main.add_command(each)

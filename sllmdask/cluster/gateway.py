@@ -13,6 +13,7 @@ import itertools
 import logging
 import shutil
 import tempfile
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -36,10 +37,12 @@ from sllmdask.cluster.journal import (
     Progress,
     Started,
 )
+from sllmdask.cluster.lookout import Lookout
 from sllmdask.config import Deployment, Settings
 from sllmdask.engine.text import TextStream, Tokenizer, preload
 from sllmdask.errors import (
     AdapterNotFound,
+    Cancelled,
     InstanceGone,
     InvalidRequest,
     ModelNotFound,
@@ -76,8 +79,21 @@ class _Active:
         self.text = text
         self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
         self.n_returns = 0
+        self.began_at = time.monotonic()
+        self.first_token_s: float | None = None
+        self.error: str | None = None
         #: Whether it was told last that its instance is being read.
         self.reading = False
+
+    def as_row(self) -> dict[str, Any]:
+        """One row of ``GET /admin/requests``."""
+        return self.journal.as_row() | {"seconds": time.monotonic() - self.began_at}
+
+    def outcome(self) -> dict[str, Any]:
+        """What the scheduler, which sees no token, is told of its end."""
+        journal = self.journal
+        told = {"state": journal.state, "n_tokens": len(journal.output_ids), "error": self.error}
+        return told | {"first_token_s": self.first_token_s}
 
 
 class WorkerLink:
@@ -136,7 +152,7 @@ class WorkerLink:
                 comm.abort()
 
 
-class Gateway:
+class Gateway(Lookout):
     """Where the HTTP server hands its requests in. Belongs to one event loop; :meth:`start` before use."""
 
     def __init__(self, scheduler: str, settings: Settings) -> None:
@@ -236,6 +252,10 @@ class Gateway:
         return self._outbox is not None and self._n_workers > 0
 
     @property
+    def connected(self) -> bool:
+        return self._outbox is not None
+
+    @property
     def not_ready_reason(self) -> str:
         if self._outbox is None:
             return f"The scheduler at {self._scheduler} is not connected."
@@ -271,7 +291,14 @@ class Gateway:
 
     def requests(self) -> list[dict[str, Any]]:
         """Requests under way, then those that ended lately, newest first."""
-        return [active.journal.as_row() for active in self._active.values()] + list(self._recent)
+        return [active.as_row() for active in self._active.values()] + list(self._recent)
+
+    def end_here(self, request: str, error: SllmError) -> bool:
+        """End the requests of this id, or this key, with `error`; whether there were any."""
+        found = [active for active in self._active.values() if request in (active.key, active.journal.request.id)]
+        for active in found:
+            active.inbox.put_nowait(error)
+        return bool(found)
 
     async def cluster(self) -> dict[str, Any]:
         """The workers, their slots, tiers and models."""
@@ -457,6 +484,8 @@ class Gateway:
             del journal.output_ids[active.text.n_accepted :]
             reason = FinishReason.STOP
         fresh = tuple(journal.output_ids[n_before:])
+        if fresh and active.first_token_s is None:
+            active.first_token_s = time.monotonic() - active.began_at
         told = tuple(map(TokenLogprobs.from_wire, logprobs[len(logprobs) - len(accepted) :][: len(fresh)])) if logprobs else ()
         of_prompt = None if prompt_logprobs is None or n_before else tuple(map(TokenLogprobs.from_wire, prompt_logprobs))
         if reason is None:
@@ -482,7 +511,8 @@ class Gateway:
         journal = active.journal
         never_began = isinstance(error, InstanceGone | WorkerLost) and not journal.output_ids
         if not never_began or active.n_returns >= MAX_RETURNS:
-            journal.state = "failed"
+            journal.state = "cancelled" if isinstance(error, Cancelled) else "failed"
+            active.error = error.message
             raise error
         active.n_returns += 1
         journal.epoch += 1
@@ -499,12 +529,13 @@ class Gateway:
         link = self._links.get(journal.worker) if journal.worker else None
         if link is not None and (journal.state != "finished" or active.text.stopped):
             link.send(["cancel", active.key, journal.instance])
-        self._tell(["ended", active.key])
-        self._recent.appendleft(journal.as_row())
+        self._tell(["ended", active.key, active.outcome()])
+        self._recent.appendleft(active.as_row())
 
     def _ask_for_place(self, active: _Active, what: str = "request") -> None:
         request = active.journal.request
-        self._tell([what, active.key, request.model, request.priority, request.deadline_s])
+        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens}
+        self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:
@@ -527,6 +558,10 @@ class Gateway:
                 self._show_progress([row for row in changed if row["state"] == "loading"])
             case ["reading", reading]:
                 self._show_reading(reading)
+            case ["rows", number]:
+                self._tell(["rows", number, self.requests()])
+            case ["cancel", key]:
+                self.end_here(key, Cancelled("An operator cancelled the request."))
             case ["dispatch" | "refuse", key, *_]:
                 active = self._active.get(key)
                 if active is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 
 from sllmdask.cluster.records import LoadRecord
 from sllmdask.cluster.tallies import Counter, Family, Histogram
+from sllmdask.policy.learned import EstimateError
 
 #: Upper bounds of buckets: seconds of a load, and parts of what an estimate turned out to be.
 LOAD_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0)
@@ -16,8 +16,6 @@ ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 PHASES = ("construct", "assign", "check", "ready", "read")
 #: Beginnings of the controller's causes, and what they are called in a label.
 _REASONS = {"evict": "room", "keep-alive": "idle", "asked": "asked", "deleted": "deleted", "replaced": "replaced"}
-#: Loads of a worker whose errors are averaged.
-N_ERRORS = 20
 
 
 class LoadTallies:
@@ -42,7 +40,7 @@ class LoadTallies:
             ERROR_RATIO,
         )
         self._evictions = Counter(
-            "sllmdask_evictions_total", "Instances that had to leave a tier, by the reason.", "tier", "reason"
+            "sllmdask_evictions_total", "Instances that left a tier, by the reason.", "tier", "reason"
         )
         self._refused = Counter(
             "sllmdask_admission_rejected_total", "Requests that were refused a place, by the error's code.", "reason"
@@ -50,8 +48,8 @@ class LoadTallies:
         self._held_s = Counter(
             "sllmdask_device_seconds_total", "Seconds times slots that instances of a model held, loading included.", "model"
         )
-        #: The latest errors by worker.
-        self._errors_of: dict[str, deque[float]] = {}
+        #: By worker and tier.
+        self._errors_of: dict[tuple[str, str], EstimateError] = {}
 
     def load_ended(self, load: LoadRecord) -> None:
         self._cold_starts.add(1, load.model, load.tier, load.outcome)
@@ -64,9 +62,10 @@ class LoadTallies:
                 self._durations.observe(seconds, load.model, load.tier, phase)
         if load.took_s is not None:
             self._durations.observe(load.took_s, load.model, load.tier, "total")
-        if load.error_ratio is not None:
+        if load.took_s is not None and load.error_ratio is not None:
             self._errors.observe(load.error_ratio)
-            self._errors_of.setdefault(load.worker, deque(maxlen=N_ERRORS)).append(load.error_ratio)
+            key = load.worker, load.tier
+            self._errors_of[key] = self._errors_of.get(key, EstimateError()).after(load.predicted_s, load.took_s)
 
     def left(self, tier: str, cause: str) -> None:
         known = (reason for words, reason in _REASONS.items() if cause.startswith(words))
@@ -78,13 +77,12 @@ class LoadTallies:
     def held(self, model: str, slot_s: float) -> None:
         self._held_s.add(slot_s, model)
 
-    def estimate_error(self, worker: str) -> tuple[float | None, int]:
-        """The mean error of the worker's latest loads, as a part of what they took, and how many those are."""
-        errors = self._errors_of.get(worker, ())
-        return (sum(errors) / len(errors) if errors else None), len(errors)
+    def estimate_error(self, worker: str) -> dict[str, EstimateError]:
+        """How far the estimates of the worker's loads were off, by tier."""
+        return {tier: error for (address, tier), error in self._errors_of.items() if address == worker}
 
     def worker_left(self, worker: str) -> None:
-        self._errors_of.pop(worker, None)
+        self._errors_of = {key: error for key, error in self._errors_of.items() if key[0] != worker}
 
     def forget(self, model: str) -> None:
         for each in (self._cold_starts, self._durations, self._held_s):

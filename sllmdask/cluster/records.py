@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from sllmdask.cluster.happenings import Happening
 from sllmdask.policy.choice import Choice, Option, Way
+from sllmdask.policy.learned import EstimateError
 
 #: Choices, happenings and loads kept of one request or model.
 N_CHOICES, N_HAPPENED, N_LOADS = 8, 48, 8
@@ -84,7 +86,9 @@ class LoadRecord:
     @property
     def error_ratio(self) -> float | None:
         """How far the estimate was from what it turned out to be, as a part of that."""
-        return abs(self.predicted_s - self.took_s) / self.took_s if self.took_s and not self.moved_from else None
+        if self.took_s is None or self.moved_from or not isfinite(self.predicted_s):
+            return None
+        return EstimateError().after(self.predicted_s, self.took_s).last
 
     @property
     def outcome(self) -> str:

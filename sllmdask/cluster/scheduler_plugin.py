@@ -24,6 +24,7 @@ from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.deployments import Deployments
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.observing import Observer
 from sllmdask.cluster.operations import Operations
 from sllmdask.cluster.rows import Rows
 from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
@@ -114,6 +115,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             self._departures,
             self._progress,
         )
+        self.observer = Observer(self.controller, self._doors, self._accounts)
+        for operation, handler in self.observer.handlers.items():
+            scheduler.handlers[operation] = answer(handler)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
         scheduler.handlers["sllm_delete"] = self.delete
@@ -137,6 +141,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # Dask swallows what a hook raises; without the event nobody could find out why.
             logger.exception("the controller failed on %r", event)
             raise
+        self.observer.saw(event, decisions)
         for decision in decisions:
             try:
                 self.enact(decision)
@@ -237,6 +242,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if view is None or account["version"] < view.version:
             return
         self._accounts[address] = account
+        self.observer.saw_account(account)
         for instance, stats in account["instances"].items():
             if "read_s" in stats.get("load", {}) or stats.get("n_output_tokens"):
                 self._progress.is_read(instance)
@@ -309,7 +315,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def _receive(self, front_door: str, message: Message) -> None:
         now = time.monotonic()
         match message:
-            case ["request" | "returned" as what, request_id, model, priority, deadline_s]:
+            case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
+                self.observer.log.told(request_id, told)
                 if what == "returned" and request_id in self.controller.running:
                     self.on(ev.RequestReturned(now, request_id))
                     return
@@ -317,10 +324,13 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
                 self.on(ev.RequestArrived(now, request))
-            case ["ended", request_id]:
+            case ["ended", request_id, told]:
+                self.observer.log.told(request_id, told)
                 self.on(ev.RequestEnded(now, request_id))
             case ["read", instance]:
                 self._progress.is_read(instance)
+            case ["rows", number, rows]:
+                self.observer.answered(front_door, number, rows)
             case _:
                 logger.warning("unknown message from front door %s: %r", front_door, message[:1])
 
@@ -368,7 +378,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     @answer
     async def cluster(self) -> dict[str, Any]:
         """Workers with their slots, tiers and models."""
-        return {"workers": self._made_rows.workers()}
+        rows = self._made_rows.workers()
+        return {"workers": [row | {"estimate_error": self.observer.estimates(row["address"])} for row in rows]}
 
 
 def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float], dict[Tier, float]]:

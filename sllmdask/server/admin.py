@@ -23,8 +23,6 @@ class Cluster(Protocol):
 
     def models(self) -> list[dict[str, Any]]: ...
 
-    def requests(self) -> list[dict[str, Any]]: ...
-
     async def cluster(self) -> dict[str, Any]: ...
 
     async def register(self, deployment: Deployment) -> dict[str, Any]: ...
@@ -90,9 +88,6 @@ class Admin:
 
     async def models(self, _: web.Request) -> web.Response:
         return exchange.answer({"models": self._gateway.models()})
-
-    async def requests(self, _: web.Request) -> web.Response:
-        return exchange.answer({"requests": self._gateway.requests()})
 
     async def health(self, _: web.Request) -> web.Response:
         """The process is up and its loop turns."""
