@@ -25,9 +25,18 @@ from sllmdask.cluster.journal import (
     Progress,
     Started,
 )
+from sllmdask.cluster.observing import Observer
 from sllmdask.config import Deployment, ServerSettings
 from sllmdask.engine.text import Tokenizer
-from sllmdask.errors import AdapterNotFound, CheckpointNotFound, ModelNotFound, SllmError
+from sllmdask.errors import (
+    AdapterNotFound,
+    CheckpointNotFound,
+    ModelNotFound,
+    RecordNotFound,
+    SchedulerUnreachable,
+    SllmError,
+)
+from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.server import app as server_app
 from sllmdask.server import openai
 
@@ -104,6 +113,8 @@ class FakeGateway:
         self.registered: list[Deployment] = []
         #: What operators asked for, in order.
         self.operated: list[tuple[Any, ...]] = []
+        #: What the scheduler would have seen; a test tells it.
+        self.observer = Observer(Controller(ControllerSettings()), {}, {})
         self.n_running = 0
         self.most_running = 0
         self._journals: dict[str, Journal] = {}
@@ -206,9 +217,32 @@ class FakeGateway:
     def requests(self) -> list[dict[str, Any]]:
         return [journal.as_row() for journal in self._journals.values()]
 
+    async def all_requests(self) -> list[dict[str, Any]]:
+        return self.requests()
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        return await self.observer.explain(name)
+
+    async def events(self, since: int, model: str | None, last: int | None, wait_s: float) -> dict[str, Any]:
+        return await self.observer.events(since, model, last, wait_s)
+
+    async def families(self) -> list[dict[str, Any]]:
+        if not self.ready:
+            raise SchedulerUnreachable("tcp://127.0.0.1:1", "it went away")
+        return list((await self.observer.metrics())["families"])
+
+    async def cancel(self, request: str) -> dict[str, Any]:
+        self.operated.append(("cancel", request))
+        if request not in self._journals:
+            raise RecordNotFound(request, len(self._journals), 1.0)
+        state = self._journals[request].state
+        ended = state not in ("queued", "running")
+        return {"request": request, "cancelled": not ended, "state": state if ended else "cancelled"}
+
     async def cluster(self) -> dict[str, Any]:
         held = [{"model": name, "state": m.state, "tier": "device", "nbytes": m.nbytes} for name, m in self.deployed.items()]
         worker = {"name": "0", "address": "tcp://127.0.0.1:1", "pid": 1, "slots": 2, "slots_used": len(held), "models": held}
+        worker["estimate_error"] = {"disk": {"n": 3, "mean": 0.2, "ewma": 0.125, "last": 0.1}}
         worker["instances"] = [
             {
                 "instance": f"{name}/1",

@@ -58,6 +58,7 @@ def test_help_is_quick_and_lists_only_what_exists():
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
+    commands |= {"requests", "explain", "events", "cancel"}
     assert set(main.commands) == commands | {"generate", "chat", "encode", "version"}
     for command in set(main.commands) - {"bench"}:
         assert "--debug" in run(command, "--help").output
@@ -95,7 +96,7 @@ def test_models_are_a_table_on_a_terminal(serve: Serve):
 def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
     server = serve(m=FakeModel())
     lines = [line.split("\t") for line in run("status").output.splitlines()]
-    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "m (ready)"]
+    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "disk 12%", "m (ready)"]
     server.gateway.ready = False
     status = json.loads(run("status", "--json").output)
     assert list(status) == ["url", "ready", "reason", "workers", "models", "requests"]

@@ -86,7 +86,8 @@ async def _show_events(server: str | None, follow: bool, model: str | None, last
 
 
 def _event_line(row: Mapping[str, Any]) -> str:
-    return f"{_clock(row['time'])}\t{row['event']}\t{row['text']}".expandtabs(14)
+    line = f"{_clock(row['time'])}\t{row['event']}\t{row['text']}"
+    return line.expandtabs(14) if sys.stdout.isatty() else line
 
 
 def _clock(seconds: float) -> str:
@@ -150,7 +151,8 @@ def _explain_model(told: Mapping[str, Any]) -> None:
     if told["reason"]:
         click.echo(f"why: {told['reason']}")
     if told["residency"]:
-        click.echo(f"files: {', '.join(f'{each["tier"]} of node {each["node"]}' for each in told['residency'])}")
+        files = ", ".join(f"{each['tier']} of node {each['node']}" for each in told["residency"])
+        click.echo(f"files: {files}")
     if told["n_waiting"]:
         click.echo(f"waiting: {told['n_waiting']} requests, the oldest for {format_seconds(told['waited_s'])}")
     for failure in told["failures"]:

@@ -219,11 +219,15 @@ def _worker_columns() -> list[Column]:
         tier = row["tiers"].get("host")
         return f"{format_bytes(tier['used'])} of {format_bytes(tier['capacity'])}" if tier else "-"
 
+    def error(row: Mapping[str, Any]) -> str:
+        return ", ".join(f"{tier} {each['ewma']:.0%}" for tier, each in row.get("estimate_error", {}).items()) or "-"
+
     return [
         ("WORKER", lambda row: row["name"]),
         ("ADDRESS", lambda row: row["address"]),
         ("PID", lambda row: row["pid"]),
         ("SLOTS", lambda row: f"{row['slots_used']}/{row['slots']}"),
         ("HOST MEMORY", host),
+        ("ESTIMATE ERROR", error),
         ("MODELS", lambda row: ", ".join(f"{held['model']} ({held['state']})" for held in row["models"]) or "-"),
     ]

@@ -6,7 +6,7 @@ of it; what only others know (the client's id of a request, how it ended, when t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from math import isfinite
 from typing import Any
 
@@ -79,6 +79,13 @@ class DecisionLog:
             load.phases = dict(phases)
             if load.ready_at is not None:
                 self._count(load)
+
+    def reconcile(self, there: Container[str], at: float) -> None:
+        """Only the instances in `there` are left: a worker's report may say that it does not have one any more."""
+        for load in [load for load in self.loads.values() if load.instance not in there]:
+            load.leaving = load.leaving or "its worker does not have it any more"
+            self._note_instance(load, self._wall_s(at), "unloaded", cause=load.leaving)
+            self._close(load, self._wall_s(at))
 
     # --- the fold ---
 
@@ -295,7 +302,7 @@ class DecisionLog:
 
     def _loaded(self, instance: str, tier: str, at: float) -> None:
         load = self.loads.get(instance)
-        if load is None or load.ready_at is not None:
+        if load is None or load.ready_at is not None or load.leaving:
             return
         load.ready_at, load.loaded_from = at, tier
         if load.phases:

@@ -21,7 +21,7 @@ from sllmdask.cluster.tallies import Counter, Family, Labels, gauge
 from sllmdask.errors import RecordNotFound
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.decisions import Decision
-from sllmdask.policy.events import Event
+from sllmdask.policy.events import Event, WorkerReported
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Observer:
         n_before = self.log.feed.latest
         try:
             self.log.saw(event, decisions)
+            if isinstance(event, WorkerReported):
+                self.log.reconcile(self._controller.instances, event.at)
         except Exception:
             logger.exception("cannot record what was decided on %r", event)
         if self.log.feed.latest != n_before:

@@ -21,7 +21,7 @@ from sllmdask.errors import ConfigError, EngineError, PortInUse, Unavailable, Wr
 from sllmdask.server import adapters, embeddings, exchange, openai, stream
 from sllmdask.server.admin import Admin, Cluster
 from sllmdask.server.choices import make_writer
-from sllmdask.server.lookout import Lookout
+from sllmdask.server.lookout import Lookout, Watched
 from sllmdask.server.metrics import FrontDoorMetrics, Watch
 
 #: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
@@ -34,7 +34,7 @@ STOP_GRACE_S = 5.0
 _SLASH = re.compile(r"/(?![^{]*\})")
 
 
-class Gateway(Cluster, Protocol):
+class Gateway(Cluster, Watched, Protocol):
     """What the front door needs of ``cluster.gateway.Gateway``; a test may bring another one."""
 
     async def tokenizer(self, model: str) -> Tokenizer: ...

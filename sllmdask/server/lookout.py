@@ -19,7 +19,7 @@ WAIT_S = 10.0
 MAX_LAST = 100_000
 
 
-class Cluster(Protocol):
+class Watched(Protocol):
     """What the routes ask of the gateway; see :class:`sllmdask.cluster.lookout.Lookout`."""
 
     def models(self) -> list[dict[str, Any]]: ...
@@ -40,7 +40,7 @@ class Cluster(Protocol):
 class Lookout:
     """The handlers, over one gateway."""
 
-    def __init__(self, gateway: Cluster, settings: ServerSettings, metrics: FrontDoorMetrics) -> None:
+    def __init__(self, gateway: Watched, settings: ServerSettings, metrics: FrontDoorMetrics) -> None:
         self._gateway, self._settings, self._metrics = gateway, settings, metrics
         self._cluster = ClusterFamilies(gateway.families)
         #: Handlers of those who follow events.
