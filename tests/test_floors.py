@@ -48,6 +48,7 @@ ALLOWED = {
     "llguidance": {"engine/grammar.py"},
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
+    "prometheus_client": {"server"},
     "psutil": {"cluster"},
     "pydantic": {"config"},
     "rich": {"cli"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -71,6 +70,8 @@ def cancel(request: str, server: str | None, as_json: bool) -> None:
 @json_option
 def events(follow: bool, model: str | None, last: int, server: str | None, as_json: bool) -> None:
     """Show what the control plane did lately, one event a line; --json prints a JSON object a line."""
+    import asyncio
+
     try:
         asyncio.run(_show_events(server, follow, model, last, as_json))
     except KeyboardInterrupt:
