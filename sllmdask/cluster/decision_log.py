@@ -15,7 +15,7 @@ from sllmdask.cluster.load_tallies import LoadTallies
 from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, RequestRecord
 from sllmdask.policy import decisions as do
 from sllmdask.policy import events as ev
-from sllmdask.policy.choice import Choice
+from sllmdask.policy.choice import Choice, Way
 from sllmdask.policy.views import RequestView
 
 #: Requests that have ended, models that are not deployed any more, and nodes that have left, of which something is kept.
@@ -201,6 +201,7 @@ class DecisionLog:
         if record is None:
             return
         record.n_tokens = told.get("n_tokens", record.n_tokens)
+        record.path = list(told.get("path") or record.path)  # it may have moved meanwhile
         record.first_token_s = told.get("first_token_s", record.first_token_s)
         if record.ended_at is not None:
             return
@@ -265,30 +266,36 @@ class DecisionLog:
                 record.happened.append(happening)
 
     def _chose(self, choice: Choice, at: float) -> None:
-        record, model = self.requests.get(choice.request), self.models.get(choice.model)
+        record, model = self.requests.get(choice.request), self._model(choice.model)
         made = ChoiceRecord(choice, at, at)
-        for kept in (None if record is None else record.choices, None if model is None else model.choices):
-            if kept is None:
-                continue
-            last = kept[-1] if kept else None
-            if last is not None and last.choice.request == choice.request and last.decided == made.decided:
+        chosen = choice.chosen
+        if chosen is not None and made.begins:
+            known = model.planned.get(chosen.worker)
+            # One load serves all who wait for the same; it is told of the first of them.
+            if known is None or known.at != choice.at or known.chosen != chosen:
+                model.planned[chosen.worker] = choice
+        if chosen is None or chosen.way is not Way.LIVE:
+            last = model.choices[-1] if model.choices else None
+            if last is None or last.decided != made.decided:
+                model.choices.append(made)
+            elif last.at != at:
                 last.choice, last.at, last.n_times = choice, at, last.n_times + 1
-            else:
-                kept.append(ChoiceRecord(choice, at, at))
-                if record is not None and kept is record.choices:
-                    record.n_choices += 1
-                    if made.waits:
-                        self._note_request(record, at, "waiting", cause=choice.reason)
+        if record is not None:
+            last = record.choices[-1] if record.choices else None
+            if last is not None and last.decided == made.decided:
+                last.choice, last.at, last.n_times = choice, at, last.n_times + 1
+                return
+            record.choices.append(ChoiceRecord(choice, at, at))
+            record.n_choices += 1
+            if made.waits:
+                self._note_request(record, at, "waiting", cause=choice.reason)
 
     # --- instances ---
 
     def _load(self, decision: do.Load, at: float) -> None:
         load = self._new_load(decision.instance, decision.model, decision.worker, decision.ready_in_s, at)
-        for made in reversed(self._model(decision.model).choices):
-            chosen = made.choice.chosen
-            if chosen is not None and chosen.worker == decision.worker and not made.waits:
-                load.choice, load.option = made.choice, chosen
-                break
+        load.choice = self._model(decision.model).planned.pop(decision.worker, None)
+        load.option = None if load.choice is None else load.choice.chosen
         load.why = {self.node(address): reason for address, reason in decision.why.items()}
         tier = None if load.option is None or load.option.tier is None else str(load.option.tier)
         self._note_instance(load, at, "placed", tier=tier, predicted_s=_finite(decision.ready_in_s))

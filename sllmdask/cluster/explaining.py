@@ -80,7 +80,6 @@ def explain_model(log: DecisionLog, controller: Controller, name: str, at: float
         )
     waiting = [request for request in controller.waiting.values() if request.model == name and not request.load_only]
     residency = [(worker.name, worker.residency.get(key)) for worker in controller.workers.values()]
-    failures = [(worker, failure) for (failed, worker), failure in controller.failures.items() if failed == name]
     return {
         "kind": "model",
         "id": name,
@@ -100,7 +99,7 @@ def explain_model(log: DecisionLog, controller: Controller, name: str, at: float
                 "n_times": failure.n_times,
                 "retry_in_s": max(0.0, failure.until - at),
             }
-            for worker, failure in failures
+            for worker, failure in controller.back_off.of(name).items()
         ],
         "choices": [_made(log, made, None) for made in model.choices],
         "loads": [load_row(load, now) for load in model.loads],
@@ -202,8 +201,10 @@ def _why_there(log: DecisionLog, load: LoadRecord | None) -> str:
         return "its slots are being freed"
     if load.moved_from:
         return f"it has taken over from {load.moved_from}"
-    if load.choice is not None:
+    if load.choice is not None and load.choice.request:
         return f"loaded for request {_id(log, load.choice.request)}: {load.choice.reason}"
+    if load.choice is not None:
+        return f"one more instance was wanted: {load.choice.reason}"
     return "the number of requests, or min_instances, asked for one more instance"
 
 

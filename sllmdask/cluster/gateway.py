@@ -92,7 +92,7 @@ class _Active:
     def outcome(self) -> dict[str, Any]:
         """What the scheduler, which sees no token, is told of its end."""
         journal = self.journal
-        told = {"state": journal.state, "n_tokens": len(journal.output_ids), "error": self.error}
+        told = {"state": journal.state, "n_tokens": len(journal.output_ids), "path": journal.path, "error": self.error}
         return told | {"first_token_s": self.first_token_s}
 
 

@@ -15,7 +15,10 @@ ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 #: checked; until it took requests; until the last byte was there.
 PHASES = ("construct", "assign", "check", "ready", "read")
 #: Beginnings of the controller's causes, and what they are called in a label.
-_REASONS = {"evict": "room", "keep-alive": "idle", "asked": "asked", "deleted": "deleted", "replaced": "replaced"}
+_REASONS = {
+    **{"evict": "room", "preempt": "room", "keep-alive": "idle", "scaled": "idle", "max_instances": "idle"},
+    **{"asked": "asked", "deleted": "deleted", "replaced": "replaced"},
+}
 
 
 class LoadTallies:

@@ -73,12 +73,16 @@ class Observer:
         n_before = self.log.feed.latest
         try:
             self.log.saw(event, decisions)
-            if isinstance(event, WorkerReported):
-                self.log.reconcile(self._controller.instances, event.at)
+            if isinstance(event, WorkerReported) and len(self.log.loads) > len(self._controller.instances):
+                self._reconcile()
         except Exception:
             logger.exception("cannot record what was decided on %r", event)
         if self.log.feed.latest != n_before:
             self._news.set()
+
+    def _reconcile(self) -> None:
+        """An instance that its worker does not have any more is dropped by the controller without a word."""
+        self.log.reconcile(self._controller.instances, time.monotonic())
 
     def saw_account(self, account: Mapping[str, Any]) -> None:
         """A worker's account of itself."""
@@ -105,6 +109,7 @@ class Observer:
 
     async def explain(self, name: str) -> dict[str, Any]:
         """Why a request, by its client's id, or a model is served as it is; raises :class:`RecordNotFound`."""
+        self._reconcile()
         now = self._now()
         found = self.log.find(name)
         if name in self._controller.models or (not found and name in self.log.models):
@@ -176,6 +181,7 @@ class Observer:
     # --- metrics ---
 
     def _families(self) -> list[Family]:
+        self._reconcile()
         now = self._now()
         holding: dict[Labels, float] = defaultdict(float)
         for load in self.log.loads.values():

@@ -35,6 +35,11 @@ class ChoiceRecord:
         """Nothing was begun for it."""
         return self.choice.chosen is None or self.choice.chosen.way in (Way.WAIT, Way.COMING)
 
+    @property
+    def begins(self) -> bool:
+        """It leads to a load."""
+        return not self.waits and self.choice.chosen is not None and self.choice.chosen.way is not Way.LIVE
+
 
 @dataclass
 class LoadRecord:
@@ -136,7 +141,9 @@ class ModelRecord:
     nbytes: int = 0
     n_slots: int = 1
     deployed: bool = False
-    #: Of requests for it, and of those for nobody in particular.
+    #: What was decided for it, by worker, and has not been begun yet.
+    planned: dict[str, Choice] = field(default_factory=dict)
+    #: Of requests for it, and of those for nobody in particular; not those that found a ready instance.
     choices: deque[ChoiceRecord] = field(default_factory=lambda: deque(maxlen=N_CHOICES))
     #: Loads that have ended, the latest last.
     loads: deque[LoadRecord] = field(default_factory=lambda: deque(maxlen=N_LOADS))

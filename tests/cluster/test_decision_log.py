@@ -176,20 +176,19 @@ def controller_and_log(*models: ModelView) -> tuple[Controller, DecisionLog]:
 def test_a_model_is_explained_before_its_first_request_while_it_is_there_and_after_it_has_left():
     controller, log = controller_and_log(A)
 
-    def step(event: ev.Event, *first: Decision) -> list[Decision]:
-        decisions = controller.handle(event)
-        log.saw(event, [*first, *decisions])
-        return decisions
+    def step(event: ev.Event) -> None:
+        log.saw(event, controller.handle(event))
 
     def told(at: float) -> dict[str, Any]:
         return explain_model(log, controller, "a", at, at)
 
     assert told(1.0)["reason"] == "nobody has asked for it yet; node 0 has its files"
     assert told(1.0)["residency"] == [{"node": "0", "tier": "disk"}]
-    step(asked("r", "a", 2.0), choice("r", "a", 2.0, FROM_DISK, "a free slot"))
+    step(asked("r", "a", 2.0))
     (instance,) = told(3.0)["instances"]
     assert (instance["node"], instance["state"], instance["since_s"]) == ("0", "loading", 1.0)
-    assert instance["reason"] == "loaded for request r: a free slot" and instance["load"]["outcome"] == "loading"
+    assert instance["reason"] == "loaded for request r: loading where slots are free is the soonest"
+    assert instance["choice"]["chosen"]["node"] == "0" and instance["load"]["outcome"] == "loading"
     assert told(3.0)["n_waiting"] == 1
     step(ev.LoadFinished(4.0, "a/1", Tier.DISK))
     step(ev.RequestEnded(5.0, "r"))
@@ -211,7 +210,7 @@ def test_a_model_whose_load_failed_says_where_why_and_when_it_is_tried_again():
     assert (failure["node"], failure["n_times"], failure["retry_in_s"]) == ("0", 1, 0.75)
     assert told["reason"] == "its last load failed, on node 0 250 ms ago: model.safetensors is truncated"
     assert told["last_failure"]["outcome"] == "failed"
-    assert samples(log, "sllmdask_cold_starts_total") == {("a", "unknown", "failed"): 1}
+    assert samples(log, "sllmdask_cold_starts_total") == {("a", "disk", "failed"): 1}
     assert [happening.event for happening in log.feed.after(0)][-2:] == ["failed", "refused"]
 
 
