@@ -431,7 +431,7 @@ class AsyncClient:
         return {"url": self.url, "ready": reason is None, "reason": reason, **cluster, **models, **requests}
 
     async def requests(self) -> list[dict[str, Any]]:
-        """Requests under way, then those that ended lately: ``id``, ``model``, ``state``, ``node``, ``n_tokens``, ``seconds``..."""
+        """Requests under way, then those that ended lately: ``id``, ``model``, ``state``, ``node``, ``n_tokens``..."""
         return list((await self.call("GET", "/admin/requests"))["requests"])
 
     async def explain(self, name: str) -> dict[str, Any]:

@@ -303,8 +303,10 @@ class AdapterNotFound(RequestError):
 
 
 class RecordNotFound(RequestError):
-    """``RecordNotFound(name, n_kept, kept_s)``: nothing is known of a request or model; `n_kept` requests that have ended are kept,
-    the oldest since `kept_s` seconds."""
+    """``RecordNotFound(name, n_kept, kept_s)``: nothing is known of a request or model.
+
+    `n_kept` requests that have ended are kept, the oldest of them since `kept_s` seconds.
+    """
 
     http_status, code = 404, "record_not_found"
 
@@ -315,7 +317,7 @@ class RecordNotFound(RequestError):
     @property
     def message(self) -> str:
         kept = f" The last {self.n_kept} that have ended are kept, the oldest since {self.kept_s:.0f} s." if self.n_kept else ""
-        return f"Nothing is known of {self.name!r}: it is neither a model nor a request that is under way or has ended lately.{kept}"
+        return f"Nothing is known of {self.name!r}: it is no model, and no request that is under way or has ended lately.{kept}"
 
 
 class WrongTask(RequestError):

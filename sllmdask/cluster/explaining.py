@@ -86,7 +86,7 @@ def explain_model(log: DecisionLog, controller: Controller, name: str, at: float
         "model": name,
         "deployed": view is not None,
         "nodes": list(view.nodes) if view is not None else [],
-        "reason": _why_not_loaded(log, controller, model, bool(waiting), now) if not instances else "",
+        "reason": _why_not_loaded(controller, model, bool(waiting), now) if not instances else "",
         "instances": instances,
         "residency": [{"node": node, "tier": str(tier)} for node, tier in sorted(residency) if tier is not None],
         "n_waiting": len(waiting),
@@ -208,7 +208,7 @@ def _why_there(log: DecisionLog, load: LoadRecord | None) -> str:
     return "the number of requests, or min_instances, asked for one more instance"
 
 
-def _why_not_loaded(log: DecisionLog, controller: Controller, model: ModelRecord, waited_for: bool, now: float) -> str:
+def _why_not_loaded(controller: Controller, model: ModelRecord, waited_for: bool, now: float) -> str:
     """One sentence on why there is no instance."""
     if model.name not in controller.models:
         return "it is not deployed any more"
@@ -233,4 +233,3 @@ def _why_not_loaded(log: DecisionLog, controller: Controller, model: ModelRecord
 
 def _ago(load: LoadRecord, now: float) -> str:
     return f"{format_seconds(max(0.0, now - (load.ended_at or now)))} ago"
-

@@ -16,8 +16,14 @@ ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 PHASES = ("construct", "assign", "check", "ready", "read")
 #: Beginnings of the controller's causes, and what they are called in a label.
 _REASONS = {
-    **{"evict": "room", "preempt": "room", "keep-alive": "idle", "scaled": "idle", "max_instances": "idle"},
-    **{"asked": "asked", "deleted": "deleted", "replaced": "replaced"},
+    "evict": "room",
+    "preempt": "room",
+    "keep-alive": "idle",
+    "scaled": "idle",
+    "max_instances": "idle",
+    "asked": "asked",
+    "deleted": "deleted",
+    "replaced": "replaced",
 }
 
 
@@ -42,9 +48,7 @@ class LoadTallies:
             "Difference between the estimated and the real duration of a load, as a part of the real one.",
             ERROR_RATIO,
         )
-        self._evictions = Counter(
-            "sllmdask_evictions_total", "Instances that left a tier, by the reason.", "tier", "reason"
-        )
+        self._evictions = Counter("sllmdask_evictions_total", "Instances that left a tier, by the reason.", "tier", "reason")
         self._refused = Counter(
             "sllmdask_admission_rejected_total", "Requests that were refused a place, by the error's code.", "reason"
         )
@@ -88,10 +92,18 @@ class LoadTallies:
         self._errors_of = {key: error for key, error in self._errors_of.items() if key[0] != worker}
 
     def forget(self, model: str) -> None:
+        each: Counter | Histogram
         for each in (self._cold_starts, self._durations, self._held_s):
             each.forget(model)
 
     def families(self, holding: Mapping[tuple[str, ...], float]) -> list[Family]:
         """All of them; `holding` has the seconds times slots of instances that are still there, by model."""
-        counted = [self._cold_starts, self._durations, self._bytes, self._errors, self._evictions, self._refused]
+        counted: list[Counter | Histogram] = [
+            self._cold_starts,
+            self._durations,
+            self._bytes,
+            self._errors,
+            self._evictions,
+            self._refused,
+        ]
         return [*(each.family() for each in counted), self._held_s.family(holding)]

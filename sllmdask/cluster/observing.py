@@ -1,4 +1,4 @@
-"""The scheduler's side of ``explain``, ``events``, ``requests``, ``cancel`` and ``/metrics``: it looks on, and decides nothing."""
+"""The scheduler's side of ``explain``, ``events``, ``requests``, ``cancel``, ``/metrics``: it looks on, and decides nothing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ N_ORPHANS = 256
 class Observer:
     """Sees every event and decision. `doors` and `accounts` are the scheduler plugin's own, by front door and by worker."""
 
-    def __init__(
-        self, controller: Controller, doors: Mapping[str, Outbox], accounts: Mapping[str, dict[str, Any]]
-    ) -> None:
+    def __init__(self, controller: Controller, doors: Mapping[str, Outbox], accounts: Mapping[str, dict[str, Any]]) -> None:
         self._controller, self._doors, self._accounts = controller, doors, accounts
         self._epoch_s = time.time() - time.monotonic()
         # Ids of events go on to grow when another scheduler takes over: readers resume after the last one that they saw.
@@ -194,8 +192,15 @@ class Observer:
         return [
             *self.log.tallies.families(holding),
             self._preemptions.family(),
-            gauge("sllmdask_instances", "Instances by state.", ("model", "state"), dict(instances)),
-            gauge("sllmdask_queue_depth", "Requests that wait for an instance.", ("model", "priority"), dict(queued)),
+            gauge(
+                "sllmdask_instances", "Instances by state.", ("model", "state"), {key: float(n) for key, n in instances.items()}
+            ),
+            gauge(
+                "sllmdask_queue_depth",
+                "Requests that wait for an instance.",
+                ("model", "priority"),
+                {key: float(n) for key, n in queued.items()},
+            ),
             *self._tiers(),
             gauge(
                 "vllm:kv_cache_usage_perc",

@@ -1,7 +1,7 @@
 """Counts that only grow, and durations by bucket, for ``GET /metrics``: plain numbers, which travel between processes.
 
-A family is a dict of plain types: ``name``, ``kind`` (``counter``, ``gauge``, ``histogram``), ``help``, ``labels`` (their names) and
-``samples``: ``[values of the labels, number]``, or of a histogram ``[values, [[upper bound, cumulative count], ...], sum]``.
+A family is a dict of plain types: ``name``, ``kind`` (``counter``, ``gauge``, ``histogram``), ``help``, ``labels`` (their names)
+and ``samples``: ``[values of the labels, number]``, or of a histogram ``[values, [[upper bound, cumulative count], ...], sum]``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from sllmdask.cluster.journal import Delta, Finished, GatewayEvent, Started
-from sllmdask.cluster.tallies import Counter, Family, Histogram, gauge
+from sllmdask.cluster.tallies import Counter, Family, Histogram, Labels, gauge
 from sllmdask.errors import SllmError
 
 #: Upper bounds of buckets, in seconds: vLLM's, and shorter ones for small models.
@@ -99,14 +99,15 @@ class FrontDoorMetrics:
         self.n_waiting: Tally[str] = Tally()
         self.n_running: Tally[str] = Tally()
         self.first_token_s = Histogram(
-            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token, loading included.", FIRST_TOKEN_S, *labels
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to its first token, loading included.",
+            FIRST_TOKEN_S,
+            *labels,
         )
         self.between_tokens_s = Histogram(
             "vllm:inter_token_latency_seconds", "Between two tokens of an answer.", BETWEEN_TOKENS_S, *labels
         )
-        self.whole_s = Histogram(
-            "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", WHOLE_S, *labels
-        )
+        self.whole_s = Histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", WHOLE_S, *labels)
         self.n_prompt_tokens = Counter("vllm:prompt_tokens_total", "Tokens of prompts that instances took.", *labels)
         self.n_tokens = Counter("vllm:generation_tokens_total", "Tokens of answers.", *labels)
         self.ended = Counter(
@@ -119,7 +120,7 @@ class FrontDoorMetrics:
         self._models: dict[str, None] = {}
 
     def watch(self, model: str, n_prompt_tokens: Sequence[int], began_s: float) -> Watch:
-        """A request for `model` that came at `began_s` (monotonic); `n_prompt_tokens` has what each choice adds to the prompts."""
+        """A request for `model` that came at `began_s` (monotonic); `n_prompt_tokens`: what each choice adds to the prompts."""
         self._models.pop(model, None)
         self._models[model] = None
         return Watch(self, model, n_prompt_tokens, began_s)
@@ -135,8 +136,8 @@ class FrontDoorMetrics:
             del self._models[model]
             for each in (*histograms, *counters):
                 each.forget(model)
-        running = {(model,): float(self.n_running[model]) for model in self._models}
-        waiting = {(model,): float(self.n_waiting[model]) for model in self._models}
+        running: dict[Labels, float] = {(model,): float(self.n_running[model]) for model in self._models}
+        waiting: dict[Labels, float] = {(model,): float(self.n_waiting[model]) for model in self._models}
         labels = ("model_name",)
         return [
             gauge("vllm:num_requests_running", "Requests of this front door that an instance has.", labels, running),

@@ -15,8 +15,8 @@ import pytest
 from sllmdask.cluster.decision_log import N_DELETED, DecisionLog
 from sllmdask.cluster.explaining import explain_model, explain_request
 from sllmdask.cluster.happenings import Feed
-from sllmdask.errors import LoadFailed, RecordNotFound
 from sllmdask.cluster.observing import Observer
+from sllmdask.errors import LoadFailed, RecordNotFound
 from sllmdask.policy import events as ev
 from sllmdask.policy.choice import Choice, Option, Way
 from sllmdask.policy.controller import Controller, ControllerSettings
@@ -29,9 +29,7 @@ B = ModelView("b", nbytes=1 * GiB)
 ONE = WorkerView("tcp://one", "0", slots=1, host_capacity=8 * GiB, residency={"a": Tier.DISK, "b": Tier.DISK})
 TWO = WorkerView("tcp://two", "1", slots=1, host_capacity=8 * GiB, residency={"b": Tier.HOST})
 
-FROM_DISK = Option(
-    Way.FREE, "tcp://one", "0", 2.0, tier=Tier.DISK, parts={"overhead": 0.5, "read": 1.5}
-)
+FROM_DISK = Option(Way.FREE, "tcp://one", "0", 2.0, tier=Tier.DISK, parts={"overhead": 0.5, "read": 1.5})
 FROM_AFAR = Option(Way.FREE, "tcp://two", "1", 9.0, tier=Tier.REMOTE, parts={"read": 9.0}, lost="slower by 7.0 s")
 
 
@@ -88,7 +86,13 @@ def test_a_cold_request_is_explained_by_its_options_and_by_what_really_happened(
     assert sum(taken["parts"].values()) == taken["predicted_s"]
     assert not lost["chosen"] and (lost["node"], lost["lost"]) == ("1", "slower by 7.0 s")
     load = told["load"]
-    assert (load["outcome"], load["tier"], load["predicted_s"], load["ready_s"], load["took_s"]) == ("loaded", "disk", 2.0, 3.0, 3.0)
+    assert (load["outcome"], load["tier"], load["predicted_s"], load["ready_s"], load["took_s"]) == (
+        "loaded",
+        "disk",
+        2.0,
+        3.0,
+        3.0,
+    )
     assert load["error_ratio"] == pytest.approx(1 / 3)
     assert [each["event"] for each in told["happened"]] == ["placed", "loaded", "dispatched", "ended"]
     assert [each["after_s"] for each in told["happened"]] == [0.0, 3.0, 3.0, 4.0]
@@ -124,7 +128,9 @@ def test_who_finds_a_load_under_way_is_told_whose_choice_it_was():
 def test_a_choice_that_is_made_again_and_again_is_kept_once_with_its_number():
     log = log_of((asked("r", "b", 1.0), []))
     for at in range(1, 50):
-        log.saw(ev.TimerFired(float(at)), [choice("r", "b", float(at), None, "every slot is taken", unfit={"tcp://two": "small"})])
+        log.saw(
+            ev.TimerFired(float(at)), [choice("r", "b", float(at), None, "every slot is taken", unfit={"tcp://two": "small"})]
+        )
     log.saw(ev.TimerFired(50.0), [choice("r", "b", 50.0, FROM_AFAR, "node 1 is free"), Load("b/1", "b", "tcp://two", 9.0)])
     told = explain_request(log, log.requests["r"], 60.0)
     assert [(made["n_times"], made["after_s"]) for made in told["choices"]] == [(49, 0.0), (1, 49.0)]
@@ -277,7 +283,7 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
 @pytest.mark.asyncio
 async def test_what_nobody_knows_is_said_to_be_unknown_with_what_is_kept():
     observer = Observer(Controller(ControllerSettings()), {}, {})
-    with pytest.raises(RecordNotFound, match="neither a model nor a request"):
+    with pytest.raises(RecordNotFound, match="no model, and no request"):
         await observer.explain("req-1")
     observer.saw(asked("k", "a", 1.0), [])
     observer.saw(ev.RequestEnded(2.0, "k"), [])
@@ -325,7 +331,8 @@ def test_the_log_holds_what_the_controller_holds_and_counts_as_brute_force_does(
         heappush(heap, (event.at, next(order), event))
 
     workers = [
-        WorkerView(f"tcp://{n}", str(n), slots=2, host_capacity=3 * GiB, residency=dict.fromkeys("abcd", Tier.DISK)) for n in range(2)
+        WorkerView(f"tcp://{n}", str(n), slots=2, host_capacity=3 * GiB, residency=dict.fromkeys("abcd", Tier.DISK))
+        for n in range(2)
     ]
     for worker in workers:
         push(ev.WorkerJoined(0.0, worker))
@@ -370,7 +377,7 @@ def test_the_log_holds_what_the_controller_holds_and_counts_as_brute_force_does(
         for load in log.loads.values():
             holding[(load.model,)] += (at - load.begun_at) * load.n_slots
         seconds = samples(log, "sllmdask_device_seconds_total", holding)
-        assert seconds == pytest.approx({(model,): total for model, total in held.items() if model in tried})
+        assert seconds == pytest.approx({(model,): held[model] for model in tried})
         assert sum(seconds.values()) >= before - 1e-9
         before = sum(seconds.values())
     assert refused == sum(samples(log, "sllmdask_admission_rejected_total").values())

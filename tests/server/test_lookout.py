@@ -67,7 +67,7 @@ async def test_a_request_and_a_model_are_explained_and_what_is_unknown_is_404(op
     status, told = await get(door, "/admin/explain/id-door:1")
     assert (status, told["kind"], told["node"], told["load"]["predicted_s"]) == (200, "request", "0", 2.0)
     assert [(each["way"], each["chosen"]) for each in told["choices"][0]["options"]] == [("free", True), ("wait", False)]
-    status, told = await get(door, "//admin/explain/m/")
+    status, told = await get(door, "/admin//explain/m/")
     assert (status, told["kind"], told["id"]) == (200, "model", "m")
     status, told = await get(door, "/admin/explain/org/nothing-3")
     assert (status, told["error"]["code"]) == (404, "record_not_found") and "'org/nothing-3'" in told["error"]["message"]
@@ -86,7 +86,10 @@ async def test_instances_have_their_nodes(open_door: OpenDoor):
     door = await open_door(b=FakeModel(), a=FakeModel())
     status, told = await get(door, "/admin/instances")
     assert status == 200
-    assert [(each["model"], each["node"], each["state"]) for each in told["instances"]] == [("a", "0", "ready"), ("b", "0", "ready")]
+    assert [(each["model"], each["node"], each["state"]) for each in told["instances"]] == [
+        ("a", "0", "ready"),
+        ("b", "0", "ready"),
+    ]
 
 
 async def test_a_cancellation_is_passed_on_and_a_bad_one_is_refused(open_door: OpenDoor):
@@ -232,7 +235,14 @@ async def test_what_requests_cost_is_counted_by_model_and_by_how_they_ended(open
         bad=FakeModel(refuse=LoadFailed("bad", "truncated")),
         breaks=FakeModel(answer=lambda _: "abcd", fail=EngineError("broken"), fail_after=2),
     )
-    for body in (HI, {**HI, "n": 2}, {**HI, "stream": True}, {**HI, "model": "bad"}, {**HI, "model": "breaks"}, {**HI, "model": "x"}):
+    for body in (
+        HI,
+        {**HI, "n": 2},
+        {**HI, "stream": True},
+        {**HI, "model": "bad"},
+        {**HI, "model": "breaks"},
+        {**HI, "model": "x"},
+    ):
         async with door.http.post("/v1/chat/completions", json=body) as response:
             await response.read()
     waiting = asyncio.create_task(door.http.post("/v1/chat/completions", json={**HI, "model": "waits"}))
@@ -243,8 +253,7 @@ async def test_what_requests_cost_is_counted_by_model_and_by_how_they_ended(open
     assert values(found["vllm:generation_tokens"], "vllm:generation_tokens_total", model_name="m") == 16
     assert values(found["vllm:prompt_tokens"], "vllm:prompt_tokens_total", model_name="m") == 3 * n_prompt
     ended = {
-        (each.labels["model_name"], each.labels["finished_reason"]): each.value
-        for each in found["vllm:request_success"].samples
+        (each.labels["model_name"], each.labels["finished_reason"]): each.value for each in found["vllm:request_success"].samples
     }
     assert ended == {("m", "stop"): 4, ("bad", "error"): 1, ("breaks", "error"): 1}
     first, between = found["vllm:time_to_first_token_seconds"], found["vllm:inter_token_latency_seconds"]
