@@ -120,8 +120,8 @@ def _explain_request(told: Mapping[str, Any]) -> None:
 
     where = f" on node {' > '.join(told['path'])}" if told["path"] else ""
     click.echo(f"request {told['id']} for {told['model']}: {told['state']}{where} after {format_seconds(told['seconds'])}")
-    if told["error"]:
-        click.echo(f"error: {told['error']}")
+    if told["cause"]:
+        click.echo(f"cause: {told['cause']}")
     if told["reason"]:
         click.echo(f"why: {told['reason']}")
     for choice in told["choices"]:

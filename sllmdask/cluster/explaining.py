@@ -47,7 +47,7 @@ def explain_request(log: DecisionLog, record: RequestRecord, now: float) -> dict
         "first_token_s": record.first_token_s,
         "n_prompt_tokens": record.n_prompt_tokens,
         "n_tokens": record.n_tokens,
-        "error": record.error,
+        "cause": record.error,
         "reason": reason,
         "choices": choices,
         "n_choices": record.n_choices,

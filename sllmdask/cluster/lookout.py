@@ -37,7 +37,8 @@ class Lookout(ABC):
             reply = await self._ask_now("sllm_requests", front_door=self.id)
         except SchedulerUnreachable:
             return self.requests()
-        return sorted(self.requests() + reply["requests"], key=lambda row: row["state"] not in ("queued", "running"))
+        rows = [*self.requests(), *reply["requests"]]
+        return sorted(rows, key=lambda row: row["state"] not in ("queued", "running"))
 
     async def explain(self, name: str) -> dict[str, Any]:
         """Why a request or a model is served as it is; raises :class:`RecordNotFound`."""

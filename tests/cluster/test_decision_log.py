@@ -147,7 +147,7 @@ def test_a_refusal_and_a_client_that_leaves_are_told_apart():
     log.saw(ev.FrontDoorLeft(9.6, "other"), [])
     states = {key: (log.requests[key].state, log.requests[key].ended_at) for key in ("late", "gone", "orphan")}
     assert states == {"late": ("refused", 9.0), "gone": ("cancelled", 9.5), "orphan": ("cancelled", 9.6)}
-    assert "truncated" in explain_request(log, log.requests["late"], 10.0)["error"]
+    assert "truncated" in explain_request(log, log.requests["late"], 10.0)["cause"]
     assert samples(log, "sllmdask_admission_rejected_total") == {("load_failed",): 1}
     assert log._told == {}
 
