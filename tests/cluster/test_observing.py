@@ -89,6 +89,7 @@ def test_a_cold_start_is_explained_counted_and_told_by_any_front_door(url: str, 
     with pytest.raises(urllib.error.HTTPError) as unknown:
         get(url, "/admin/explain/never")
     assert unknown.value.code == 404
+    unknown.value.close()
 
 
 def test_a_request_is_seen_and_cancelled_through_another_front_door(url: str, other: str):
@@ -104,6 +105,7 @@ def test_a_request_is_seen_and_cancelled_through_another_front_door(url: str, ot
     assert (row()["state"], row()["node"], row()["path"]) == ("running", "0", ["0"])
     assert post(other, "/admin/cancel", {"request": request})["cancelled"]
     last = json.loads(list(lines)[-1].removeprefix("data: "))
+    stream.close()
     assert last["error"]["code"] == "cancelled" and "operator" in last["error"]["message"]
     until("the scheduler knows", lambda: get(other, f"/admin/explain/{request}")["state"] == "cancelled")
     assert row()["state"] == "cancelled"
