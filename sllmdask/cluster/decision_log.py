@@ -40,6 +40,8 @@ class DecisionLog:
         #: Keys of requests by their clients' ids, which need not be unique, and in the order in which they have ended.
         self._keys: dict[str, list[str]] = {}
         self._ended: dict[str, None] = {}
+        #: Models for which instances are about to leave, by instance.
+        self._room_for: dict[str, str] = {}
         #: What front doors said of requests that are about to arrive or to end.
         self._told: dict[str, Mapping[str, Any]] = {}
 
@@ -270,6 +272,7 @@ class DecisionLog:
         made = ChoiceRecord(choice, at, at)
         chosen = choice.chosen
         if chosen is not None and made.begins:
+            self._room_for = {instance: choice.model for instance, _ in chosen.leaving}
             known = model.planned.get(chosen.worker)
             # One load serves all who wait for the same; it is told of the first of them.
             if known is None or known.at != choice.at or known.chosen != chosen:
@@ -321,11 +324,13 @@ class DecisionLog:
         load = self.loads.get(decision.instance)
         if load is None:
             return
-        load.leaving = decision.cause
+        room_for = self._room_for.pop(decision.instance, None) if decision.cause == "evicted" else None
+        load.leaving = decision.cause if room_for is None else f"evicted for {room_for}"
         # One that is called off gives up nothing that it had.
         if load.ready_at is not None:
             self.tallies.left("device", decision.cause)
-        self._note_instance(load, at, "evicted" if decision.cause.startswith("evict") else "unloading", cause=decision.cause)
+        kind = "evicted" if decision.cause.startswith("evict") else "unloading"
+        self._note_instance(load, at, kind, cause=decision.cause, room_for=room_for)
 
     def _left(self, instance: str, at: float) -> None:
         load = self.loads.get(instance)

@@ -114,6 +114,11 @@ def _ended(facts: Mapping[str, Any]) -> str:
     return f"{_request(facts)} {facts['state']} after {format_seconds(facts['seconds'])}{tokens}{_cause(facts)}"
 
 
+def _evicted(facts: Mapping[str, Any]) -> str:
+    to = f" to {facts['room_for']}" if facts.get("room_for") else ""
+    return f"{facts['instance']} gives up its place on node {facts['node']}{to}"
+
+
 def _preempted(facts: Mapping[str, Any]) -> str:
     n = facts["n_requests"]
     return f"{n} request{'' if n == 1 else 's'} of {facts['instance']} on node {facts['node']} give way{_cause(facts)}"
@@ -127,7 +132,7 @@ _TEXTS = {
     "placed": lambda facts: f"{facts['instance']} is loaded{_source(facts)} on node {facts['node']}{_predicted(facts)}",
     "loaded": _loaded,
     "failed": _failed,
-    "evicted": lambda facts: f"{facts['instance']} gives up its place on node {facts['node']}",
+    "evicted": _evicted,
     "unloading": lambda facts: f"{facts['instance']} is to leave node {facts['node']}{_cause(facts)}",
     "unloaded": lambda facts: f"{facts['instance']} has left node {facts['node']}{_cause(facts)}",
     "moving": lambda facts: (

@@ -236,7 +236,9 @@ def test_requests_do_not_push_out_what_happened_to_models():
 
 def test_every_event_has_its_words():
     log = cold_start()
-    log.saw(asked("r2", "b", 20.0), [Unload("a/1", "a", "tcp://one", "evicted")])
+    instead = Option(Way.EVICT, "tcp://one", "0", 1.0, tier=Tier.DISK, leaving=(("a/1", ""),))
+    made = choice("r2", "b", 20.0, instead, "what is idle gives way")
+    log.saw(asked("r2", "b", 20.0), [made, Unload("a/1", "a", "tcp://one", "evicted")])
     log.saw(ev.UnloadFinished(20.5, "a/1"), [Load("b/2", "b", "tcp://one", float("inf"))])
     log.saw(ev.LoadFailed(21.0, "b/2", "no such file"), [])
     log.saw(ev.WorkerLeft(22.0, "tcp://two"), [])
@@ -249,9 +251,9 @@ def test_every_event_has_its_words():
         "a/1 takes requests on node 0 after 3.0 s (2.0 s predicted), loaded from disk",
         "request mine for a goes to a/1 on node 0 after 3.0 s, loaded from disk meanwhile",
         "request mine for a finished after 4.0 s, 20 tokens",
-        "a/1 gives up its place on node 0",
-        "a/1 has left node 0: evicted",
-        "b/2 is loaded on node 0",
+        "a/1 gives up its place on node 0 to b",
+        "a/1 has left node 0: evicted for b",
+        "b/2 is loaded from disk on node 0",
         "b/2 could not be loaded on node 0: no such file",
         "node 1 left",
     ]
