@@ -43,6 +43,8 @@ class ModelView:
     #: How the weights are served: an instance of another variant is not an instance of this model any more.
     variant: str = ""
     nodes: tuple[str, ...] = ()
+    #: Nodes keep its host copy, whatever else wants the memory.
+    pinned: bool = False
 
     @property
     def checkpoint_key(self) -> str:
@@ -112,3 +114,6 @@ class RequestView:
     instance: str | None = None
     load_only: bool = False
     node: str = ""
+    #: Tokens of its prompt, and of the answer at most; 0: not known, or there is none.
+    n_prompt_tokens: int = 0
+    max_new_tokens: int = 0

@@ -217,6 +217,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/v1/models"), door.models),
             web.get(tolerant("/v1/models/{model:.*[^/]}"), door.model),
             web.post(tolerant("/register"), admin.register),
+            web.post(tolerant("/update"), admin.update),
             web.post(tolerant("/delete"), admin.delete),
             web.get(tolerant("/health"), admin.health),
             web.get(tolerant("/ready"), admin.ready),
@@ -225,6 +226,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/admin/requests"), admin.requests),
             web.post(tolerant("/admin/load"), admin.load),
             web.post(tolerant("/admin/unload"), admin.unload),
+            web.post(tolerant("/admin/pin"), admin.pin),
             web.post(tolerant("/admin/pull"), admin.pull),
         ]
     )
