@@ -68,7 +68,8 @@ class Deployments:
         self.by_name: dict[str, Deployed] = {}
         #: Names of the nodes that keep a model's host copy, by model.
         self.pins: dict[str, set[str]] = {}
-        self._worker_joined = asyncio.Event()
+        #: Set when a worker joins.
+        self.joined = asyncio.Event()
         # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
         self._revisions = itertools.count(int(1e3 * time.time()))
 
@@ -174,11 +175,12 @@ class Deployments:
             for name in adapters:
                 if left.pop(name, None) is None:
                     raise AdapterNotFound(model, name, difflib.get_close_matches(name, left, n=3))
-            changed = {"backend_config": backend.model_copy(update={"lora_adapters": left})}
-            self.by_name[model] = replace(deployed, deployment=deployed.deployment.model_copy(update=changed))
-            # What an update begins with must not bring them back.
-            changed = {**deployed.given, "backend_config": {**deployed.given.get("backend_config", {}), "lora_adapters": left}}
-            self.by_name[model] = replace(self.by_name[model], given=changed)
+            changed = deployed.deployment.model_copy(
+                update={"backend_config": backend.model_copy(update={"lora_adapters": left})}
+            )
+            # An update, which begins with what was given, must not bring them back.
+            given = _merged(deployed.given, {"backend_config": {"lora_adapters": left}})
+            self.by_name[model] = replace(deployed, deployment=changed, given=given)
             logger.info("deleted adapters=%s model=%s", ",".join(adapters), model)
             return {"model": model}
         self._forget(model)
@@ -212,7 +214,6 @@ class Deployments:
 
     async def worker_joined(self, worker: str) -> None:
         """A worker is there: it looks which of the deployed checkpoints are on its own disk, and gets those that it is to have."""
-        self._worker_joined.set()
         sources = {deployed.deployment.source for deployed in self.by_name.values()}
         await asyncio.gather(*(self.ask(worker, "sllm_inspect", source=source, fetch=False) for source in sources))
         view = self._controller.workers.get(worker)
@@ -230,9 +231,9 @@ class Deployments:
         """
         deadline = time.monotonic() + self._settings.scheduler.worker_wait
         while not self.allowed(deployment):
-            self._worker_joined.clear()
+            self.joined.clear()
             try:
-                await asyncio.wait_for(self._worker_joined.wait(), deadline - time.monotonic())
+                await asyncio.wait_for(self.joined.wait(), deadline - time.monotonic())
             except TimeoutError:
                 nodes = deployment.placement_config.nodes
                 who = f"its nodes {', '.join(nodes)} are not connected" if nodes else "no worker is connected"

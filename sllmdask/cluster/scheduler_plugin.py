@@ -208,6 +208,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self.effects.prepare()
         self._accounts[worker] = facts
         self.on(ev.WorkerJoined(time.monotonic(), view))
+        self.deployments.joined.set()
         self.effects.start(self._greet(worker, name))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
