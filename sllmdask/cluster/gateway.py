@@ -520,8 +520,8 @@ class Gateway:
     def _ask_for_place(self, active: _Active, what: str = "request") -> None:
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
-        facts = [request.priority, request.deadline_s, request.n_prompt_tokens, max_new_tokens]
-        self._tell([what, active.key, request.model, *facts])
+        told = {"n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:

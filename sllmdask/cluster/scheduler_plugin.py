@@ -277,7 +277,14 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         residency = _residency(account)
         self.on(
             ev.WorkerReported(
-                time.monotonic(), address, view.version + 1, residency, rates.bytes_per_s, rates.overhead_s, capacity
+                time.monotonic(),
+                address,
+                view.version + 1,
+                residency,
+                rates.bytes_per_s,
+                rates.overhead_s,
+                capacity,
+                instances=frozenset(account["instances"]),
             )
         )
 
@@ -350,7 +357,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def _receive(self, front_door: str, message: Message) -> None:
         now = time.monotonic()
         match message:
-            case ["request" | "returned" as what, request_id, model, priority, deadline_s, n_prompt_tokens, max_new_tokens]:
+            case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
                 if what == "returned" and request_id in self.controller.running:
                     self.on(ev.RequestReturned(now, request_id))
                     return
@@ -363,8 +370,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     now,
                     now + deadline_s,
                     priority,
-                    n_prompt_tokens=n_prompt_tokens,
-                    max_new_tokens=max_new_tokens,
+                    n_tokens=told["n_prompt_tokens"],
+                    max_new_tokens=told["max_new_tokens"],
                 )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id]:

@@ -2,15 +2,18 @@
 
 The live scheduler plugin and the simulator run this same object. It owns the queue and the account of what runs where; the
 workers' reports correct its view. It has no clock (time arrives in events), does no I/O and never raises for what a user did.
+
+What an event has changed is looked at, and no more: a decision costs the same in a large cluster as in a small one.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 
 from sllmdask.errors import (
+    ConfigError,
     InsufficientMemory,
     InvalidRequest,
     LoadFailed,
@@ -21,21 +24,30 @@ from sllmdask.errors import (
     SllmError,
 )
 from sllmdask.policy import events as ev
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
-from sllmdask.policy.dispatch import least_requests
-from sllmdask.policy.estimate import load_seconds
-from sllmdask.policy.eviction import pinned_bytes
-from sllmdask.policy.placement import free_slots, neighbours, place, unfit
-from sllmdask.policy.scaling import desired_instances, leaves_at
+from sllmdask.policy.autoscaler import Autoscaler
+from sllmdask.policy.backoff import BackOff
+from sllmdask.policy.choice import Option, Way
+from sllmdask.policy.choosers import CHOOSERS
+from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
+from sllmdask.policy.dispatch import least_requests, takes_requests
+from sllmdask.policy.fleet import Fleet
+from sllmdask.policy.learned import ServiceTime
+from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
+from sllmdask.policy.placement import missing_nbytes, unfit
+from sllmdask.policy.queue import Claims, Demand, RequestQueue, demand_of
+from sllmdask.policy.state import ClusterState
+from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
-#: Back-off after a failed load of one model on one worker: doubled from the first to the last, in seconds.
-BACKOFF_S = (1.0, 60.0)
+#: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
+_MAX_LOOKS = 16
+#: Seconds before a request that waits for a predicted end looks again, at the least.
+_LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True)
 class ControllerSettings:
-    """Seconds and counts that the rules need."""
+    """Seconds, counts and names that the rules need."""
 
     worker_wait_s: float = 20.0
     max_queue: int = 1024
@@ -45,55 +57,63 @@ class ControllerSettings:
     patience_s: float = 10.0
     #: Requests that one instance works on at once.
     max_requests: int = 64
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The last failed load of a model on a worker."""
-
-    reason: str
-    until: float
-    n_times: int
-
-
-def _turn(request: RequestView) -> tuple[int, float, str]:
-    """Sort key of the queue."""
-    return -request.priority, request.arrived_at, request.id
-
-
-def _demand(request: RequestView) -> tuple[str, str]:
-    """What one instance would satisfy: a model, and the node if it has to be there."""
-    return request.model, request.node
+    #: Whether a running instance can move to another worker, and requests be sent back to the queue.
+    can_migrate: bool = False
+    can_preempt: bool = False
+    #: The rule that picks one of the ways to serve a request: a name of :data:`~sllmdask.policy.choosers.CHOOSERS`.
+    chooser: str = "fastest"
+    #: Of a chooser that needs chance.
+    seed: int = 0
 
 
 class Controller:
     """The cluster's one decider. Single writer: call :meth:`handle` from one thread, one event after another."""
 
     def __init__(self, settings: ControllerSettings) -> None:
+        if settings.chooser not in CHOOSERS:
+            raise ConfigError(f"chooser {settings.chooser!r} is not known; choose one of {', '.join(sorted(CHOOSERS))}.")
         self.settings = settings
-        self.workers: dict[str, WorkerView] = {}
-        self.models: dict[str, ModelView] = {}
-        self.instances: dict[str, InstanceView] = {}
-        #: Waiting requests by id, in order of arrival.
-        self.waiting: dict[str, RequestView] = {}
-        #: Dispatched requests by id.
-        self.running: dict[str, RequestView] = {}
-        self.failures: dict[tuple[str, str], Failure] = {}
-        #: Instances that a long-waiting request has closed to newcomers: instance -> that request.
-        self._claims: dict[str, str] = {}
+        self.state = ClusterState()
+        self.queue = RequestQueue()
+        self.claims = Claims(self.queue)
+        self.back_off = BackOff()
+        #: How long requests run, by model.
+        self.service: dict[str, ServiceTime] = {}
+        self.timers = Timers()
+        self.finder = WayFinder(
+            self.state,
+            self.queue,
+            self.claims,
+            self.back_off,
+            self.service,
+            max_requests=settings.max_requests,
+            min_residency_s=settings.min_residency_s,
+            can_migrate=settings.can_migrate,
+            can_preempt=settings.can_preempt,
+        )
+        self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers)
+        self._choose = CHOOSERS[settings.chooser](settings.seed)
+        self.autoscaler = Autoscaler(
+            self.state, self.queue, self.back_off, self.finder, self.fleet, self.timers, self._choose, settings.min_residency_s
+        )
+        #: What the last record of a waiting request said that it waits for.
+        self._expects: dict[str, str] = {}
+        #: When what is waited for is predicted to be had: what comes sooner is of interest.
+        self._until: dict[Demand, float] = {}
+        #: What has to be looked at.
+        self._dirty: dict[Demand, None] = {}
         #: Since when no connected worker may run the model, or not where it is wished for.
-        self._unplaceable_since: dict[tuple[str, str], float] = {}
-        self._n_instances = 0
+        self._unplaceable_since: dict[Demand, float] = {}
         self._wake_at: float | None = None
 
     def handle(self, event: ev.Event) -> list[Decision]:
         """Everything that follows from `event`, in the order in which it must be enacted."""
         decisions = self._fold(event)
         decisions += self._settle(event.at)
-        if isinstance(event, ev.RequestArrived) and self._n_queued() > self.settings.max_queue:
+        if isinstance(event, ev.RequestArrived) and self.queue.n_queued > self.settings.max_queue:
             late = self.waiting.get(event.request.id)
             decisions += [self._refuse(late, QueueFull(late.model, self.settings.max_queue))] if late else []
-        wake_at = self._next_wake(event.at)
+        wake_at = event.at if self._dirty else self.timers.first()
         if wake_at != self._wake_at or isinstance(event, ev.TimerFired):
             self._wake_at = wake_at
             decisions.append(WakeAt(wake_at))
@@ -101,13 +121,34 @@ class Controller:
 
     # --- what others may ask ---
 
+    @property
+    def workers(self) -> dict[str, WorkerView]:
+        return self.state.workers
+
+    @property
+    def models(self) -> dict[str, ModelView]:
+        return self.state.models
+
+    @property
+    def instances(self) -> dict[str, InstanceView]:
+        return self.state.instances
+
+    @property
+    def waiting(self) -> dict[str, RequestView]:
+        """Waiting requests by id, in order of arrival."""
+        return self.queue.waiting
+
+    @property
+    def running(self) -> dict[str, RequestView]:
+        """Dispatched requests by id."""
+        return self.queue.running
+
     def instances_of(self, model: str) -> list[InstanceView]:
-        return [instance for instance in self.instances.values() if instance.model == model]
+        return self.state.instances_of(model)
 
     def last_failure(self, model: str) -> str | None:
         """The reason of the model's newest failed load that has not been followed by a good one."""
-        failures = [failure for (name, _), failure in self.failures.items() if name == model]
-        return max(failures, key=lambda failure: failure.until).reason if failures else None
+        return self.back_off.last_reason(model)
 
     def feasible(self, model: ModelView) -> SllmError | None:
         """Why no worker that is connected now could ever run `model`, or ``None``: some could, or none is connected."""
@@ -117,227 +158,231 @@ class Controller:
 
     def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
         """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
-        placement, _ = place(
-            model,
-            self.workers.values(),
-            self._on_worker(),
-            now=at,
-            may_evict=True,
-            refused={},
-            protected=self._protected(model),
-            min_residency_s=self.settings.min_residency_s,
-        )
-        if placement is not None:
-            return self.workers[placement.worker]
-        fit = [worker for worker in self.workers.values() if unfit(model, worker) is None]
-        return min(fit, key=lambda worker: (load_seconds(model, worker), worker.name), default=None)
+        option = self._choose(self.finder.of_nobody(model, at, may_evict=True).open)
+        if option is not None:
+            return self.workers[option.worker]
+        seconds = self.finder.load_seconds
+        return min(self.state.fit(model), key=lambda worker: (seconds(model, worker, at), worker.name), default=None)
 
     # --- events into views ---
 
     def _fold(self, event: ev.Event) -> list[Decision]:
+        at = event.at
         match event:
             case ev.WorkerJoined(worker=worker):
-                decisions = self._drop_worker(worker.address)
-                self.workers[worker.address] = worker
-                return decisions
+                self._drop_worker(worker.address, at)
+                self.state.put_worker(worker)
+                self._dirty.update(dict.fromkeys(self._unplaceable_since))
             case ev.WorkerReported():
                 self._report(event)
             case ev.WorkerLeft(address=address):
-                return self._drop_worker(address)
+                self._drop_worker(address, at)
             case ev.ModelDeployed(model=model):
-                self._deploy(model)
+                self._deploy(model, at)
             case ev.ModelDeleted(model=name, replaced=replaced):
-                return self._delete(name, replaced)
+                return self._delete(name, replaced, at)
             case ev.RequestArrived(request=request):
                 return self._admit(request)
             case ev.RequestEnded(request=request_id):
-                self._end(request_id, event.at)
+                self._end(request_id, at, served=True)
             case ev.RequestReturned(request=request_id):
-                return self._return(request_id, event.at)
+                return self._return(request_id, at)
             case ev.LoadRequested(request=request):
-                self._forget_failures(request.model)
+                self.back_off.forget_model(request.model)
                 return self._admit(request)
             case ev.UnloadRequested(model=name, node=node):
-                return self._ask_to_leave(name, node)
+                return self._ask_to_leave(name, node, at)
             case ev.FrontDoorLeft(front_door=front_door):
-                for request in [*self.waiting.values(), *self.running.values()]:
-                    if request.front_door == front_door:
-                        self._end(request.id, event.at)
-            case ev.LoadFinished():
-                self._loaded(event)
-            case ev.LoadFailed(instance=instance_id, reason=reason):
-                self._load_failed(instance_id, reason, event.at)
-            case ev.UnloadFinished(instance=instance_id):
-                self._drop_instance(instance_id)
-            case ev.InstanceLost(instance=instance_id):
-                self._drop_instance(instance_id)
+                for request_id in self.queue.of_door(front_door):
+                    self._end(request_id, at)
+            case ev.LoadFinished(instance=instance, loaded_from=loaded_from):
+                self.fleet.loaded(instance, loaded_from, at)
+            case ev.LoadFailed(instance=instance, reason=reason):
+                self.fleet.load_failed(instance, reason, at)
+            case ev.UnloadFinished(instance=instance) | ev.InstanceLost(instance=instance):
+                self.fleet.drop(instance, at)
+            case ev.InstanceMigrated(instance=instance, successor=successor, loaded_from=loaded_from):
+                self.fleet.migrated(instance, successor, loaded_from, at)
+            case ev.MigrationFailed(instance=instance, successor=successor, reason=reason):
+                self.fleet.migration_failed(instance, successor, reason, at)
             case ev.TimerFired():
                 pass
         return []
 
     def _report(self, event: ev.WorkerReported) -> None:
         worker = self.workers.get(event.address)
-        if worker and event.version > worker.version:
-            self.workers[event.address] = replace(
-                worker,
-                version=event.version,
-                residency=event.residency,
-                bytes_per_s=event.bytes_per_s,
-                overhead_s=event.overhead_s,
-                host_capacity=worker.host_capacity if event.host_capacity is None else event.host_capacity,
-            )
+        if worker is None or event.version <= worker.version:
+            return
+        known = replace(
+            worker,
+            version=event.version,
+            residency=event.residency,
+            bytes_per_s=event.bytes_per_s,
+            overhead_s=event.overhead_s,
+            host_capacity=worker.host_capacity if event.host_capacity is None else event.host_capacity,
+        )
+        self.state.put_worker(known)
+        if known.host_capacity != worker.host_capacity:
+            self._dirty.update(dict.fromkeys(self._unplaceable_since))
+        if event.instances is not None:
+            self.fleet.account(event.address, event.instances, event.at)
 
-    def _drop_worker(self, address: str) -> list[Decision]:
-        """Forget a worker with its instances."""
-        if self.workers.pop(address, None):
-            for instance in [instance for instance in self.instances.values() if instance.worker == address]:
-                self._drop_instance(instance.id)
-            for key in [key for key in self.failures if key[1] == address]:
-                del self.failures[key]
-        return []
+    def _drop_worker(self, address: str, at: float) -> None:
+        """Forget a worker with its instances; who waited for them is placed anew."""
+        if address in self.workers:
+            for instance in self.state.drop_worker(address):
+                self.fleet.dropped(instance, at)
+            self.back_off.forget_worker(address)
 
-    def _drop_instance(self, instance_id: str) -> None:
-        """Its requests stay on the list: their front doors see the stream break, and end them or send them back."""
-        self.instances.pop(instance_id, None)
-        self._claims.pop(instance_id, None)
-
-    def _forget_failures(self, model: str) -> None:
-        for key in [key for key in self.failures if key[0] == model]:
-            del self.failures[key]
-
-    def _deploy(self, model: ModelView) -> None:
+    def _deploy(self, model: ModelView, at: float) -> None:
         """New settings take effect at once: instances that they do not allow get no more requests."""
         old = self.models.get(model.name)
-        self.models[model.name] = model
-        self._forget_failures(model.name)
+        self.state.put_model(model)
+        self.back_off.forget_model(model.name)
         for instance in self.instances_of(model.name):
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
-                self._drain(instance, "replaced")
+                self.fleet.drain(instance, "replaced", at)
 
-    def _drain(self, instance: InstanceView, cause: str) -> None:
-        if instance.state is InstanceState.PLANNED:
-            self._drop_instance(instance.id)
-        else:
-            self.instances[instance.id] = replace(instance, draining=cause)
-
-    def _ask_to_leave(self, name: str, node: str) -> list[Decision]:
+    def _ask_to_leave(self, name: str, node: str, at: float) -> list[Decision]:
         """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
         for instance in self.instances_of(name):
             if not node or self.workers[instance.worker].name == node:
-                self._drain(instance, "asked for")
+                self.fleet.drain(instance, "asked for", at)
         error = LoadFailed(name, "an operator unloaded it")
-        wishes = [each for each in self.waiting.values() if each.load_only and each.model == name]
+        wishes = [self.waiting[each] for each in self.queue.wishes.get(name, ())]
         return [self._refuse(wish, error) for wish in wishes if not node or wish.node == node]
 
-    def _delete(self, name: str, replaced: bool) -> list[Decision]:
-        self.models.pop(name, None)
-        self._forget_failures(name)
-        self._unplaceable_since = {key: since for key, since in self._unplaceable_since.items() if key[0] != name}
+    def _delete(self, name: str, replaced: bool, at: float) -> list[Decision]:
+        self.state.drop_model(name)
+        self.back_off.forget_model(name)
+        self.service.pop(name, None)
         for instance in self.instances_of(name):
-            self._drain(instance, "replaced" if replaced else "deleted")
+            self.fleet.drain(instance, "replaced" if replaced else "deleted", at)
         error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
-        return [
-            self._refuse(request, error or ModelNotFound(name)) for request in [*self.waiting.values()] if request.model == name
-        ]
+        return [self._refuse(self.waiting[each], error or ModelNotFound(name)) for each in self.queue.of_model(name)]
+
+    # --- life of a request ---
 
     def _admit(self, request: RequestView) -> list[Decision]:
         if request.id in self.waiting or request.id in self.running:
             return []
-        self.waiting[request.id] = request
+        self._enqueue(request)
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]
         return []
 
-    def _n_queued(self) -> int:
-        """Requests that wait; what operators wish for takes nobody's place."""
-        return sum(not request.load_only for request in self.waiting.values())
+    def _enqueue(self, request: RequestView) -> None:
+        self.queue.add(request)
+        self.timers.set(request.deadline_at, "deadline", request.id)
+        self.state.touch_model(request.model)
 
-    def _end(self, request_id: str, at: float) -> None:
-        self.waiting.pop(request_id, None)
-        for instance_id in [key for key, claimant in self._claims.items() if claimant == request_id]:
-            del self._claims[instance_id]
-        request = self.running.pop(request_id, None)
-        instance = self.instances.get(request.instance or "") if request else None
-        if instance:
+    def _forget(self, request: RequestView) -> None:
+        """It waits no more: what was kept for it is given up."""
+        self.timers.cancel("deadline", request.id)
+        self._expects.pop(request.id, None)
+        self._open(request.id)
+        demand = demand_of(request)
+        if self.queue.head(demand) is None:
+            self.timers.cancel("look", *demand)
+            self._until.pop(demand, None)
+            self._dirty.pop(demand, None)
+            self._unplaceable_since.pop(demand, None)
+        else:
+            self._dirty[demand] = None
+
+    def _open(self, request_id: str) -> None:
+        """What was closed for a request is open again."""
+        for instance in self.claims.release(request_id):
+            self.state.touch_model(instance.model)
+            self.state.touch_worker(instance.worker)
+
+    def _end(self, request_id: str, at: float, *, served: bool = False) -> RequestView | None:
+        """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes."""
+        request = self.queue.end(request_id)
+        if request is None:
+            return None
+        self.fleet.request_gone(request_id)
+        self.state.touch_model(request.model)
+        if request.instance is None:
+            self._forget(request)
+            return request
+        if served and request.dispatched_at is not None:
+            known = self.service.get(request.model, ServiceTime())
+            self.service[request.model] = known.after(at - request.dispatched_at)
+        instance = self.instances.get(request.instance)
+        if instance is not None:
             n_requests = instance.n_requests - 1
-            idle_since = at if n_requests == 0 else None
-            self.instances[instance.id] = replace(instance, n_requests=n_requests, idle_since=idle_since)
+            instance = replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None)
+            self.state.put_instance(instance)
+            self.fleet.may_settle(instance, at)
             # It serves: what went wrong elsewhere, and may be tried again, is over.
-            for key in [key for key, failure in self.failures.items() if key[0] == instance.model and failure.until <= at]:
-                del self.failures[key]
+            self.back_off.served(instance.model, at)
+        return request
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
-        """The request waits again; its instance gets no other one and is unloaded, should the worker be alive after all."""
-        request = self.running.get(request_id)
-        if request:
-            self._end(request_id, at)
-            instance = self.instances.get(request.instance or "")
-            if instance:
-                self.instances[instance.id] = replace(instance, draining="replaced")
-            self.waiting[request_id] = replace(request, instance=None)
-            self.waiting = dict(sorted(self.waiting.items(), key=lambda item: item[1].arrived_at))
-            if request.model not in self.models:
-                return [self._refuse(request, ModelNotFound(request.model))]
+        """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
+        was preempted, its instance has done nothing wrong."""
+        if request_id not in self.running:
+            return []
+        preempted = self.fleet.was_preempted(request_id)
+        request = self._end(request_id, at)
+        assert request is not None and request.instance is not None
+        instance = self.instances.get(request.instance)
+        if instance is not None and not preempted:
+            self.fleet.drain(instance, "replaced", at)
+        request = replace(request, instance=None, dispatched_at=None)
+        self._enqueue(request)
+        if request.model not in self.models:
+            return [self._refuse(request, ModelNotFound(request.model))]
         return []
 
-    def _loaded(self, event: ev.LoadFinished) -> None:
-        instance = self.instances.get(event.instance)
-        if instance and instance.state is InstanceState.LOADING:
-            self.failures.pop((instance.model, instance.worker), None)
-            self.instances[instance.id] = replace(
-                instance,
-                state=InstanceState.READY,
-                since=event.at,
-                ready_at=event.at,
-                idle_since=event.at,
-                loaded_from=event.loaded_from,
-            )
-
-    def _load_failed(self, instance_id: str, reason: str, at: float) -> None:
-        instance = self.instances.get(instance_id)
-        if instance is None:
-            return
-        # An instance may serve, and be on its way out, while its last bytes are still read. A load that was called off ends as a
-        # failed one, too, and tells nothing of the model.
-        if instance.state is InstanceState.UNLOADING and instance.ready_at is None:
-            return
-        if instance.state is not InstanceState.UNLOADING:
-            self._drop_instance(instance_id)
-        n_times = self.failures[instance.model, instance.worker].n_times + 1 if self._failed(instance) else 1
-        pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** (n_times - 1))
-        self.failures[instance.model, instance.worker] = Failure(reason, at + pause_s, n_times)
-
-    def _failed(self, instance: InstanceView) -> bool:
-        return (instance.model, instance.worker) in self.failures
+    def _refuse(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> Refuse:
+        self._end(request.id, 0.0)
+        return Refuse(request.id, request.front_door, error, why or {})
 
     # --- views into decisions ---
 
     def _settle(self, at: float) -> list[Decision]:
-        """Ask every rule what to do now."""
+        """Ask every rule about what has changed.
+
+        Dispatching goes before placing so that a model that has just been loaded serves somebody before it can be evicted again:
+        without that, two waiting models can evict each other for ever.
+        """
+        decisions = self._on_time(at)
+        decisions += self.fleet.unload_drained(at)
+        models, workers = self.state.take_changed()
+        decisions += self.fleet.begin_planned(workers, at)
+        for model in models:
+            self._dirty.update(dict.fromkeys(self.queue.demands_of(model)))
+        # What was closed for somebody may open when that one is placed: a second round serves those behind.
+        for _ in range(2):
+            decisions += self._dispatch(models, at)
+            self.autoscaler.look_at(models)
+            decisions += self._obtain_all(workers, at)
+            models, workers = self.state.take_changed()
+        decisions += self._dispatch(models, at)
+        self.autoscaler.look_at(models)
+        decisions += self.autoscaler.scale(at)
+        return decisions + self._dispatch(self.state.changed_models, at)
+
+    def _on_time(self, at: float) -> list[Decision]:
         decisions: list[Decision] = []
-        decisions += self._expire(at)
-        decisions += self._unload_drained(at)
-        decisions += self._begin_planned(at)
-        decisions += self._serve_queue(at)
-        decisions += self._scale(at)
+        for kind, *key in self.timers.due(at):
+            match kind:
+                case "deadline":
+                    late = self.waiting[key[0]]
+                    reason = self._why_waiting(late.model)
+                    decisions.append(self._refuse(late, QueueTimeout(late.model, at - late.arrived_at, reason)))
+                case "look" if self.queue.head((key[0], key[1])) is not None:
+                    self._dirty[key[0], key[1]] = None
+                case "scale":
+                    self.autoscaler.look_at(key)
+                case "settled":
+                    self.state.touch_instance(key[0])
+                case "missing":
+                    self.fleet.drop(key[0], at)
         return decisions
-
-    def _expire(self, at: float) -> list[Decision]:
-        late = [request for request in self.waiting.values() if request.deadline_at <= at]
-        return [
-            self._refuse(request, QueueTimeout(request.model, at - request.arrived_at, self._why_waiting(request.model)))
-            for request in late
-        ]
-
-    def _unload_drained(self, at: float) -> list[Decision]:
-        """What nobody will be sent to any more leaves when its last request has ended; a load is called off."""
-        drained = [
-            instance
-            for instance in self.instances.values()
-            if instance.draining and (instance.idle or instance.state is InstanceState.LOADING)
-        ]
-        return [self._unload(instance, instance.draining, at) for instance in drained]
 
     def _why_waiting(self, model: str) -> str:
         states = {instance.state for instance in self.instances_of(model)}
@@ -347,95 +392,39 @@ class Controller:
             return "its instances are full"
         return self.last_failure(model) or "every slot was busy with other models"
 
-    def _begin_planned(self, at: float) -> list[Decision]:
-        """Load what waited for slots and memory that are free by now."""
+    # --- dispatching ---
+
+    def _dispatch(self, models: Iterable[str], at: float) -> list[Decision]:
+        """Dispatch what instances of `models` can take; higher classes first, then first come first served."""
         decisions: list[Decision] = []
-        on_worker = self._on_worker()
-        for instance in [instance for instance in self.instances.values() if instance.state is InstanceState.PLANNED]:
-            worker = self.workers[instance.worker]
-            others = [other for other in on_worker[worker.address] if other.state is not InstanceState.PLANNED]
-            beside = neighbours(worker, self.workers.values(), on_worker)
-            fits = pinned_bytes([*others, *beside], instance.checkpoint) + instance.nbytes <= worker.host_capacity
-            if fits and free_slots(worker, others) >= instance.n_slots:
-                self.instances[instance.id] = replace(instance, state=InstanceState.LOADING, since=at)
-                on_worker = self._on_worker()
-                ready_in_s = load_seconds(self.models[instance.model], worker)
-                decisions.append(Load(instance.id, instance.model, worker.address, ready_in_s))
+        for model in models:
+            for request_id in list(self.queue.wishes.get(model, ())):
+                decisions += self._report_loaded(self.waiting[request_id], at)
+            for request_id in self.queue.of_model(model):
+                request = self.waiting[request_id]
+                if request.load_only:
+                    continue
+                instance = least_requests(
+                    each
+                    for each in self.instances_of(model)
+                    if takes_requests(each, self.settings.max_requests) and not self.claims.closed(each.id, request)
+                )
+                if instance is None:  # more is closed to those behind it, never less
+                    break
+                decisions += self._dispatch_to(request, instance, at)
         return decisions
 
-    def _serve_queue(self, at: float) -> list[Decision]:
-        """Dispatch what an instance can take, then place what needs one; higher classes first, then first come first served.
-
-        Dispatching goes first so that a model that has just been loaded serves somebody before it can be evicted again:
-        without that, two waiting models can evict each other for ever.
-        """
-        decisions: list[Decision] = self._dispatch_waiting(at)
-        n_claims = len(self._claims)
-        asked: set[tuple[str, str]] = set()
-        for request in sorted(self.waiting.values(), key=_turn):
-            if _demand(request) not in asked:
-                asked.add(_demand(request))
-                decisions += self._obtain(request, at)
-        if len(self._claims) < n_claims:
-            decisions += self._dispatch_waiting(at)
-        return decisions
-
-    def _dispatch_waiting(self, at: float) -> list[Decision]:
+    def _dispatch_to(self, request: RequestView, instance: InstanceView, at: float) -> list[Decision]:
         decisions: list[Decision] = []
-        full: set[str] = set()
-        for request in sorted(self.waiting.values(), key=_turn):
-            if request.load_only:
-                decisions += self._report_loaded(request, at)
-                continue
-            if request.model in full:
-                continue
-            closed = frozenset(key for key, claimant in self._claims.items() if self._goes_before(claimant, request))
-            chosen = least_requests(self.instances_of(request.model), self.settings.max_requests, closed)
-            if chosen:
-                decisions.append(self._dispatch(request, chosen, at))
-            else:  # more is closed to those behind it, never less
-                full.add(request.model)
-        return decisions
-
-    def _report_loaded(self, request: RequestView, at: float) -> list[Decision]:
-        """The answer to a wish, when an instance is ready where it has to be."""
-        instances = [
-            instance
-            for instance in self._instances_for(request)
-            if instance.state is InstanceState.READY and not instance.draining
-        ]
-        if not instances:
-            return []
-        instance = min(instances, key=lambda instance: instance.id)
-        self._end(request.id, at)
-        return [
-            ReportLoaded(
-                request=request.id,
-                instance=instance.id,
-                node=self.workers[instance.worker].name,
-                waited_s=at - request.arrived_at,
-                loaded_from=_waited_for(instance, request),
-            )
-        ]
-
-    def _instances_for(self, request: RequestView) -> list[InstanceView]:
-        return [
-            instance
-            for instance in self.instances_of(request.model)
-            if not request.node or self.workers[instance.worker].name == request.node
-        ]
-
-    def _goes_before(self, claimant: str, request: RequestView) -> bool:
-        other = self.waiting.get(claimant)
-        return other is not None and other.model != request.model and _turn(other) < _turn(request)
-
-    def _dispatch(self, request: RequestView, instance: InstanceView, at: float) -> Dispatch:
-        del self.waiting[request.id]
-        self.running[request.id] = replace(request, instance=instance.id)
-        self.instances[instance.id] = replace(instance, n_requests=instance.n_requests + 1, idle_since=None)
-        for key in [key for key, claimant in self._claims.items() if claimant == request.id]:
-            del self._claims[key]
-        return Dispatch(
+        if self._expects.get(request.id) != instance.id:
+            ways = self.finder.live(request, at)
+            chosen = next(option for option in ways.options if option.instance == instance.id)
+            record = choice(request.id, request.model, chosen, ways, "a ready instance has room", at)
+            decisions.append(Chose(record))
+        self.queue.dispatch(request, instance.id, at)
+        self._forget(request)
+        self.state.put_instance(replace(instance, n_requests=instance.n_requests + 1, idle_since=None))
+        dispatch = Dispatch(
             request=request.id,
             front_door=request.front_door,
             instance=instance.id,
@@ -444,180 +433,205 @@ class Controller:
             queue_s=at - request.arrived_at,
             loaded_from=_waited_for(instance, request),
         )
+        return [*decisions, dispatch]
 
-    def _obtain(self, request: RequestView, at: float) -> list[Decision]:
-        """No instance can take the oldest request of its kind: place one, or refuse, or wait."""
-        model = self.models[request.model]
-        if request.node:
-            if model.nodes and request.node not in model.nodes:
-                error = InvalidRequest(f"{model.name} may only run on its nodes {', '.join(model.nodes)} (target_nodes).", "node")
-                return self._refuse_all(request, error)
-            model = replace(model, nodes=(request.node,))
-        living = [instance for instance in self._instances_for(request) if not instance.draining]
-        coming = [instance for instance in living if instance.state in (InstanceState.PLANNED, InstanceState.LOADING)]
-        if coming:
-            self._unclaim(request)
-            return []
-        if sum(not instance.draining for instance in self.instances_of(model.name)) >= model.max_instances:
-            if request.load_only and len(elsewhere := self._living(model)) >= model.max_instances:
-                nodes = ", ".join(sorted({self.workers[instance.worker].name for instance in elsewhere}))
-                reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
-                return self._refuse_all(request, LoadFailed(model.name, reason))
-            return []
-        fit = [worker for worker in self.workers.values() if unfit(model, worker) is None]
-        if not fit:
-            return self._refuse_unplaceable(model, request, at)
-        self._unplaceable_since.pop(_demand(request), None)
-        refused = self._backing_off(model, at)
-        if all(worker.address in refused for worker in fit):
-            if living:
-                return []
-            reason = self.last_failure(model.name) or "unknown"
-            return self._refuse_all(request, LoadFailed(model.name, reason), refused)
-        staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        decisions = self._place(model, at, may_evict=not staying, request=request)
-        if decisions:
-            self._unclaim(request)
-        if not decisions and not staying and at >= request.arrived_at + self.settings.patience_s:
-            self._claim(request, model)
-        return decisions
-
-    def _place(self, model: ModelView, at: float, *, may_evict: bool, request: RequestView | None = None) -> list[Decision]:
-        """Begin an instance for `request`, or for nobody in particular; nothing if there is no place."""
-        own = frozenset(instance.id for instance in self._living(model))
-        placement, _ = place(
-            model,
-            self.workers.values(),
-            self._on_worker(),
-            now=at,
-            may_evict=may_evict,
-            refused={**self._backing_off(model, at), **self._held(request)},
-            protected=self._protected(model) | own,
-            min_residency_s=self.settings.min_residency_s,
-        )
-        if placement is None:
-            return []
-        decisions: list[Decision] = [self._unload(self.instances[victim], "evicted", at) for victim in placement.evict]
-        self._n_instances += 1
-        instance = InstanceView(
-            id=f"{model.name}/{self._n_instances}",
-            model=model.name,
-            worker=placement.worker,
-            n_slots=model.n_slots,
-            checkpoint=model.checkpoint_key,
-            nbytes=model.nbytes,
-            state=InstanceState.PLANNED if placement.evict else InstanceState.LOADING,
-            since=at,
-        )
-        self.instances[instance.id] = instance
-        if not placement.evict:
-            decisions.append(Load(instance.id, model.name, placement.worker, placement.ready_in_s, placement.why))
-        return decisions
-
-    def _unload(self, instance: InstanceView, cause: str, at: float) -> Unload:
-        self.instances[instance.id] = replace(instance, state=InstanceState.UNLOADING, since=at, idle_since=None)
-        self._claims.pop(instance.id, None)
-        forget = all(model.checkpoint_key != instance.checkpoint for model in self.models.values())
-        return Unload(instance.id, instance.model, instance.worker, cause, forget)
-
-    def _claim(self, request: RequestView, model: ModelView) -> None:
-        """Close the instances that would free a slot soonest, so that they can become idle and leave."""
-        if request.id in self._claims.values():
-            return
-        on_worker = self._on_worker()
-        protected = self._protected(model)
-        best: tuple[int, str] | None = None
-        closable: dict[str, list[InstanceView]] = {}
-        for worker in self.workers.values():
-            instances = on_worker[worker.address]
-            if unfit(model, worker) is not None or any(instance.id in self._claims for instance in instances):
-                continue
-            closable[worker.address] = [
-                instance for instance in instances if instance.state is InstanceState.READY and instance.id not in protected
-            ]
-            staying = [instance for instance in instances if instance not in closable[worker.address]]
-            n_slots = sum(instance.n_slots for instance in closable[worker.address])
-            staying += neighbours(worker, self.workers.values(), on_worker)
-            fits = pinned_bytes(staying, model.checkpoint_key) + model.nbytes <= worker.host_capacity
-            if fits and n_slots and free_slots(worker, instances) + n_slots >= model.n_slots:
-                rank = (sum(instance.n_requests for instance in closable[worker.address]), worker.address)
-                best = min(best, rank) if best else rank
-        if best:
-            for instance in closable[best[1]]:
-                self._claims[instance.id] = request.id
-
-    def _unclaim(self, request: RequestView) -> None:
-        """Its instance is on its way, and the slots for it are reserved: what was closed for it opens again."""
-        for key in [key for key, claimant in self._claims.items() if claimant in self.waiting]:
-            if _demand(self.waiting[self._claims[key]]) == _demand(request):
-                del self._claims[key]
-
-    def _scale(self, at: float) -> list[Decision]:
-        """Instances beyond the first go to free slots only; idle ones leave when their time is over."""
-        decisions: list[Decision] = []
-        load: dict[str, int] = defaultdict(int)
-        for request in [*self.waiting.values(), *self.running.values()]:
-            load[request.model] += not request.load_only
-        for model in self.models.values():
-            living = self._living(model)
-            wanted = desired_instances(model, load[model.name])
-            if living or model.min_instances:
-                for _ in range(wanted - len(living)):
-                    # Only what a model is promised is worth another one's idle instance.
-                    n_living = len(self._living(model))
-                    more = self._place(model, at, may_evict=n_living < model.min_instances)
-                    if not more:
-                        break
-                    decisions += more
-            surplus = len(living) - max(wanted, model.min_instances)
-            for instance in sorted(living, key=lambda instance: leaves_at(model, instance)):
-                if surplus > 0 and leaves_at(model, instance) <= at:
-                    decisions.append(self._unload(instance, "keep-alive over", at))
-                    surplus -= 1
-        return decisions
-
-    def _living(self, model: ModelView) -> list[InstanceView]:
-        """Instances that stay, or are on their way."""
-        return [
+    def _report_loaded(self, wish: RequestView, at: float) -> list[Decision]:
+        """The answer to a wish, when an instance is ready where it has to be."""
+        ready = [
             instance
-            for instance in self.instances_of(model.name)
-            if instance.state is not InstanceState.UNLOADING and not instance.draining
+            for instance in self.instances_of(wish.model)
+            if instance.state is InstanceState.READY
+            and not instance.draining
+            and (not wish.node or self.workers[instance.worker].name == wish.node)
+        ]
+        if not ready:
+            return []
+        instance = min(ready, key=lambda instance: instance.id)
+        self._end(wish.id, at)
+        return [
+            ReportLoaded(
+                request=wish.id,
+                instance=instance.id,
+                node=self.workers[instance.worker].name,
+                waited_s=at - wish.arrived_at,
+                loaded_from=_waited_for(instance, wish),
+            )
         ]
 
-    def _held(self, request: RequestView | None) -> dict[str, str]:
-        """Workers that are being emptied for somebody whose turn is earlier than that of `request`, with the reason."""
-        held: dict[str, str] = {}
-        for instance_id, claimant in self._claims.items():
-            other = self.waiting.get(claimant)
-            if other and instance_id in self.instances and (request is None or _turn(other) < _turn(request)):
-                held[self.instances[instance_id].worker] = f"kept for a request for {other.model} that waits longer"
-        return held
+    # --- placing ---
 
-    def _protected(self, model: ModelView) -> frozenset[str]:
-        """Instances that other models keep as their minimum."""
-        kept: set[str] = set()
-        for other in self.models.values():
-            if other.min_instances and other.name != model.name:
-                ready = [instance for instance in self.instances_of(other.name) if instance.state is InstanceState.READY]
-                kept.update(instance.id for instance in ready[: other.min_instances])
-        return frozenset(kept)
+    def _obtain_all(self, workers: Iterable[str], at: float) -> list[Decision]:
+        """Look for a way for what has changed, and for those to whom something on `workers` comes sooner than what they wait
+        for; in their turns."""
+        mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
+        roomy = [address for address in mates if self.state.has_room(address, 1)]
+        if roomy:
+            self.autoscaler.there_is_room()
+            demands = self.queue.in_turn()
+        else:
+            demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
+            demands.sort(key=self.queue.turn)
+        decisions: list[Decision] = []
+        n_looks = 0
+        for demand in demands:
+            if demand in self._dirty or (roomy and self._gains(demand, roomy, at)):
+                if n_looks == _MAX_LOOKS:
+                    self._dirty[demand] = None
+                    continue
+                n_looks += 1
+                self._dirty.pop(demand, None)
+                decisions += self._obtain(demand, at)
+        return decisions
 
-    def _on_worker(self) -> dict[str, list[InstanceView]]:
-        on_worker: dict[str, list[InstanceView]] = defaultdict(list)
-        for instance in self.instances.values():
-            on_worker[instance.worker].append(instance)
-        return on_worker
+    def _gains(self, demand: Demand, roomy: list[str], at: float) -> bool:
+        """Whether one of the workers with room would serve it sooner than what it waits for."""
+        request, until = self.queue.head(demand), self._until.get(demand, inf)
+        if request is None or until <= at:
+            return False
+        model = self._wanted(request)
+        for address in roomy:
+            if self.state.has_room(address, model.n_slots) and unfit(model, self.workers[address]) is None:
+                if at + self.finder.load_seconds(model, self.workers[address], at) < until:
+                    return True
+        return until == inf and self._is_impatient(request, at)
 
-    def _backing_off(self, model: ModelView, at: float) -> dict[str, str]:
-        """Workers on which loading `model` failed a moment ago, with the reason."""
-        return {
-            address: failure.reason
-            for (name, address), failure in self.failures.items()
-            if name == model.name and failure.until > at
-        }
+    def _wanted(self, request: RequestView) -> ModelView:
+        """The request's model, where it has to be."""
+        model = self.models[request.model]
+        return replace(model, nodes=(request.node,)) if request.node else model
+
+    def _obtain(self, demand: Demand, at: float) -> list[Decision]:
+        """No instance can take the oldest request of its kind: place one, or refuse, or wait."""
+        request = self.queue.head(demand)
+        if request is None:
+            return []
+        model = self.models[request.model]
+        if request.node and model.nodes and request.node not in model.nodes:
+            error = InvalidRequest(f"{model.name} may only run on its nodes {', '.join(model.nodes)} (target_nodes).", "node")
+            return self._refuse_all(demand, error)
+        mine = [
+            instance
+            for instance in self.instances_of(model.name)
+            if not request.node or self.workers[instance.worker].name == request.node
+        ]
+        living = [instance for instance in mine if not instance.draining]
+        coming = any(instance.state in (InstanceState.PLANNED, InstanceState.LOADING) for instance in living)
+        staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
+        at_most = sum(not each.draining and not each.successor for each in self.instances_of(model.name)) >= model.max_instances
+        if at_most and request.load_only and not coming and len(self.state.living(model.name)) >= model.max_instances:
+            nodes = ", ".join(sorted({self.workers[each.worker].name for each in self.state.living(model.name)}))
+            reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
+            return self._refuse_all(demand, LoadFailed(model.name, reason))
+        model = self._wanted(request)
+        ways = self.finder.of_request(request, model, at, may_load=not at_most)
+        if not coming and not ways.any_allowed:
+            if not ways.any_fit and not self.state.fit(model):
+                return self._refuse_unplaceable(demand, model, at)
+            refused = self.back_off.active(model.name, at)
+            if not living and all(worker.address in refused for worker in self.state.fit(model)):
+                return self._refuse_all(demand, LoadFailed(model.name, self.last_failure(model.name) or "unknown"), refused)
+        self._unplaceable_since.pop(demand, None)
+        chosen = self._choose(ways.open)
+        if chosen is None or chosen.way is Way.WAIT:
+            decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
+            if not staying and self._is_impatient(request, at):
+                self._claim(request, model, ways)
+            # Those at their most instances have nothing to gain from other workers.
+            self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
+            self._look_again(demand, request, chosen, may_claim=not staying, at=at)
+            return decisions
+        return self._take(demand, request, chosen, ways, at)
+
+    def _take(self, demand: Demand, request: RequestView, chosen: Option, ways: Ways, at: float) -> list[Decision]:
+        """An instance is on its way, or one that is there gets room."""
+        self.timers.cancel("look", *demand)
+        self._until[demand] = at + chosen.ready_in_s
+        if chosen.way is Way.PREEMPT and not chosen.leaving:
+            instance = self.instances[chosen.instance]
+            lower = [each for each in self.queue.on_instance(instance.id) if each.priority < request.priority]
+            newest = min(lower, key=lambda each: (each.priority, -(each.dispatched_at or 0.0), each.id))
+            begun = self.fleet.preempt(instance, [newest], f"a request of class {request.priority} waits")
+            self.timers.set(at + _LOOK_AGAIN_S, "look", *demand)
+            return [*self._tell(demand, chosen, ways, instance.id, at), *begun]
+        for other in self.claims.claimants():
+            if demand_of(other) == demand:
+                self._open(other.id)
+        if chosen.way is Way.LIVE:
+            self.state.touch_model(request.model)
+        if chosen.way in (Way.LIVE, Way.COMING):
+            return self._tell(demand, chosen, ways, chosen.instance, at)
+        begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
+        return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
+
+    def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:
+        """Records for those who wait for the same and have none that says so; what it says while they only wait may change, and
+        is told of the first one alone."""
+        only_waits = chosen is None or chosen.way is Way.WAIT
+        reason = _REASONS[chosen.way] if chosen else "there is no way now: every slot is kept, or taken for longer than can be told"
+        decisions: list[Decision] = []
+        record = None
+        for i, member in enumerate(self.queue.members(demand)):
+            known = self._expects.get(member.id)
+            if known is None or (known != expected and (i == 0 or not only_waits)):
+                record = record or choice(member.id, member.model, chosen, ways, reason, at)
+                decisions.append(Chose(replace(record, request=member.id)))
+            self._expects[member.id] = expected
+        return decisions
+
+    def _is_impatient(self, request: RequestView, at: float) -> bool:
+        return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
+
+    def _look_again(
+        self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float
+    ) -> None:
+        """When time alone may have changed the answer."""
+        moments = []
+        if chosen is not None:
+            moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
+        if may_claim and not self.claims.has(request.id):
+            moments.append(request.arrived_at + self.settings.patience_s)
+        tried_again_at = self.back_off.ends_at(request.model, at)
+        if tried_again_at is not None:
+            moments.append(tried_again_at)
+        self._wake(demand, moments, at)
+
+    def _wake(self, demand: Demand, moments: Iterable[float], at: float) -> None:
+        earliest = min((moment for moment in moments if moment > at), default=None)
+        if earliest is None:
+            self.timers.cancel("look", *demand)
+        else:
+            self.timers.set(earliest, "look", *demand)
+
+    def _claim(self, request: RequestView, model: ModelView, ways: Ways) -> None:
+        """Close the instances that would free a slot soonest, so that they can become idle and leave."""
+        waits = [option.worker for option in ways.options if option.way is Way.WAIT]
+        for addresses in (waits, [worker.address for worker in self.state.fit(model)]):
+            closable = {address: self._closable(address, model) for address in addresses}
+            ranks = [(sum(each.n_requests for each in found), address) for address, found in closable.items() if found]
+            if ranks:
+                self.claims.close(closable[min(ranks)[1]], request.id)
+                return
+
+    def _closable(self, address: str, model: ModelView) -> list[InstanceView]:
+        """What would have to be closed so that a worker has room for `model` in the end; nothing, if it would not have."""
+        worker, instances = self.workers[address], self.state.on_worker(address)
+        if self.claims.on_worker(address) is not None:
+            return []
+        found = [
+            instance
+            for instance in instances
+            if instance.state is InstanceState.READY and instance.model != model.name and not self.state.is_kept(instance)
+        ]
+        closed = {instance.id for instance in found}
+        staying = [each for each in (*instances, *self.state.neighbours(address)) if each.id not in closed]
+        n_slots = self.state.free_slots(address) + sum(instance.n_slots for instance in found)
+        lacks = missing_nbytes(model.nbytes, model.checkpoint_key, worker, staying)
+        return found if n_slots >= model.n_slots and lacks <= 0 else []
+
+    # --- refusing ---
 
     def _unplaceable(self, model: ModelView) -> SllmError:
-        small = [worker for worker in self.workers.values() if not model.nodes or worker.name in model.nodes]
+        small = self.state.named(model.nodes) if model.nodes else list(self.workers.values())
         if not small:
             who = f"its nodes {', '.join(model.nodes)} are not connected" if model.nodes else "no worker is connected"
             return NoWorker(model.name, f"{who}. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin")
@@ -626,49 +640,33 @@ class Controller:
             return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")
         return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
-    def _refuse_unplaceable(self, model: ModelView, request: RequestView, at: float) -> list[Decision]:
+    def _refuse_unplaceable(self, demand: Demand, model: ModelView, at: float) -> list[Decision]:
         """The worker that could run it may be restarting, so that is waited out."""
-        since = self._unplaceable_since.setdefault(_demand(request), at)
+        since = self._unplaceable_since.setdefault(demand, at)
+        self._until[demand] = inf
         error = self._unplaceable(model)
-        why = {worker.address: unfit(model, worker) or "" for worker in self.workers.values()}
+        some = [*self.workers.values()][:N_BEST]
+        why = {worker.address: unfit(model, worker) or "" for worker in some}
+        until = {each.id: max(since, each.arrived_at) + self.settings.worker_wait_s for each in self.queue.members(demand)}
+        self._wake(demand, until.values(), at)
         return [
-            self._refuse(waiting, error, why)
-            for waiting in [*self.waiting.values()]
-            if _demand(waiting) == _demand(request) and at >= max(since, waiting.arrived_at) + self.settings.worker_wait_s
+            self._refuse(request, error, why) for request in self.queue.members(demand) if until[request.id] <= at
         ]
 
-    def _refuse_all(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
-        """Refuse `request` and all that wait for the same."""
-        return [self._refuse(each, error, why) for each in [*self.waiting.values()] if _demand(each) == _demand(request)]
+    def _refuse_all(self, demand: Demand, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
+        """Refuse all that wait for the same."""
+        return [self._refuse(request, error, why) for request in self.queue.members(demand)]
 
-    def _refuse(self, request: RequestView, error: SllmError, why: dict[str, str] | None = None) -> Refuse:
-        self._end(request.id, 0.0)
-        return Refuse(request.id, request.front_door, error, why or {})
 
-    def _next_wake(self, at: float) -> float | None:
-        """The earliest moment after `at` at which time alone changes an answer."""
-        times = [inf]
-        for request in self.waiting.values():
-            times.append(request.deadline_at)
-            since = self._unplaceable_since.get(_demand(request))
-            if since is not None:
-                times.append(max(since, request.arrived_at) + self.settings.worker_wait_s)
-            elif request.id not in self._claims.values():
-                times.append(request.arrived_at + self.settings.patience_s)
-        waiting_models = {request.model for request in self.waiting.values()}
-        wanted_models = waiting_models | {model.name for model in self.models.values() if model.min_instances}
-        for (name, _), failure in self.failures.items():
-            if name in wanted_models:
-                times.append(failure.until)
-        n_instances = Counter(instance.model for instance in self.instances.values())
-        for instance in self.instances.values():
-            model = self.models.get(instance.model)
-            if model and n_instances[model.name] > model.min_instances:
-                times.append(leaves_at(model, instance))
-            if wanted_models and instance.idle and instance.ready_at is not None:
-                times.append(instance.ready_at + self.settings.min_residency_s)
-        earliest = min(time for time in times if time > at)
-        return None if earliest == inf else earliest
+_REASONS = {
+    Way.LIVE: "a ready instance has room",
+    Way.COMING: "an instance that is being loaded is ready the soonest",
+    Way.FREE: "loading where slots are free is the soonest",
+    Way.EVICT: "loading in the place of what is idle is the soonest",
+    Way.WAIT: "to wait for a predicted end is the soonest",
+    Way.MIGRATE: "loading where running instances make room is the soonest",
+    Way.PREEMPT: "to send requests of a lower class back to the queue is the soonest",
+}
 
 
 def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:

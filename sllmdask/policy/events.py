@@ -26,6 +26,8 @@ class WorkerReported:
     overhead_s: Mapping[Tier, float] = field(default_factory=dict)
     #: ``None``: as before.
     host_capacity: int | None = None
+    #: The instances that it has; ``None``: not told.
+    instances: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ class ServiceTime:
     def remaining_s(self, running_s: float, n_tokens: int = 0, max_tokens: int | None = None) -> float:
         """Seconds until a request ends that has run for `running_s` and made `n_tokens` of at most `max_tokens`.
 
-        Without `n_tokens`, or as long as no answer's length is known, the seconds of other requests tell; otherwise the tokens that
-        are to come, at the pace that this one has had. At least :data:`LEAST_REMAINING_S`.
+        Without `n_tokens`, or as long as no answer's length is known, the seconds of other requests tell; otherwise the tokens
+        that are to come, at the pace that this one has had. At least :data:`LEAST_REMAINING_S`.
         """
         if n_tokens > 0 and running_s > 0 and self.mean_tokens > 0:
             tokens = max(self.mean_tokens - n_tokens, _OVERDUE * n_tokens)

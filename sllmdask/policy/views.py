@@ -43,8 +43,11 @@ class ModelView:
     #: How the weights are served: an instance of another variant is not an instance of this model any more.
     variant: str = ""
     nodes: tuple[str, ...] = ()
-    #: Nodes keep its host copy, whatever else wants the memory.
+    #: Whether its instances give way to no other model.
     pinned: bool = False
+    #: Priors of what a request costs that is computed again elsewhere: seconds per token, and seconds.
+    alpha: float = 0.01
+    beta: float = 0.1
 
     @property
     def checkpoint_key(self) -> str:
@@ -91,6 +94,10 @@ class InstanceView:
     ready_at: float | None = None
     idle_since: float | None = None
     loaded_from: Tier | None = None
+    #: When it was predicted to be ready, while it is not yet.
+    ready_by: float | None = None
+    #: The instance that its requests are being moved to: it gets no new ones.
+    successor: str = ""
 
     @property
     def idle(self) -> bool:
@@ -114,6 +121,8 @@ class RequestView:
     instance: str | None = None
     load_only: bool = False
     node: str = ""
-    #: Tokens of its prompt, and of the answer at most; 0: not known, or there is none.
-    n_prompt_tokens: int = 0
+    #: Tokens of its prompt, as far as they are known.
+    n_tokens: int = 0
+    dispatched_at: float | None = None
+    #: Tokens of its answer at most; 0: not known, or it has none.
     max_new_tokens: int = 0

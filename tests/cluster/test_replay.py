@@ -21,7 +21,7 @@ from sllmdask.config import Deployment, EngineSettings, SchedulerSettings, Setti
 from sllmdask.errors import InvalidRequest, ModelNotFound
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 
 pytestmark = pytest.mark.cluster
 
@@ -134,7 +134,7 @@ async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_d
     kinds = {type(event) for event in log}
     assert kinds >= {ev.WorkerJoined, ev.WorkerLeft, ev.WorkerReported, ev.ModelDeployed, ev.ModelDeleted, ev.TimerFired}
     assert kinds >= {ev.RequestArrived, ev.RequestEnded, ev.LoadFinished, ev.UnloadFinished, ev.LoadRequested, ev.UnloadRequested}
-    assert {type(decision) for decision in decided} == {Load, Unload, Dispatch, ReportLoaded, Refuse, WakeAt}
+    assert {type(decision) for decision in decided} == {Chose, Load, Unload, Dispatch, ReportLoaded, Refuse, WakeAt}
     fresh = Controller(controller.settings)
     again = [decision for event in log for decision in fresh.handle(event)]
     assert list(map(plain, again)) == list(map(plain, decided))

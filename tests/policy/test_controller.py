@@ -18,7 +18,7 @@ from sllmdask.errors import (
 )
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.policy.decisions import Chose, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
 from sllmdask.sim.run import Costs, simulate
 
@@ -56,8 +56,8 @@ def wish(controller, request_id, model, at, node="", deadline_s=100.0):
 
 
 def acts(decisions):
-    """Decisions without the wake-up calls."""
-    return [decision for decision in decisions if not isinstance(decision, WakeAt)]
+    """Decisions without the wake-up calls and the records."""
+    return [decision for decision in decisions if not isinstance(decision, WakeAt | Chose)]
 
 
 def wake(decisions):
@@ -145,14 +145,15 @@ def test_the_lowest_estimate_wins_and_ties_go_to_the_smaller_name():
     assert load.worker == "tcp://one"
 
 
-def test_a_free_slot_beats_an_eviction_even_where_loading_is_faster():
-    other = replace(NODE, address="tcp://two", name="1", bytes_per_s={Tier.DISK: 0.1 * GiB})
-    controller = controller_with(A, B, workers=(NODE, other))
-    (load,) = ask(controller, "r1", "a", 1.0)
-    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
-    controller.handle(ev.RequestEnded(3.0, "r1"))
-    (load,) = ask(controller, "r2", "b", 4.0)
-    assert load.worker == "tcp://two"
+def test_a_free_slot_beats_an_eviction_that_is_no_faster_and_loses_to_one_that_is():
+    for disk, where in ((1.0, "tcp://two"), (0.1, "tcp://one")):
+        other = replace(NODE, address="tcp://two", name="1", bytes_per_s={Tier.DISK: disk * GiB, Tier.PEER: 0.1 * GiB})
+        controller = controller_with(A, B, workers=(NODE, other))
+        (load,) = ask(controller, "r1", "a", 1.0)
+        controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+        controller.handle(ev.RequestEnded(3.0, "r1"))
+        (begun,) = ask(controller, "r2", "b", 4.0)
+        assert (type(begun), begun.worker) == ((Load if disk == 1.0 else Unload), where)
 
 
 def test_target_nodes_are_the_only_ones_used():
@@ -371,7 +372,7 @@ def test_the_minimum_of_a_model_never_evicts_the_model_itself():
     controller = controller_with()
     minimum = replace(A, min_instances=2)
     outcome = simulate(controller, [ev.ModelDeployed(0.0, minimum)], Costs(lambda _: 1.0))
-    assert [type(decision) for _, decision in outcome.decisions if not isinstance(decision, WakeAt)] == [Load]
+    assert [type(decision) for _, decision in outcome.decisions if not isinstance(decision, WakeAt | Chose)] == [Load]
 
 
 def test_a_steady_stream_of_small_models_does_not_keep_a_large_one_out_for_ever():
