@@ -35,7 +35,7 @@ from sllmdask.errors import ConfigError, EngineError, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Decision, Dispatch, Load
-from sllmdask.policy.views import RequestView, Tier, WorkerView
+from sllmdask.policy.views import InstanceState, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -266,10 +266,12 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # It was called off while nobody could be told, or its unloading went unanswered.
             self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))
-        if account["version"] > old["version"]:
-            self._report(address)
+        here = [instance for instance in self.controller.instances.values() if instance.worker == address]
+        missing = any(instance.state is InstanceState.READY and instance.id not in account["instances"] for instance in here)
+        if account["version"] > old["version"] or missing:
+            self._report(address, frozenset(account["instances"]))
 
-    def _report(self, address: str) -> None:
+    def _report(self, address: str, instances: frozenset[str] | None = None) -> None:
         """Tell the controller what is believed of a worker now. Its reports are numbered here: we know more than the worker."""
         view, account = self.controller.workers[address], self._accounts[address]
         rates = self._estimates.rates(view.name, account)
@@ -284,7 +286,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 rates.bytes_per_s,
                 rates.overhead_s,
                 capacity,
-                instances=frozenset(account["instances"]),
+                instances=instances,
             )
         )
 
