@@ -84,11 +84,15 @@ class Autoscaler:
         if not model.min_instances and not self._state.living(model.name):
             return []
         for instance in self._state.instances_of(model.name):
-            if instance.draining == SCALED_DOWN and len(self._state.living(model.name)) < wanted:
-                if instance.state is InstanceState.READY and unfit(model, self._state.workers[instance.worker]) is None:
-                    self._fleet.reopen(instance)
+            reopens = instance.draining == SCALED_DOWN and instance.state is InstanceState.READY
+            fits = unfit(model, self._state.workers[instance.worker]) is None
+            if reopens and fits and len(self._state.living(model.name)) < wanted:
+                self._fleet.reopen(instance)
         while (n_living := len(self._state.living(model.name))) < wanted:
             is_promised = n_living < model.min_instances
+            if not is_promised and not self._state.any_free:
+                self._short[model.name] = None
+                break
             ways = self._finder.of_nobody(model, at, may_evict=is_promised)
             chosen = self._choose(ways.open)
             if chosen is None:
@@ -152,8 +156,9 @@ class Autoscaler:
         if model.name in self._surplus and sum(not instance.idle for instance in living) > 0:
             moments.append(self._surplus[model.name][0] + model.keep_alive_s)
         tried_again_at = self._back_off.ends_at(model.name, at)
-        if tried_again_at is not None and model.name in self._short:
-            moments.append(tried_again_at)
+        if model.name in self._short:
+            moments += [tried_again_at] if tried_again_at is not None else []
+            moments += [at + self._min_residency_s] if model.min_instances else []  # those that are idle may be evicted by then
         earliest = min((moment for moment in moments if at < moment < float("inf")), default=None)
         if earliest is None:
             self._timers.cancel("scale", model.name)

@@ -223,7 +223,7 @@ class Controller:
         )
         self.state.put_worker(known)
         if known.host_capacity != worker.host_capacity:
-            self._dirty.update(dict.fromkeys(self._unplaceable_since))
+            self._dirty.update(dict.fromkeys(self.queue.in_turn()))
         if event.instances is not None:
             self.fleet.account(event.address, event.instances, event.at)
 
@@ -233,6 +233,7 @@ class Controller:
             for instance in self.state.drop_worker(address):
                 self.fleet.dropped(instance, at)
             self.back_off.forget_worker(address)
+            self._dirty.update(dict.fromkeys(self.queue.in_turn()))
 
     def _deploy(self, model: ModelView, at: float) -> None:
         """New settings take effect at once: instances that they do not allow get no more requests."""
@@ -288,8 +289,6 @@ class Controller:
             self._until.pop(demand, None)
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
-        else:
-            self._dirty[demand] = None
 
     def _open(self, request_id: str) -> None:
         """What was closed for a request is open again."""
@@ -327,8 +326,8 @@ class Controller:
             return []
         preempted = self.fleet.was_preempted(request_id)
         request = self._end(request_id, at)
-        assert request is not None and request.instance is not None
-        instance = self.instances.get(request.instance)
+        assert request is not None
+        instance = self.instances.get(request.instance or "")
         if instance is not None and not preempted:
             self.fleet.drain(instance, "replaced", at)
         request = replace(request, instance=None, dispatched_at=None)
@@ -422,6 +421,7 @@ class Controller:
             record = choice(request.id, request.model, chosen, ways, "a ready instance has room", at)
             decisions.append(Chose(record))
         self.queue.dispatch(request, instance.id, at)
+        self.timers.cancel("settled", instance.id)
         self._forget(request)
         self.state.put_instance(replace(instance, n_requests=instance.n_requests + 1, idle_since=None))
         dispatch = Dispatch(
@@ -534,11 +534,12 @@ class Controller:
         chosen = self._choose(ways.open)
         if chosen is None or chosen.way is Way.WAIT:
             decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
-            if not staying and self._is_impatient(request, at):
+            may_claim = not staying and not at_most
+            if may_claim and self._is_impatient(request, at):
                 self._claim(request, model, ways)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
-            self._look_again(demand, request, chosen, may_claim=not staying, at=at)
+            self._look_again(demand, request, chosen, may_claim=may_claim, at=at)
             return decisions
         return self._take(demand, request, chosen, ways, at)
 
@@ -567,7 +568,9 @@ class Controller:
         """Records for those who wait for the same and have none that says so; what it says while they only wait may change, and
         is told of the first one alone."""
         only_waits = chosen is None or chosen.way is Way.WAIT
-        reason = _REASONS[chosen.way] if chosen else "there is no way now: every slot is kept, or taken for longer than can be told"
+        reason = (
+            _REASONS[chosen.way] if chosen else "there is no way now: every slot is kept, or taken for longer than can be told"
+        )
         decisions: list[Decision] = []
         record = None
         for i, member in enumerate(self.queue.members(demand)):
@@ -581,9 +584,7 @@ class Controller:
     def _is_impatient(self, request: RequestView, at: float) -> bool:
         return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
 
-    def _look_again(
-        self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float
-    ) -> None:
+    def _look_again(self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float) -> None:
         """When time alone may have changed the answer."""
         moments = []
         if chosen is not None:
@@ -649,9 +650,7 @@ class Controller:
         why = {worker.address: unfit(model, worker) or "" for worker in some}
         until = {each.id: max(since, each.arrived_at) + self.settings.worker_wait_s for each in self.queue.members(demand)}
         self._wake(demand, until.values(), at)
-        return [
-            self._refuse(request, error, why) for request in self.queue.members(demand) if until[request.id] <= at
-        ]
+        return [self._refuse(request, error, why) for request in self.queue.members(demand) if until[request.id] <= at]
 
     def _refuse_all(self, demand: Demand, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
         """Refuse all that wait for the same."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
-from sllmdask.policy.options import Ways, WayFinder
+from sllmdask.policy.options import WayFinder, Ways
 from sllmdask.policy.placement import missing_nbytes
 from sllmdask.policy.queue import Claims, RequestQueue
 from sllmdask.policy.state import ClusterState
@@ -72,9 +72,7 @@ class Fleet:
             if instance.worker not in near:
                 continue
             model = state.models.get(instance.model)
-            wanted = model is not None and (
-                self._queue.waits(model.name) or len(state.living(model.name)) <= model.min_instances
-            )
+            wanted = model is not None and (self._queue.waits(model.name) or len(state.living(model.name)) <= model.min_instances)
             if instance.id in self._victims and not wanted:
                 self.drop(instance.id, at)  # those for whom others were moved have gone
                 continue
@@ -89,9 +87,7 @@ class Fleet:
                 tier, parts = self._ways.load_parts(model, worker, at)
                 ready_in_s = sum(parts.values())
                 state.promise(instance.id, worker, tier, ready_in_s - parts["queue"], at)
-                state.put_instance(
-                    replace(instance, state=InstanceState.LOADING, since=at, ready_by=at + ready_in_s)
-                )
+                state.put_instance(replace(instance, state=InstanceState.LOADING, since=at, ready_by=at + ready_in_s))
                 decisions.append(Load(instance.id, instance.model, worker.address, ready_in_s))
         return decisions
 
@@ -117,14 +113,15 @@ class Fleet:
             idle_since=None if instance.n_requests else at,
             loaded_from=loaded_from,
             ready_by=None,
+            moved_from="",
         )
         self._state.put_instance(ready)
         self.may_settle(ready, at)
 
     def may_settle(self, instance: InstanceView, at: float) -> None:
-        """An idle instance may be evicted from a moment on that nothing else tells."""
+        """An idle instance may be evicted from a moment on that nothing else tells those who wait."""
         settles_in_s = self._ways.settles_in(instance, at)
-        if instance.idle and settles_in_s > 0:
+        if instance.idle and settles_in_s > 0 and self._queue.waiting:
             self._timers.set(at + settles_in_s, "settled", instance.id)
 
     def load_failed(self, instance_id: str, reason: str, at: float) -> None:
@@ -138,6 +135,7 @@ class Fleet:
         if instance.state is not InstanceState.UNLOADING:
             self.drop(instance_id, at)
         self._back_off.failed(instance.model, instance.worker, reason, at)
+        self._state.touch_model(instance.model)
 
     def account(self, address: str, instances: frozenset[str], at: float) -> None:
         """A worker's own account of what it has: an instance that it does not list has gone, unless it is very new."""
@@ -151,9 +149,7 @@ class Fleet:
 
     # --- they move ---
 
-    def _make_leave(
-        self, victim: InstanceView, destination: str, way: Way, for_model: str, at: float
-    ) -> list[Decision]:
+    def _make_leave(self, victim: InstanceView, destination: str, way: Way, for_model: str, at: float) -> list[Decision]:
         """One of those that make room for an instance of another model."""
         if victim.idle and not destination:
             return [self.unload(victim, "evicted", at)]
@@ -175,6 +171,7 @@ class Fleet:
             state=InstanceState.LOADING,
             since=at,
             ready_by=at + moved_in_s,
+            moved_from=victim.id,
         )
         self._state.put_instance(successor)
         self._state.promise(successor.id, target, tier, load_s - parts["queue"], at)

@@ -51,6 +51,17 @@ class IoQueue:
         self._began_at = at if load_id == first else min(at, self._began_at + seconds)
         self._count()
 
+    def ends_in_s(self, load_id: str, at: float) -> float | None:
+        """Seconds until a load that was promised is predicted to end; ``None``: it was not, or has ended."""
+        if load_id not in self._seconds:
+            return None
+        seconds = 0.0
+        for i, (other, other_s) in enumerate(self._seconds.items()):
+            seconds += other_s if i else self._first_s(at)
+            if other == load_id:
+                break
+        return seconds
+
     def _first_s(self, at: float) -> float:
         """Seconds that are left of the load that is being read."""
         first_s = next(iter(self._seconds.values()), 0.0)

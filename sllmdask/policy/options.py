@@ -40,6 +40,7 @@ _MAX_NODES = 200
 NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
+_NO_GAIN = "an instance is on its way: another one would not halve the time"
 
 
 @dataclass
@@ -127,9 +128,9 @@ class WayFinder:
         if self.state.is_kept(instance):
             return inf
         if instance.successor in self.state.instances:
-            return max(0.0, (self.state.instances[instance.successor].ready_by or at) - at)
+            return self.state.ready_in_s(self.state.instances[instance.successor], at)
         if instance.state is not InstanceState.READY:
-            return max(0.0, (instance.ready_by or at) - at) + self._service.get(instance.model, _UNKNOWN).mean_s
+            return self.state.ready_in_s(instance, at) + self._service.get(instance.model, _UNKNOWN).mean_s
         # What is predicted of a request falls with its time until it is overdue and rises then: the last one to end is the first
         # or the newest.
         running = self.queue.first_and_newest(instance.id)
@@ -160,11 +161,19 @@ class WayFinder:
         enough_s = min((option.ready_in_s for option in found if not option.lost), default=inf)
         later = search.disturbing(enough_s)
         ways.options = sorted([*own, *ways.options, *later], key=rank)
-        if any(option.way is Way.COMING for option in own):
-            ways.options = [
-                replace(option, lost=_COMING) if option.leaving and not option.lost else option for option in ways.options
-            ]
+        coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
+        if coming_s < inf:
+            ways.options = [self._beside(option, coming_s) for option in ways.options]
         return ways
+
+    @staticmethod
+    def _beside(option: Option, coming_s: float) -> Option:
+        """What an option is worth while an instance is on its way: estimates are not so good that a second one is begun lightly."""
+        if option.lost or option.way not in (Way.FREE, Way.EVICT, Way.MIGRATE, Way.PREEMPT):
+            return option
+        if option.leaving:
+            return replace(option, lost=_COMING)
+        return replace(option, lost=_NO_GAIN) if coming_s / 2 < option.ready_in_s < coming_s else option
 
     def of_nobody(self, model: ModelView, at: float, *, may_evict: bool) -> Ways:
         """Free slots, and if `may_evict` idle instances, for an instance that no request waits for."""
@@ -200,7 +209,7 @@ class WayFinder:
             return Option(way, worker.address, worker.name, ready_in_s, instance=instance.id, parts=parts, lost=lost)
 
         if instance.state in (InstanceState.PLANNED, InstanceState.LOADING):
-            return [option(Way.COMING, max(0.0, (instance.ready_by or at) - at))]
+            return [option(Way.COMING, self.state.ready_in_s(instance, at))]
         if instance.state is not InstanceState.READY or instance.successor:
             return []
         if request.load_only or takes_requests(instance, self.max_requests):
@@ -219,9 +228,7 @@ _UNKNOWN = ServiceTime()
 class _Search:
     """One look for workers that could load a model."""
 
-    def __init__(
-        self, finder: WayFinder, model: ModelView, request: RequestView | None, at: float, *, without: str = ""
-    ) -> None:
+    def __init__(self, finder: WayFinder, model: ModelView, request: RequestView | None, at: float, *, without: str = "") -> None:
         self._finder, self._state = finder, finder.state
         self._model, self._request, self._at = model, request, at
         self._peers = self._state.suppliers(model.checkpoint_key)
@@ -300,9 +307,7 @@ class _Search:
             if len(self._unfit) < N_BEST:
                 self._unfit[worker.address] = reason
             return None
-        tier, parts = load_parts(
-            self._model, worker, queue_s=self._state.queue_s(worker, self._at), peers=self._peers
-        )
+        tier, parts = load_parts(self._model, worker, queue_s=self._state.queue_s(worker, self._at), peers=self._peers)
         ready_in_s = sum(parts.values())
         leaving = self._leaving(worker)
         if leaving is None:
@@ -381,9 +386,7 @@ class _Search:
     def _wait(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Those leave whose end is predicted first, until there are slots, and then until there is memory."""
         here, beside = self._state.on_worker(worker.address), self._state.neighbours(worker.address)
-        ends_in_s = {
-            each.id: inf if each.id in self._own else self._finder.ends_in(each, self._at) for each in (*here, *beside)
-        }
+        ends_in_s = {each.id: inf if each.id in self._own else self._finder.ends_in(each, self._at) for each in (*here, *beside)}
         staying = sorted(here, key=lambda each: (ends_in_s[each.id], each.id))
         leaving: list[InstanceView] = []
         free = self._state.free_slots(worker.address)

@@ -103,6 +103,8 @@ class ClusterState:
     def drop_worker(self, address: str) -> list[InstanceView]:
         """Forget a worker with its instances; returns these."""
         worker = self.workers[address]
+        for mate in self.mates(address):  # it leaves memory to them
+            self._changed_workers[mate.address] = None
         instances = self.on_worker(address)
         for instance in instances:
             self.drop_instance(instance.id)
@@ -289,6 +291,15 @@ class ClusterState:
             if not len(queue):
                 del self._queues[key]
 
+    def ready_in_s(self, instance: InstanceView, at: float) -> float:
+        """Seconds until an instance that is loading, or planned, is predicted to be ready."""
+        key = self._promises.get(instance.id)
+        if key is not None and instance.state is InstanceState.LOADING and not instance.moved_from:
+            reading_s = self._queues[key].ends_in_s(instance.id, at)
+            if reading_s is not None:  # what was promised before may have ended sooner or later than was predicted
+                return reading_s
+        return max(0.0, (at if instance.ready_by is None else instance.ready_by) - at)
+
     def queue_s(self, worker: WorkerView, at: float) -> Mapping[Tier, float]:
         """Seconds of the loads that were promised on each tier of the worker's node before."""
         if not self._queues:
@@ -397,7 +408,7 @@ def node_of(worker: WorkerView) -> str:
     return worker.node or worker.address
 
 
-def _remove(items: list[Any], item: object) -> None:
+def _remove(items: list[Any], item: Any) -> None:
     """Take `item` out of a sorted list that has it."""
     i = bisect_left(items, item)
     assert items[i] == item

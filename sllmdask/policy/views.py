@@ -98,6 +98,8 @@ class InstanceView:
     ready_by: float | None = None
     #: The instance that its requests are being moved to: it gets no new ones.
     successor: str = ""
+    #: The instance whose requests it gets before it is ready.
+    moved_from: str = ""
 
     @property
     def idle(self) -> bool:

@@ -12,7 +12,7 @@ from sllmdask.policy.decisions import Dispatch, Load, Unload
 from sllmdask.policy.views import InstanceState, RequestView, Tier
 from sllmdask.sim.run import Costs, simulate
 from tests.policy.imagined import check_invariants
-from tests.policy.test_controller import A, B, NODE, acts, ask, controller_with, wake, wish
+from tests.policy.test_controller import NODE, A, B, acts, ask, controller_with, wake, wish
 
 C = replace(A, name="c")
 NODES = [replace(NODE, address=f"tcp://{name}", name=name) for name in "0123"]
@@ -94,7 +94,7 @@ def test_a_short_lull_closes_nothing():
 
 
 def test_models_that_are_kept_for_ever_are_not_scaled_down():
-    controller, loads = scaled_up(keep_alive_s=-1.0)
+    controller, _ = scaled_up(keep_alive_s=-1.0)
     controller.handle(ev.TimerFired(1e6 - 1))
     assert not any(each.draining for each in controller.instances.values())
 
@@ -281,7 +281,7 @@ def test_more_models_wait_than_one_event_looks_at_and_all_are_served():
     models = [replace(A, name=f"m{i}") for i in range(60)]
     wide = replace(NODE, slots=60, host_capacity=100 * A.nbytes)
     controller = controller_with(*models, workers=())
-    arrivals = [ev.RequestArrived(1.0, RequestView(f"r{i}", f"m{i}", "door", 1.0, 1e6)) for i in range(60)]
+    arrivals = [ev.RequestArrived(1.0, RequestView(f"r{i:02}", f"m{i}", "door", 1.0, 1e6)) for i in range(60)]
     outcome = simulate(controller, [*arrivals, ev.WorkerJoined(2.0, wide)], Costs(lambda _: 1.0), check=check_invariants)
     assert len(outcome.ended_at) == 60
     begun = [(at, decision.model) for at, decision in outcome.decisions if isinstance(decision, Load)]

@@ -36,9 +36,7 @@ def may_be_evicted(state: ClusterState, instance: InstanceView) -> bool:
 def check_state(state: ClusterState) -> None:
     instances = list(state.instances.values())
     assert list(state.draining) == [] or all(state.instances[each].draining for each in state.draining)
-    assert set(state.draining) == {
-        each.id for each in instances if each.draining and each.state is not InstanceState.UNLOADING
-    }
+    assert set(state.draining) == {each.id for each in instances if each.draining and each.state is not InstanceState.UNLOADING}
     assert set(state.planned) == {each.id for each in instances if each.state is InstanceState.PLANNED}
     for name in {*state.models, *(each.model for each in instances)}:
         assert state.instances_of(name) == [each for each in instances if each.model == name]
