@@ -393,9 +393,7 @@ class AsyncClient:
         """Change fields of a deployment, those that are given: ``auto_scaling_config={"max_instances": 2}`` for instance."""
         return dict(await self.call("POST", "/update", {"model": model, **changes}))
 
-    async def delete(
-        self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False
-    ) -> dict[str, Any]:
+    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False) -> dict[str, Any]:
         """Take the deployment away, or only these of its LoRA adapters.
 
         Requests that run may finish, unless by `force`, or if it is deleted once more: ``n_running`` and ``n_aborted`` tell.

@@ -203,7 +203,9 @@ def test_delete_says_what_still_runs_and_what_it_has_ended(serve: Serve):
 def test_update_sends_only_what_was_given(serve: Serve, tmp_path: Path):
     server = serve(m=FakeModel())
     (tmp_path / "m.json").write_text('{"model": "m", "auto_scaling_config": {"target": 2, "max_instances": 3}}')
-    assert run("update", "m", "--config", str(tmp_path / "m.json"), "--target", "9", "--memory-pool", "0,1").output == "updated m\n"
+    assert (
+        run("update", "m", "--config", str(tmp_path / "m.json"), "--target", "9", "--memory-pool", "0,1").output == "updated m\n"
+    )
     scaling = {"target": 9, "max_instances": 3}
     changes = {"model": "m", "auto_scaling_config": scaling, "placement_config": {"memory_pool": ["0", "1"]}}
     assert server.gateway.operated == [("update", "m", changes)]

@@ -51,9 +51,7 @@ def update(
     nodes = {"target_nodes": names(target_nodes), "local_disk": names(local_disk), "memory_pool": names(memory_pool)}
     override(changes, {"placement_config": nodes})
     where = absolute(source) if source else None
-    override(
-        changes, {"backend_config": {"pretrained_model_name_or_path": where, "lora_adapters": read_adapters(lora_adapters)}}
-    )
+    override(changes, {"backend_config": {"pretrained_model_name_or_path": where, "lora_adapters": read_adapters(lora_adapters)}})
     changes |= {} if num_gpus is None else {"num_gpus": num_gpus}
     if not changes:
         raise click.UsageError("Give what is to change: --max-instances, --keep-alive, --config FILE...")

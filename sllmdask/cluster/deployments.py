@@ -196,9 +196,7 @@ class Deployments:
         """End the requests of a model that is not deployed any more; returns how many there were."""
         logger.info("aborted requests of deleted model=%s", model)
         error = ModelDeleted(model).as_wire()
-        asked = [
-            self.ask(instance.worker, "sllm_abort", instance=instance.id, error=error) for instance in self._leaving(model)
-        ]
+        asked = [self.ask(instance.worker, "sllm_abort", instance=instance.id, error=error) for instance in self._leaving(model)]
         return sum(reply.get("n_aborted", 0) for reply in await asyncio.gather(*asked))
 
     async def files(self, model: str) -> dict[str, Any]:
@@ -213,7 +211,7 @@ class Deployments:
         raise error
 
     async def worker_joined(self, worker: str) -> None:
-        """A worker is there: it looks which of the deployed checkpoints are on its own disk, and gets those that it is to have."""
+        """A worker looks which of the deployed checkpoints are on its own disk, and gets those that it is to have."""
         sources = {deployed.deployment.source for deployed in self.by_name.values()}
         await asyncio.gather(*(self.ask(worker, "sllm_inspect", source=source, fetch=False) for source in sources))
         view = self._controller.workers.get(worker)
@@ -364,6 +362,7 @@ def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     merged = dict(given)
     for key, value in changes.items():
         old = merged.get(key)
-        inner = isinstance(value, Mapping) and isinstance(old, Mapping) and key != "lora_adapters"
-        merged[key] = _merged(old, value) if inner else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and key != "lora_adapters":
+            value = _merged(old, value)
+        merged[key] = value
     return merged

@@ -36,7 +36,7 @@ class _Node:
     """What was learned of one node, by its name: it stays when the worker is restarted."""
 
     #: Of all its loads, and by tier.
-    error: EstimateError = EstimateError()
+    error: EstimateError = field(default_factory=EstimateError)
     errors: dict[Tier, EstimateError] = field(default_factory=dict)
     #: Seconds that a load takes beside its queue and its bytes: to tell the worker, to build the model.
     rest_s: dict[Tier, float] = field(default_factory=dict)
@@ -72,7 +72,8 @@ class Estimates:
         known = known_rates(measured, hardware, probed)
         rest_s = self._nodes[node].rest_s if node in self._nodes else {}
         return replace(
-            known, overhead_s={tier: known.overhead_s.get(tier, 0.0) + rest_s.get(tier, 0.0) for tier in {*known.overhead_s, *rest_s}}
+            known,
+            overhead_s={tier: known.overhead_s.get(tier, 0.0) + rest_s.get(tier, 0.0) for tier in {*known.overhead_s, *rest_s}},
         )
 
     def host_capacity(self, node: str, account: Mapping[str, Any], workers: Iterable[WorkerView]) -> int:
@@ -94,8 +95,7 @@ class Estimates:
         """A warning for each node of the file that is not connected."""
         there = {worker.name for worker in workers}
         return [
-            f"the hardware file names node {node!r}, which is not connected"
-            for node in sorted(self._hardware.keys() - there)
+            f"the hardware file names node {node!r}, which is not connected" for node in sorted(self._hardware.keys() - there)
         ]
 
     # --- what came of it ---

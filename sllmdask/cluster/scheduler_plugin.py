@@ -107,9 +107,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self.deployed = self.deployments.by_name
         self._wishes, self._departures = Wishes(), Departures()
         self._progress = LoadProgress(self.controller, self._tell_soon)
-        self._made_rows = Rows(
-            scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates
-        )
+        self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates)
         operations = Operations(
             self.controller,
             self.deployments,

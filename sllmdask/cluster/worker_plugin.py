@@ -307,7 +307,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         return {"n_aborted": self.registry.abort(instance, from_wire(error))}
 
     async def forget(self, source: str) -> dict[str, Any]:
-        """Drop the host copy of a checkpoint that is not deployed any more; its disk copy, if it was fetched, is the next to leave."""
+        """Drop the host copy of a checkpoint that is not deployed any more; a disk copy that was fetched is the next to leave."""
         assert self.registry is not None
         return {"forgotten": await self.registry.store.forget(source), "account": self.account()}
 

@@ -1,4 +1,4 @@
-"""What a store has learned of its tiers, kept in its directory for the next worker, and a probe of its disk where nothing is known.
+"""What a store has learned of its tiers, kept in its directory for the next worker, and a probe of its disk before it has.
 
 One small JSON file per host, replaced as a whole: a directory may be on a disk that several hosts share. What does not read as
 such is ignored.

@@ -82,7 +82,9 @@ def test_a_node_without_any_is_refused_by_name(key: str, value: int):
 # --- outcomes --------------------------------------------------------------------------------------------------------
 
 
-def ended(estimates: Estimates, instance: str, *, decided_at: float, ready_at: float, told_at: float, **times: float) -> list[str]:
+def ended(
+    estimates: Estimates, instance: str, *, decided_at: float, ready_at: float, told_at: float, **times: float
+) -> list[str]:
     """One load from disk on node 0, predicted to take 2 s."""
     estimates.decided(Load(instance, "m", "tcp://a", 2.0), "0", decided_at)
     view = InstanceView(instance, "m", "tcp://a", 1, InstanceState.LOADING, decided_at)
@@ -123,5 +125,3 @@ def test_a_load_that_failed_or_was_called_off_tells_nothing():
         assert estimates.settle({} if view is None else {f"m/{i}": view}) == []
     estimates.told("nobody/1", {}, 1.0)
     assert estimates.error_of("0")["n"] == 0
-
-

@@ -64,7 +64,11 @@ def test_files_and_memory_are_brought_where_the_deployment_says_also_to_a_node_t
     cluster: Processes, url: str, site: Site
 ):
     placement = {"target_nodes": ["0"], "local_disk": ["1", "2"], "memory_pool": ["0", "2"]}
-    deployment = {"model": "m", "backend_config": {"pretrained_model_name_or_path": f"{site.url}/a"}, "placement_config": placement}
+    deployment = {
+        "model": "m",
+        "backend_config": {"pretrained_model_name_or_path": f"{site.url}/a"},
+        "placement_config": placement,
+    }
     warnings = post(url, "/register", deployment)["warnings"]
     assert [warning.split(":")[0] for warning in warnings] == ["placement_config.local_disk", "placement_config.memory_pool"]
     assert all("node '2' is not connected; it gets the checkpoint when it joins" in warning for warning in warnings)
@@ -141,7 +145,8 @@ def test_deleted_once_more_or_by_force_a_model_ends_what_runs_with_one_clear_err
     assert ended[0]["n_aborted"] == 1
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["code"] == "model_deleted" and "'a' was deleted while it answered" in error["message"]
-    until("its slots and its memory are free", lambda: all(
-        each["slots_used"] == 0 and each["tiers"]["host"]["used"] == 0 for each in workers(url)
-    ))
+    until(
+        "its slots and its memory are free",
+        lambda: all(each["slots_used"] == 0 and each["tiers"]["host"]["used"] == 0 for each in workers(url)),
+    )
     assert post(url, "/delete", {"model": "a"})["error"]["code"] == "model_not_found"
