@@ -82,7 +82,6 @@ def test_a_probe_that_is_called_off_or_too_short_tells_nothing(tmp_path: Path):
     assert probe(tmp_path, None, n_threads=2, throttle=throttle, cancel=called_off) is None
     (tmp_path / "short").write_bytes(b"x" * CHUNK_NBYTES)
     assert probe(tmp_path, tmp_path / "short", n_threads=2, throttle=throttle, cancel=threading.Event()) is None
-    assert probe(tmp_path, tmp_path / "none", n_threads=2, throttle=throttle, cancel=threading.Event()) is None
 
 
 def test_what_was_measured_is_known_to_the_next_worker_unless_it_was_of_another_disk(tmp_path: Path):
