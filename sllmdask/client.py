@@ -99,6 +99,7 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.InvalidRequest,
         errors.ContextTooLong,
         errors.ModelNotFound,
+        errors.ModelDeleted,
         errors.AdapterNotFound,
         errors.RecordNotFound,
         errors.WrongTask,
@@ -389,11 +390,17 @@ class AsyncClient:
             deployment["backend_config"] = backend
         return await self.register(deployment)
 
-    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
-        """Take the deployment away, or only these of its LoRA adapters."""
-        await self.call(
-            "POST", "/delete", {"model": model, "lora_adapters": None if lora_adapters is None else list(lora_adapters)}
-        )
+    async def update(self, model: str, **changes: Any) -> dict[str, Any]:
+        """Change fields of a deployment, those that are given: ``auto_scaling_config={"max_instances": 2}`` for instance."""
+        return dict(await self.call("POST", "/update", {"model": model, **changes}))
+
+    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False) -> dict[str, Any]:
+        """Take the deployment away, or only these of its LoRA adapters.
+
+        Requests that run may finish, unless by `force`, or if it is deleted once more: ``n_running`` and ``n_aborted`` tell.
+        """
+        adapters = None if lora_adapters is None else list(lora_adapters)
+        return dict(await self.call("POST", "/delete", {"model": model, "lora_adapters": adapters, "force": force}))
 
     async def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """Make a deployed model ready before anybody asks for it, or (`tier` ``"host"``) bring it to a node's host memory.
@@ -410,6 +417,13 @@ class AsyncClient:
         Returns ``model``, ``state``, ``instances`` (those that left) and ``warnings``.
         """
         return dict(await self._work("/admin/unload", {"model": model, "node": node, "wait": wait}))
+
+    async def pin(self, model: str, node: str | None = None, pinned: bool = True) -> dict[str, Any]:
+        """Bring a model to the host memory of `node`, or of one that may run it, and keep it there until ``pinned=False``.
+
+        Returns ``model``, ``pinned`` (all nodes that keep it), ``nodes`` (those that this was about), ``nbytes``, ``seconds``.
+        """
+        return dict(await self._work("/admin/pin", {"model": model, "node": node, "pinned": pinned}))
 
     async def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """Bring the files of `source`, a deployed model's name, a directory or an id, to the disk of `node`, or of any.
@@ -658,9 +672,13 @@ class Client:
         """See :meth:`AsyncClient.deploy`."""
         return self._wait(self._client.deploy(model, source, **fields))
 
-    def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
+    def update(self, model: str, **changes: Any) -> dict[str, Any]:
+        """See :meth:`AsyncClient.update`."""
+        return self._wait(self._client.update(model, **changes))
+
+    def delete(self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False) -> dict[str, Any]:
         """See :meth:`AsyncClient.delete`."""
-        self._wait(self._client.delete(model, lora_adapters))
+        return self._wait(self._client.delete(model, lora_adapters, force=force))
 
     def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.load`."""
@@ -669,6 +687,10 @@ class Client:
     def unload(self, model: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.unload`."""
         return self._wait(self._client.unload(model, node, wait=wait))
+
+    def pin(self, model: str, node: str | None = None, pinned: bool = True) -> dict[str, Any]:
+        """See :meth:`AsyncClient.pin`."""
+        return self._wait(self._client.pin(model, node, pinned))
 
     def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.pull`."""

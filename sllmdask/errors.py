@@ -17,6 +17,7 @@
     │   ├── InvalidRequest
     │   ├── ContextTooLong
     │   ├── ModelNotFound
+    │   ├── ModelDeleted
     │   ├── AdapterNotFound
     │   ├── RecordNotFound
     │   ├── WrongTask
@@ -284,6 +285,21 @@ class ModelNotFound(RequestError):
     def message(self) -> str:
         hint = f" Did you mean {', '.join(map(repr, self.near))}?" if self.near else " GET /v1/models lists what is deployed."
         return f"Could not find the model {self.model!r}: it does not exist here.{hint}"
+
+
+class ModelDeleted(RequestError):
+    """``ModelDeleted(model)``: an operator has taken the model away while it answered."""
+
+    http_status, code = 410, "model_deleted"
+    param = "model"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
+    @property
+    def message(self) -> str:
+        return f"The model {self.model!r} was deleted while it answered. It does not exist any more: choose another one."
 
 
 class AdapterNotFound(RequestError):

@@ -167,7 +167,13 @@ class FakeGateway:
         self.deployed[deployment.model] = FakeModel(state="disk")
         return {"model": deployment.model, "warnings": deployment.warnings()}
 
-    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        self.operated.append(("update", model, changes))
+        if model not in self.deployed:
+            raise ModelNotFound(model)
+        return {"model": model, "warnings": []}
+
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
         if model not in self.deployed:
             raise ModelNotFound(model)
         if adapters is None:
@@ -175,6 +181,8 @@ class FakeGateway:
         for name in adapters or ():
             if self.deployed[model].adapters.pop(name, None) is None:
                 raise AdapterNotFound(model, name)
+        n = self.n_running
+        return {"model": model, "n_running": 0 if force else n, "n_aborted": n if force else 0} if adapters is None else {}
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         self.operated.append(("load", model, node, tier, wait))
@@ -202,6 +210,13 @@ class FakeGateway:
         self.deployed[model].state = "host"
         gone = [{"instance": f"{model}/1", "node": node or "0"}] if loaded else []
         return {"model": model, "state": "unloaded" if wait else "unloading", "instances": gone, "warnings": []}
+
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        self.operated.append(("pin", model, node, pinned))
+        if model not in self.deployed:
+            raise ModelNotFound(model)
+        nodes = [node or "0"]
+        return {"model": model, "pinned": nodes if pinned else [], "nodes": nodes, "nbytes": 4 * 1024**2, "seconds": 0.25}
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
         self.operated.append(("pull", model, source, node, wait))
@@ -242,7 +257,6 @@ class FakeGateway:
     async def cluster(self) -> dict[str, Any]:
         held = [{"model": name, "state": m.state, "tier": "device", "nbytes": m.nbytes} for name, m in self.deployed.items()]
         worker = {"name": "0", "address": "tcp://127.0.0.1:1", "pid": 1, "slots": 2, "slots_used": len(held), "models": held}
-        worker["estimate_error"] = {"disk": {"n": 3, "mean": 0.2, "ewma": 0.125, "last": 0.1}}
         worker["instances"] = [
             {
                 "instance": f"{name}/1",
@@ -254,7 +268,9 @@ class FakeGateway:
             }
             for name, model in self.deployed.items()
         ]
-        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}]}
+        worker["estimate"] = {"n": 5, "error_ratio": 0.08}
+        warnings = ["the hardware file names node '7', which is not connected"]
+        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}], "warnings": warnings}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
         journal = self._journals[request.id] = Journal(request)

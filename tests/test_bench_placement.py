@@ -9,7 +9,8 @@ from scripts import bench_placement
 
 def test_a_small_cluster_serves_every_request_and_each_event_is_timed(tmp_path, capsys):
     path = tmp_path / "placement.json"
-    assert bench_placement.main(["--workers", "4", "--models", "12", "--requests", "60", "--searches", "5", "--json", str(path)]) == 0
+    size = ["--workers", "4", "--models", "12", "--requests", "60", "--searches", "5"]
+    assert bench_placement.main([*size, "--json", str(path)]) == 0
     told = json.loads(path.read_text())
     setup, serving, victims = (told["results"][name] for name in ("setup", "serving", "victims"))
     assert (setup["events"]["WorkerJoined"]["n"], setup["events"]["ModelDeployed"]["n"]) == (4, 12)

@@ -35,6 +35,7 @@ EXAMPLES: list[SllmError] = [
     errors.ContextTooLong(5000, 2048),
     errors.ModelNotFound("qwem", ("qwen",)),
     errors.ModelNotFound("gpt"),
+    errors.ModelDeleted("qwen"),
     errors.AdapterNotFound("qwen", "polit", ("polite",)),
     errors.AdapterNotFound("qwen", "polite"),
     errors.RecordNotFound("req-7", 2048, 1800.0),

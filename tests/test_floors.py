@@ -40,7 +40,7 @@ NEIGHBOURS = {("units", "errors")}
 #: Package -> rooms, or single files, that may import it. What is not listed here may be imported nowhere.
 ALLOWED = {
     "aiohttp": {"client", "server"},
-    "click": {"cli", "cluster/worker_plugin.py"},
+    "click": {"cli", "cluster/scheduler_plugin.py", "cluster/worker_plugin.py"},
     "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},

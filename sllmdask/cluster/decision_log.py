@@ -74,11 +74,12 @@ class DecisionLog:
         """What a front door says of a request whose arrival, return or end is the next event about it."""
         self._told[key] = facts
 
-    def read(self, instance: str, phases: Mapping[str, Any]) -> None:
-        """A worker's account of a load of which every byte is there: its seconds by phase."""
+    def read(self, instance: str, phases: Mapping[str, Any], at: float | None = None) -> None:
+        """A worker says that every byte of a load is there, and its seconds by phase. `at`: just now; ``None``: some time ago."""
         load = self.loads.get(instance)
         if load is not None and not load.phases and "read_s" in phases:
             load.phases = dict(phases)
+            load.read_at = None if at is None else self._wall_s(at)
             if load.ready_at is not None:
                 self._count(load)
 
@@ -120,7 +121,6 @@ class DecisionLog:
                 self._note(at, "joined", node=worker.name, slots=worker.slots, host_capacity=worker.host_capacity)
             case ev.WorkerLeft(address=address):
                 lost = self._lose_all_of(address, at)
-                self.tallies.worker_left(address)
                 self._note(at, "left", node=self.node(address), instances=lost)
             case ev.ModelDeployed(model=view):
                 model = self._model(view.name)

@@ -65,7 +65,7 @@ class Effects:
         match decision:
             case Load():
                 logger.info(
-                    "load model=%s worker=%s instance=%s ready_in_s=%.3f cause=%s",
+                    "load model=%s worker=%s instance=%s ready_in_s=%.5f cause=%s",
                     decision.model,
                     decision.worker,
                     decision.instance,
@@ -134,6 +134,14 @@ class Effects:
         if self._client is not None:
             await self._client.close()
         await self.pool.close()
+
+    def prepare(self) -> None:
+        """Have a client before the first load needs one."""
+        if self._client is None:
+            self.start(self._prepare())
+
+    async def _prepare(self) -> None:
+        await self._own_client()
 
     async def ask(self, worker: str, op: str, timeout_s: float = ASK_S, **arguments: Any) -> dict[str, Any]:
         """A worker's answer; one that cannot be had in time is an error like those that it would answer."""

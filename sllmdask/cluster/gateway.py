@@ -313,15 +313,26 @@ class Gateway(Lookout):
         await self.tokenizer(deployment.model)
         return reply
 
-    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
-        """Forget a model, or only these of its LoRA adapters; raises :class:`ModelNotFound` or :class:`AdapterNotFound`."""
-        reply = await self._ask("sllm_delete", model=model, adapters=adapters)
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change some settings of a deployment; returns ``model`` and ``warnings``."""
+        reply = await self._ask("sllm_update", model=model, changes=changes)
+        self._rows[model] = reply.pop("row")
+        await self.tokenizer(model)
+        return reply
+
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
+        """Forget a model, or only these of its LoRA adapters; raises :class:`ModelNotFound` or :class:`AdapterNotFound`.
+
+        Requests that run may finish, unless by `force`; the answer has ``n_running`` and ``n_aborted``.
+        """
+        reply = await self._ask("sllm_delete", model=model, adapters=adapters, force=force)
         if adapters is not None:
-            self._rows[model] = reply["row"]
-            return
+            self._rows[model] = reply.pop("row")
+            return reply
         self._rows.pop(model, None)
         for old in [old for old in self._tokenizers if old[0] == model]:
             del self._tokenizers[old]
+        return reply
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         """Make a model ready on a node (`tier` ``device``), or bring it to a node's host memory (``host``).
@@ -333,6 +344,10 @@ class Gateway(Lookout):
     async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
         """Take a model from the devices; what runs may end first."""
         return await self._ask("sllm_unload", model=model, node=node, wait=wait)
+
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        """Keep a model's host copy on a node, or let it be evicted again."""
+        return await self._ask("sllm_pin", model=model, node=node, pinned=pinned)
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
         """Bring the files of a model, or of a source that is not deployed, to a node's disk."""
@@ -534,7 +549,8 @@ class Gateway(Lookout):
 
     def _ask_for_place(self, active: _Active, what: str = "request") -> None:
         request = active.journal.request
-        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens}
+        max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
+        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 from sllmdask.cluster.records import LoadRecord
 from sllmdask.cluster.tallies import Counter, Family, Histogram
-from sllmdask.policy.learned import EstimateError
 
 #: Upper bounds of buckets: seconds of a load, and parts of what an estimate turned out to be.
 LOAD_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0)
 ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
-#: Phases of a load, as workers tell of them in ``NAME_s``: the module built, its tensors put in their places, its first layers
-#: checked; until it took requests; until the last byte was there.
-PHASES = ("construct", "assign", "check", "ready", "read")
+#: Phases of a load, as workers tell of them in ``NAME_s``: the wait for other loads, the reading; the module built, its tensors put
+#: in their places, its first layers checked; until it took requests; until the last byte was there.
+PHASES = ("queue", "bytes", "construct", "assign", "check", "ready", "read")
 #: Beginnings of the controller's causes, and what they are called in a label.
 _REASONS = {
     "evict": "room",
@@ -55,8 +54,6 @@ class LoadTallies:
         self._held_s = Counter(
             "sllmdask_device_seconds_total", "Seconds times slots that instances of a model held, loading included.", "model"
         )
-        #: By worker and tier.
-        self._errors_of: dict[tuple[str, str], EstimateError] = {}
 
     def load_ended(self, load: LoadRecord) -> None:
         self._cold_starts.add(1, load.model, load.tier, load.outcome)
@@ -69,10 +66,8 @@ class LoadTallies:
                 self._durations.observe(seconds, load.model, load.tier, phase)
         if load.took_s is not None:
             self._durations.observe(load.took_s, load.model, load.tier, "total")
-        if load.took_s is not None and load.error_ratio is not None:
+        if load.error_ratio is not None:
             self._errors.observe(load.error_ratio)
-            key = load.worker, load.tier
-            self._errors_of[key] = self._errors_of.get(key, EstimateError()).after(load.predicted_s, load.took_s)
 
     def left(self, tier: str, cause: str) -> None:
         known = (reason for words, reason in _REASONS.items() if cause.startswith(words))
@@ -83,13 +78,6 @@ class LoadTallies:
 
     def held(self, model: str, slot_s: float) -> None:
         self._held_s.add(slot_s, model)
-
-    def estimate_error(self, worker: str) -> dict[str, EstimateError]:
-        """How far the estimates of the worker's loads were off, by tier."""
-        return {tier: error for (address, tier), error in self._errors_of.items() if address == worker}
-
-    def worker_left(self, worker: str) -> None:
-        self._errors_of = {key: error for key, error in self._errors_of.items() if key[0] != worker}
 
     def forget(self, model: str) -> None:
         each: Counter | Histogram

@@ -10,7 +10,6 @@ from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from sllmdask.actors.streams import Outbox
@@ -171,10 +170,6 @@ class Observer:
     async def metrics(self) -> dict[str, Any]:
         """The families of the cluster, see :mod:`sllmdask.cluster.tallies`."""
         return {"families": self._families()}
-
-    def estimates(self, worker: str) -> dict[str, dict[str, float]]:
-        """How far the estimates of a worker's loads were off, by tier, as shares of what they took."""
-        return {tier: asdict(error) for tier, error in self.log.tallies.estimate_error(worker).items()}
 
     # --- metrics ---
 

@@ -1,4 +1,4 @@
-"""What operators do by hand: load, unload, pull."""
+"""What operators do by hand: load, unload, pull, pin."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Operations:
             self._effects.start(self._deployments.preload_on(worker.address, deployed.deployment))
             return {"state": "loading", "node": worker.name}
         peers = self._peers(source, worker.address)
-        reply = await self._effects.ask(worker.address, "sllm_preload", FETCH_S, source=source, peers=peers)
+        reply = await self._deployments.ask(worker.address, "sllm_preload", FETCH_S, source=source, peers=peers)
         if "error" in reply:
             raise from_wire(reply)
         loaded_from = reply.get("loaded_from") or str(tier_from)
@@ -137,13 +137,13 @@ class Operations:
         if where is None:
             raise NoWorker(view.name, "no worker is connected that could hold it")
         began_at = time.monotonic()
-        reply = await self._effects.ask(where.address, "sllm_inspect", source=source, fetch=False)
+        reply = await self._deployments.ask(where.address, "sllm_inspect", source=source, fetch=False)
         fetched = "error" in reply and isinstance(from_wire(reply), CheckpointNotFound)
         said = {"source": source, "node": where.name, "fetched": fetched}
         if fetched:
             logger.info("fetch source=%s worker=%s cause=an operator asked", source, where.address)
             peers = self._peers(source, where.address)
-            fetching = self._effects.ask(where.address, "sllm_pull", FETCH_S, source=source, peers=peers)
+            fetching = self._deployments.ask(where.address, "sllm_pull", FETCH_S, source=source, peers=peers)
             if not wait:
                 self._effects.start(_log_fetch(source, where.address, fetching))
                 return said | {"state": "fetching", "nbytes": None, "seconds": None}
@@ -155,6 +155,46 @@ class Operations:
                 error = CheckpointNotFound(source, f"{error.reason}. Did you mean the deployed model {near[0]!r}?")
             raise error
         return said | {"state": "disk", "nbytes": reply["nbytes"], "seconds": time.monotonic() - began_at}
+
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        """Have a model's host copy on `node` and keep it; without a node, where it is in memory, or where it is best placed.
+
+        Not `pinned`: let it be evicted again, there or everywhere.
+        """
+        deployed = self._deployments.find(model)
+        view = self._controller.models[model]
+        kept = self._deployments.pins.get(model, set())
+        began_at = time.monotonic()
+        if pinned:
+            where = self._where_to_pin(view, node)
+            logger.info("pin asked for model=%s nodes=%s", model, [worker.name for worker in where])
+            await self._deployments.pin(model, where)
+            nodes = [worker.name for worker in where]
+        else:
+            if node is not None and node not in kept:
+                self._node(node)
+            nodes = sorted(kept if node is None else kept & {node})
+            logger.info("unpin asked for model=%s nodes=%s", model, nodes)
+            await self._deployments.unpin(model, nodes)
+        return {
+            "model": model,
+            "pinned": sorted(self._deployments.pins.get(model, ())),
+            "nodes": nodes,
+            "nbytes": deployed.nbytes,
+            "seconds": time.monotonic() - began_at,
+        }
+
+    def _where_to_pin(self, view: ModelView, node: str | None) -> list[WorkerView]:
+        where = self._node(node)
+        if where is not None:
+            return [where]
+        allowed = [worker for worker in self._controller.workers.values() if not view.nodes or worker.name in view.nodes]
+        holding = [worker for worker in allowed if worker.residency.get(view.checkpoint_key) is Tier.HOST]
+        best = self._controller.best_worker(view, time.monotonic())
+        found = sorted(holding, key=lambda worker: worker.name) or ([] if best is None else [best])
+        if not found:
+            raise NoWorker(view.name, "no worker is connected that could hold it")
+        return found
 
     def _node(self, name: str | None) -> WorkerView | None:
         """The worker of that name; raises :class:`InvalidRequest` with near ones."""

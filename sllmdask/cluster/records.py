@@ -62,8 +62,9 @@ class LoadRecord:
     moved_from: str = ""
     loaded_from: str | None = None
     ready_at: float | None = None
-    #: Seconds of each phase by the worker's clock, as in its account; empty until its last byte was there.
+    #: Seconds of each phase by the worker's clock; empty until its last byte was there, and when we heard of that, if at once.
     phases: dict[str, Any] = field(default_factory=dict)
+    read_at: float | None = None
     #: Why it leaves or has left.
     leaving: str = ""
     failed: str = ""
@@ -86,7 +87,8 @@ class LoadRecord:
         """Seconds until it took requests and its last byte was there: a first token waits for both. ``None``: not known yet."""
         if self.ready_s is None or "read_s" not in self.phases:
             return None
-        return max(self.ready_s, self.phases["read_s"])
+        read_s: float = self.phases["read_s"] if self.read_at is None else self.read_at - self.begun_at
+        return max(self.ready_s, read_s)
 
     @property
     def error_ratio(self) -> float | None:

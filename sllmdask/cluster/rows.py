@@ -8,6 +8,7 @@ from typing import Any
 from distributed import Scheduler
 
 from sllmdask.cluster.deployments import Deployed, Deployments
+from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.waiting import LoadProgress
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.views import InstanceState, Tier, WorkerView
@@ -23,9 +24,10 @@ class Rows:
         deployments: Deployments,
         progress: LoadProgress,
         accounts: Mapping[str, dict[str, Any]],
+        estimates: Estimates,
     ) -> None:
         self._scheduler, self._controller, self._deployments = scheduler, controller, deployments
-        self._progress, self._accounts = progress, accounts
+        self._progress, self._accounts, self._estimates = progress, accounts, estimates
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployed models by name."""
@@ -68,6 +70,7 @@ class Rows:
             "task": "embed" if deployed.embedding else "generate",
             "embedding": deployed.embedding,
             "adapters": deployed.deployment.backend_config.lora_adapters or {},
+            "pinned": sorted(self._deployments.pins.get(name, ())),
         }
 
     def workers(self) -> list[dict[str, Any]]:
@@ -90,6 +93,9 @@ class Rows:
                 models.append({"model": name, "state": str(ready), "tier": shown, "nbytes": deployed.nbytes})
             elif tier is not None:
                 models.append({"model": name, "state": str(tier), "tier": str(tier), "nbytes": deployed.nbytes})
+            else:
+                continue
+            models[-1]["pinned"] = deployed.deployment.source in account["pinned"]
         return {
             "name": view.name,
             "address": view.address,
@@ -98,6 +104,7 @@ class Rows:
             "slots_used": sum(instance.n_slots for instance in taken),
             "tiers": account["tiers"],
             "bandwidth": account["bandwidth"],
+            "estimate": self._estimates.error_of(view.name),
             "instances": [
                 {
                     "instance": instance.id,

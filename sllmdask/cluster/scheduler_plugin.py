@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import click
 from distributed import Scheduler
 from distributed.comm import Comm
 from distributed.core import Status
@@ -24,17 +25,18 @@ from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.deployments import Deployments
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.observing import Observer
 from sllmdask.cluster.operations import Operations
 from sllmdask.cluster.rows import Rows
 from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
 from sllmdask.cluster.worker_plugin import PROTOCOL
-from sllmdask.config import Settings
+from sllmdask.config import Settings, read_hardware
 from sllmdask.errors import ConfigError, EngineError, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Decision, Dispatch
-from sllmdask.policy.views import RequestView, Tier, WorkerView
+from sllmdask.policy.decisions import Decision, Dispatch, Load
+from sllmdask.policy.views import InstanceState, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +99,16 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._reconciler: asyncio.Task[None] | None = None
         #: What workers prove to each other that they know.
         self._token = secrets.token_hex(16)
+        path = settings.scheduler.hardware_config
+        self._estimates = Estimates(read_hardware(path) if path else {})
         self.effects = Effects(
             scheduler, self.on, self._doors, lambda model: self.deployments.by_name[model].deployment, self.peers
         )
-        self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers)
+        self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers, self._fold_account)
         self.deployed = self.deployments.by_name
         self._wishes, self._departures = Wishes(), Departures()
         self._progress = LoadProgress(self.controller, self._tell_soon)
-        self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts)
+        self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates)
         operations = Operations(
             self.controller,
             self.deployments,
@@ -126,6 +130,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_load"] = answer(operations.load)
         scheduler.handlers["sllm_unload"] = answer(operations.unload)
         scheduler.handlers["sllm_pull"] = answer(operations.pull)
+        scheduler.handlers["sllm_pin"] = answer(operations.pin)
+        scheduler.handlers["sllm_update"] = self.update
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
     def on(self, event: ev.Event) -> None:
@@ -143,6 +149,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             raise
         self.observer.saw(event, decisions)
         for decision in decisions:
+            if isinstance(decision, Load):
+                self._estimates.decided(decision, self.controller.workers[decision.worker].name, event.at)
             try:
                 self.enact(decision)
             except Exception:
@@ -150,6 +158,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 logger.exception("cannot enact %r", decision)
         self._departures.settle(self.controller.instances)
         self._progress.settle()
+        self._learn()
         self._tell_soon()
 
     def enact(self, decision: Decision) -> None:
@@ -164,6 +173,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     # --- Dask's hooks ---
 
     async def start(self, scheduler: Scheduler) -> None:
+        self.effects.start(self._look_for_missing())
         for address in scheduler.workers:
             self.add_worker(scheduler, address)
 
@@ -185,22 +195,24 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if facts["protocol"] != PROTOCOL:
             logger.warning("worker %s speaks protocol %s, not %s: upgrade it", worker, facts["protocol"], PROTOCOL)
             return
-        residency, bytes_per_s, overhead_s = _account(facts)
+        name = str(state.name)
+        rates = self._estimates.rates(name, facts)
         view = WorkerView(
             address=worker,
-            name=str(state.name),
+            name=name,
             slots=facts["slots"],
-            host_capacity=facts["tiers"]["host"]["capacity"],
+            host_capacity=self._estimates.host_capacity(name, facts, self.controller.workers.values()),
             node=facts["node"],
-            residency=residency,
-            bytes_per_s=bytes_per_s,
-            overhead_s=overhead_s,
-            version=facts["version"],
+            residency=_residency(facts),
+            bytes_per_s=rates.bytes_per_s,
+            overhead_s=rates.overhead_s,
         )
         self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
+        self.effects.prepare()
+        self._accounts[worker] = facts
         self.on(ev.WorkerJoined(time.monotonic(), view))
-        self.effects.start(self._welcome(worker))
-        self.deployments.worker_joined(worker)
+        self.deployments.joined.set()
+        self.effects.start(self._greet(worker, name))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
@@ -223,6 +235,11 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     self._fold_account(worker, account)
                 case {"kind": "progress", "instance": _, "done": _, "total": _, "tier": _, "bytes_per_s": _}:
                     self._progress.reported(message)
+                case {"kind": "loaded", "instance": instance, "load": times}:
+                    self._estimates.told(instance, times, time.monotonic())
+                    self.observer.log.read(instance, times, time.monotonic())
+                    self._progress.is_read(instance)
+                    self._learn()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
                     self._progress.failed(instance, reason)
                     self.effects.instance_lost(instance)
@@ -238,8 +255,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             logger.exception("bad report from %s: %r", worker, message)
 
     def _fold_account(self, address: str, account: dict[str, Any]) -> None:
-        view = self.controller.workers.get(address)
-        if view is None or account["version"] < view.version:
+        old = self._accounts.get(address)
+        if old is None or account["version"] < old["version"] or address not in self.controller.workers:
             return
         self._accounts[address] = account
         self.observer.saw_account(account)
@@ -254,9 +271,35 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # It was called off while nobody could be told, or its unloading went unanswered.
             self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))
-        if account["version"] > view.version:
-            capacity = account["tiers"]["host"]["capacity"]
-            self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account), capacity))
+        here = [instance for instance in self.controller.instances.values() if instance.worker == address]
+        missing = any(instance.state is InstanceState.READY and instance.id not in account["instances"] for instance in here)
+        if account["version"] > old["version"] or missing:
+            self._report(address, frozenset(account["instances"]))
+
+    def _report(self, address: str, instances: frozenset[str] | None = None) -> None:
+        """Tell the controller what is believed of a worker now. Its reports are numbered here: we know more than the worker."""
+        view, account = self.controller.workers[address], self._accounts[address]
+        rates = self._estimates.rates(view.name, account)
+        capacity = self._estimates.host_capacity(view.name, account, self.controller.workers.values())
+        residency = _residency(account)
+        self.on(
+            ev.WorkerReported(
+                time.monotonic(),
+                address,
+                view.version + 1,
+                residency,
+                rates.bytes_per_s,
+                rates.overhead_s,
+                capacity,
+                instances=instances,
+            )
+        )
+
+    def _learn(self) -> None:
+        """Of loads that have come to an end."""
+        learned = self._estimates.settle(self.controller.instances)
+        for address in [view.address for view in self.controller.workers.values() if view.name in learned]:
+            self._report(address)
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
@@ -273,9 +316,15 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 if account:
                     self.worker_report(address, {"kind": "account", "account": account})
 
-    async def _welcome(self, worker: str) -> None:
-        """Tell a worker what it shows to the others, so that they supply each other with checkpoints."""
-        await self.effects.ask(worker, "sllm_welcome", token=self._token)
+    async def _greet(self, worker: str, name: str) -> None:
+        """Tell a worker what it shows to the others, so that they supply each other with checkpoints; then what it is to have."""
+        await self.effects.ask(worker, "sllm_welcome", token=self._token, disk_size=self._estimates.disk_size(name))
+        await self.deployments.worker_joined(worker)
+
+    async def _look_for_missing(self) -> None:
+        await asyncio.sleep(self.settings.scheduler.worker_wait)
+        for warning in self._estimates.missing(self.controller.workers.values()):
+            logger.warning("%s", warning)
 
     def peers(self, source: str, worker: str) -> list[str]:
         """Where `worker` may have the files of `source` from: the other nodes that hold them, those in memory first."""
@@ -322,7 +371,16 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
-                request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
+                request = RequestView(
+                    request_id,
+                    model,
+                    front_door,
+                    now,
+                    now + deadline_s,
+                    priority,
+                    n_tokens=told["n_prompt_tokens"],
+                    max_new_tokens=told["max_new_tokens"],
+                )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
                 self.observer.log.told(request_id, told)
@@ -369,36 +427,40 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return reply | {"row": self._rows[reply["model"]]}
 
     @answer
-    async def delete(self, model: str, adapters: list[str] | None = None) -> dict[str, Any]:
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change a deployment; the answer has its row."""
+        reply = await self.deployments.update(model, changes)
+        self._tell()
+        return reply | {"row": self._rows[model]}
+
+    @answer
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
         """Delete a model, or some of its adapters; then the answer has its row."""
-        reply = await self.deployments.delete(model, adapters)
+        reply = await self.deployments.delete(model, adapters, force)
         self._tell()
         return reply if adapters is None else reply | {"row": self._rows[model]}
 
     @answer
     async def cluster(self) -> dict[str, Any]:
-        """Workers with their slots, tiers and models."""
-        rows = self._made_rows.workers()
-        return {"workers": [row | {"estimate_error": self.observer.estimates(row["address"])} for row in rows]}
+        """Workers with their slots, tiers and models, and what an operator should look at."""
+        warnings = self._estimates.missing(self.controller.workers.values())
+        return {"workers": self._made_rows.workers(), "warnings": warnings}
 
 
-def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float], dict[Tier, float]]:
-    """A worker's report as views: residency, bytes per second, fixed seconds."""
-    residency = {key: Tier(tier) for key, tier in facts["residency"].items()}
-    bytes_per_s = {Tier(tier): speed["bytes_per_s"] for tier, speed in facts["bandwidth"].items()}
-    overhead_s = {Tier(tier): speed["overhead_s"] for tier, speed in facts["bandwidth"].items()}
-    return residency, bytes_per_s, overhead_s
+def _residency(account: dict[str, Any]) -> dict[str, Tier]:
+    return {key: Tier(tier) for key, tier in account["residency"].items()}
 
 
-async def dask_setup(scheduler: Scheduler) -> None:
-    """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``."""
+@click.command()
+@click.option("--hardware-config", help="file with the hardware of nodes (scheduler.hardware_config)")
+async def dask_setup(scheduler: Scheduler, hardware_config: str | None) -> None:
+    """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``; the options are given after it."""
     log_as_dask_does()
     try:
-        settings = read_settings()
+        plugin = SllmSchedulerPlugin(scheduler, read_settings({"scheduler": {"hardware_config": hardware_config}}))
     except ConfigError as error:
         # Dask would log the failed preload and run a scheduler that knows no model.
         logger.error("%s", error.message)
         raise SystemExit(2) from None
-    plugin = SllmSchedulerPlugin(scheduler, settings)
     await plugin.effects.open()
     scheduler.add_plugin(plugin, name=SllmSchedulerPlugin.name)

@@ -67,9 +67,7 @@ def hardware_rates(
     return {tier: each for tier, each in given.items() if each is not None and _usable(each)}
 
 
-def known_rates(
-    measured: Mapping[Tier, Measured], hardware: Mapping[Tier, float], probe: Mapping[Tier, float]
-) -> Rates:
+def known_rates(measured: Mapping[Tier, Measured], hardware: Mapping[Tier, float], probe: Mapping[Tier, float]) -> Rates:
     """What to believe of each tier: what real loads measured, else the `probe`, else the `hardware` file, else a constant.
 
     A prior that somebody gave or measured is not dropped at the first load, which may have been a lucky one: its weight halves

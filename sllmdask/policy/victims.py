@@ -21,6 +21,8 @@ MAX_NODES = 20_000
 _EASY_NODES = 500
 #: Parts into which missing bytes are divided for the bound.
 _N_UNITS = 32
+#: Steps of a dynamic program that are worth a bound that is better.
+_MAX_TABLE = 50_000
 #: Costs are compared in whole nanoseconds: sums of them do not depend on their order.
 _PER_S = 1_000_000_000
 
@@ -317,9 +319,7 @@ def _undominated(candidates: Sequence[Candidate], exits: Sequence[tuple[_Exit, .
     return [
         _Member(i, candidates[i].n_slots, exits[i])
         for i, size in enumerate(sizes)
-        if size > 0
-        and exits[i]
-        and (len(enough[size]) * size < n_slots or (exits[i][0].weight, i) <= enough[size][-1])
+        if size > 0 and exits[i] and (len(enough[size]) * size < n_slots or (exits[i][0].weight, i) <= enough[size][-1])
     ]
 
 

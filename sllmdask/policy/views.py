@@ -126,3 +126,5 @@ class RequestView:
     #: Tokens of its prompt, as far as they are known.
     n_tokens: int = 0
     dispatched_at: float | None = None
+    #: Tokens of its answer at most; 0: not known, or it has none.
+    max_new_tokens: int = 0

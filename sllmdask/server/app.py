@@ -234,6 +234,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/v1/models"), door.models),
             web.get(tolerant("/v1/models/{model:.*[^/]}"), door.model),
             web.post(tolerant("/register"), admin.register),
+            web.post(tolerant("/update"), admin.update),
             web.post(tolerant("/delete"), admin.delete),
             web.get(tolerant("/health"), admin.health),
             web.get(tolerant("/ready"), admin.ready),
@@ -247,6 +248,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/metrics"), lookout.metrics),
             web.post(tolerant("/admin/load"), admin.load),
             web.post(tolerant("/admin/unload"), admin.unload),
+            web.post(tolerant("/admin/pin"), admin.pin),
             web.post(tolerant("/admin/pull"), admin.pull),
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_constant_gives_way_at_the_first_load_and_a_prior_that_was_given_bit_b
     after = [known_rates({Tier.DISK: Measured(1.0 * GB, n_loads=n)}, {Tier.DISK: 4.0 * GB}, {}) for n in range(1, 6)]
     rates = [each.bytes_per_s[Tier.DISK] for each in after]
     assert rates[0] == pytest.approx(2.0 * GB)
-    assert all(before > later > 1.0 * GB for before, later in zip(rates, rates[1:], strict=False))
+    assert all(before > later > 1.0 * GB for before, later in pairwise(rates))
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0, inf, float("nan")])

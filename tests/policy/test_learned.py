@@ -22,7 +22,7 @@ def fitted(pairs, **prior) -> ResumeFit:
 
 
 def line_by_numpy(pairs, alpha, beta):
-    """All observations at once: weighted least squares with two rows for the ridge; none of its coefficients gets negative here."""
+    """All observations at once: weighted least squares with two rows for the ridge; no coefficient gets negative here."""
     age = np.arange(len(pairs))[::-1]
     weight, faded = 0.9**age, 0.9 ** len(pairs)
     expected = np.array([alpha * n + beta for n, _ in pairs])

@@ -55,6 +55,9 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/unload", {"model": "m", "node": "1", "wait": False}),
         ("/admin/pull", {"model": "m"}),
         ("/admin/pull", {"source": "org/x", "node": "0", "wait": False}),
+        ("/admin/pin", {"model": "m"}),
+        ("/admin/pin", {"model": "m", "node": 1, "pinned": False}),
+        ("/update", {"model": "m", "num_gpus": 2}),
     ):
         status, _ = await post(door, path, body)
         assert status == (202 if body.get("wait") is False else 200)
@@ -64,6 +67,9 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("unload", "m", "1", False),
         ("pull", "m", None, None, True),
         ("pull", None, "org/x", "0", False),
+        ("pin", "m", None, True),
+        ("pin", "m", "1", False),
+        ("update", "m", {"model": "m", "num_gpus": 2}),
     ]
 
 
@@ -81,6 +87,11 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/pull", {"model": "m", "source": "x"}, "model", "either 'model'"),
         ("/admin/pull", ["m"], None, "JSON object"),
         ("/delete", {"name": "m"}, "name", "Unknown field"),
+        ("/delete", {"model": "m", "force": "yes"}, "force", "force must be true or false"),
+        ("/admin/pin", {"model": "m", "pinned": 1.5}, "pinned", "pinned must be true or false"),
+        ("/admin/pin", {"model": "m", "tier": "host"}, "tier", "Known are"),
+        ("/update", {"num_gpus": 1}, "model", "must be a name"),
+        ("/update", ["m"], None, "JSON object"),
     ],
 )
 async def test_what_makes_no_sense_is_refused_before_anybody_is_asked(
