@@ -59,9 +59,9 @@ def test_a_request_is_explained_with_its_options_and_what_came_of_it(serve: Serv
     assert "decided after 0 ms: a free slot is the fastest" in lines
     table = [line.split("\t") for line in lines if "\t" in line]
     assert table == [
-        ["WAY", "NODE", "TIER", "PREDICTED", "OF THAT", "LEAVING", "OUTCOME"],
-        ["free", "0", "disk", "2.0 s", "read 2.0 s", "-", "chosen"],
-        ["wait", "0", "-", "7.0 s", "wait 7.0 s", "-", "slower by 5.0 s"],
+        ["WAY", "NODE", "TIER", "PREDICTED", "OF THAT", "INSTANCE", "LEAVING", "OUTCOME"],
+        ["free", "0", "disk", "2.0 s", "read 2.0 s", "-", "-", "chosen"],
+        ["wait", "0", "-", "7.0 s", "wait 7.0 s", "other/1", "-", "slower by 5.0 s"],
     ]
     assert "load: m/1 from disk on node 0, loaded in 2.5 s (2.0 s predicted, 20% off)" in lines
     assert "what happened: waited 2.5 s, cold start: disk" in lines

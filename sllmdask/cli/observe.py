@@ -202,6 +202,7 @@ def _option_columns() -> list[Column]:
         ("TIER", lambda row: row["tier"] or "-"),
         ("PREDICTED", lambda row: _seconds(row["predicted_s"])),
         ("OF THAT", lambda row: _parts(row["parts"])),
+        ("INSTANCE", lambda row: row["instance"] or "-"),
         ("LEAVING", lambda row: ", ".join(_leaving(each) for each in row["leaving"]) or "-"),
         ("OUTCOME", lambda row: "chosen" if row["chosen"] else row["lost"] or "-"),
     ]
