@@ -115,8 +115,8 @@ class Estimates:
         learned = []
         for instance_id, outcome in list(self._under_way.items()):
             view = instances.get(instance_id)
-            if view is None or view.state is InstanceState.UNLOADING:
-                del self._under_way[instance_id]  # it failed, or was called off
+            if view is None or (view.state is InstanceState.UNLOADING and view.ready_at is None):
+                del self._under_way[instance_id]  # it failed, was called off, or left before its last byte was there
             elif outcome.times is not None and view.ready_at is not None and view.loaded_from is not None:
                 del self._under_way[instance_id]
                 self._learn(view, view.loaded_from, outcome, outcome.times)

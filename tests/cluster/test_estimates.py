@@ -116,12 +116,21 @@ def test_what_a_load_takes_beside_its_bytes_is_learned_and_a_queue_is_no_part_of
     assert seconds(estimates, "0", 10**9, Tier.DISK, told) == pytest.approx(1.5, rel=0.2)
 
 
+def test_a_load_that_has_just_ended_counts_though_its_instance_is_leaving():
+    estimates = Estimates({})
+    estimates.decided(Load("m/1", "m", "tcp://a", 2.0), "0", 0.0)
+    view = InstanceView("m/1", "m", "tcp://a", 1, InstanceState.UNLOADING, 0.0, ready_at=1.0, loaded_from=Tier.DISK)
+    assert estimates.settle({"m/1": view}) == []
+    estimates.told("m/1", {"bytes_s": 1.0}, 2.0)
+    assert estimates.settle({"m/1": view}) == ["0"]
+
+
 def test_a_load_that_failed_or_was_called_off_tells_nothing():
     estimates = Estimates({})
     for i, state in enumerate((None, InstanceState.UNLOADING)):
         estimates.decided(Load(f"m/{i}", "m", "tcp://a", 2.0), "0", 0.0)
         estimates.told(f"m/{i}", {"bytes_s": 1.0}, 1.0)
-        view = None if state is None else InstanceView(f"m/{i}", "m", "tcp://a", 1, state, 0.0, ready_at=1.0)
+        view = None if state is None else InstanceView(f"m/{i}", "m", "tcp://a", 1, state, 0.0)
         assert estimates.settle({} if view is None else {f"m/{i}": view}) == []
     estimates.told("nobody/1", {}, 1.0)
     assert estimates.error_of("0")["n"] == 0
