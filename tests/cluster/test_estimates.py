@@ -26,7 +26,7 @@ def account(capacity: int = 64 * GiB, node: str = "n", **tiers: tuple[float, flo
         tier: {"bytes_per_s": bytes_per_s, "overhead_s": overhead_s, "n_loads": n_loads}
         for tier, (bytes_per_s, overhead_s, n_loads) in tiers.items()
     }
-    return {"bandwidth": bandwidth, "tiers": {"host": {"used": 0, "capacity": capacity}}, "node": node}
+    return {"bandwidth": bandwidth, "tiers": {"host": {"used": 0, "capacity": capacity}}, "node": node, "data": "10.0.0.1:1"}
 
 
 @pytest.fixture
@@ -52,6 +52,12 @@ def test_where_the_file_says_nothing_the_probe_counts_and_loads_count_more_than_
     probed, loaded = account(disk=(1e9, 0.0, 0)), account(disk=(1e9, 0.5, 20))
     assert seconds(of_serverlessllm, "unknown", 10**9, Tier.DISK, probed) == pytest.approx(1.0)
     assert seconds(of_serverlessllm, "0", 10**9, Tier.DISK, loaded) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_worker_that_takes_nothing_from_others_is_never_estimated_to_do_so(of_serverlessllm):
+    told = account()
+    assert of_serverlessllm.rates("0", told).bytes_per_s[Tier.PEER] == 10 * GiB / 8
+    assert seconds(of_serverlessllm, "0", 10**9, Tier.PEER, told | {"data": None}) > 10**8
 
 
 def test_the_controller_counts_on_no_more_memory_than_the_file_gives_the_workers_of_a_node_together():
