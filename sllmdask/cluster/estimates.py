@@ -15,6 +15,8 @@ from sllmdask.policy.views import InstanceState, InstanceView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
+#: Bytes per second of what is not there: no load comes that way.
+_NEVER_BYTES_PER_S = 1.0
 #: Weight of one more load in the average of what loads take beside their bytes.
 _REST_WEIGHT = 0.3
 
@@ -71,8 +73,13 @@ class Estimates:
         probed = {tier: speed["bytes_per_s"] for tier, speed in spoken.items() if not speed["n_loads"] and tier not in hardware}
         known = known_rates(measured, hardware, probed)
         rest_s = self._nodes[node].rest_s if node in self._nodes else {}
+        bytes_per_s = dict(known.bytes_per_s)
+        if not account.get("data"):
+            # It takes nothing from others, nor gives them anything.
+            bytes_per_s[Tier.PEER] = _NEVER_BYTES_PER_S
         return replace(
             known,
+            bytes_per_s=bytes_per_s,
             overhead_s={tier: known.overhead_s.get(tier, 0.0) + rest_s.get(tier, 0.0) for tier in {*known.overhead_s, *rest_s}},
         )
 
@@ -115,8 +122,8 @@ class Estimates:
         learned = []
         for instance_id, outcome in list(self._under_way.items()):
             view = instances.get(instance_id)
-            if view is None or view.state is InstanceState.UNLOADING:
-                del self._under_way[instance_id]  # it failed, or was called off
+            if view is None or (view.state is InstanceState.UNLOADING and view.ready_at is None):
+                del self._under_way[instance_id]  # it failed, was called off, or left before its last byte was there
             elif outcome.times is not None and view.ready_at is not None and view.loaded_from is not None:
                 del self._under_way[instance_id]
                 self._learn(view, view.loaded_from, outcome, outcome.times)

@@ -347,7 +347,9 @@ class Gateway(Lookout):
 
     async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
         """Keep a model's host copy on a node, or let it be evicted again."""
-        return await self._ask("sllm_pin", model=model, node=node, pinned=pinned)
+        reply = await self._ask("sllm_pin", model=model, node=node, pinned=pinned)
+        self._rows[model] = reply.pop("row")
+        return reply
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
         """Bring the files of a model, or of a source that is not deployed, to a node's disk."""

@@ -109,7 +109,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._wishes, self._departures = Wishes(), Departures()
         self._progress = LoadProgress(self.controller, self._tell_soon)
         self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates)
-        operations = Operations(
+        self._operations = Operations(
             self.controller,
             self.deployments,
             self.effects,
@@ -127,10 +127,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_delete"] = self.delete
         scheduler.handlers["sllm_files"] = answer(self.deployments.files)
         scheduler.handlers["sllm_cluster"] = self.cluster
-        scheduler.handlers["sllm_load"] = answer(operations.load)
-        scheduler.handlers["sllm_unload"] = answer(operations.unload)
-        scheduler.handlers["sllm_pull"] = answer(operations.pull)
-        scheduler.handlers["sllm_pin"] = answer(operations.pin)
+        scheduler.handlers["sllm_load"] = answer(self._operations.load)
+        scheduler.handlers["sllm_unload"] = answer(self._operations.unload)
+        scheduler.handlers["sllm_pull"] = answer(self._operations.pull)
+        scheduler.handlers["sllm_pin"] = self.pin
         scheduler.handlers["sllm_update"] = self.update
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
@@ -430,6 +430,13 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
         """Change a deployment; the answer has its row."""
         reply = await self.deployments.update(model, changes)
+        self._tell()
+        return reply | {"row": self._rows[model]}
+
+    @answer
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        """Keep a host copy, or not; the answer has the model's row."""
+        reply = await self._operations.pin(model, node, pinned)
         self._tell()
         return reply | {"row": self._rows[model]}
 

@@ -68,11 +68,11 @@ class Lookout:
             raise InvalidRequest('The body must be {"request": ID}, with the x-request-id of the request.', "request")
         return exchange.answer(await self._gateway.cancel(body["request"]))
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, _: web.Request) -> web.Response:
         """Prometheus' text format."""
         own = self._metrics.families(row["model"] for row in self._gateway.models())
         cluster = await self._cluster.families()
-        return render([*own, *cluster], request.headers.get("Accept", ""))
+        return render([*own, *cluster])
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """What the control plane does, as server-sent events: the recent ones, then each as it comes."""

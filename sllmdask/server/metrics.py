@@ -16,7 +16,7 @@ from typing import Self
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -197,9 +197,9 @@ class _Families(Collector):
                 yield metric
 
 
-def render(families: Iterable[Family], accept: str) -> web.Response:
-    """The answer to a scrape, in the format that it takes."""
+def render(families: Iterable[Family]) -> web.Response:
+    """The answer to a scrape. Always Prometheus' own text format, which every scraper takes: as OpenMetrics, the library writes the
+    colon of vLLM's names as an underscore."""
     registry = CollectorRegistry()
     registry.register(_Families(families))
-    encode, content_type = choose_encoder(accept)
-    return web.Response(body=encode(registry), headers={"Content-Type": content_type})
+    return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -26,7 +26,7 @@ def account(capacity: int = 64 * GiB, node: str = "n", **tiers: tuple[float, flo
         tier: {"bytes_per_s": bytes_per_s, "overhead_s": overhead_s, "n_loads": n_loads}
         for tier, (bytes_per_s, overhead_s, n_loads) in tiers.items()
     }
-    return {"bandwidth": bandwidth, "tiers": {"host": {"used": 0, "capacity": capacity}}, "node": node}
+    return {"bandwidth": bandwidth, "tiers": {"host": {"used": 0, "capacity": capacity}}, "node": node, "data": "10.0.0.1:1"}
 
 
 @pytest.fixture
@@ -52,6 +52,12 @@ def test_where_the_file_says_nothing_the_probe_counts_and_loads_count_more_than_
     probed, loaded = account(disk=(1e9, 0.0, 0)), account(disk=(1e9, 0.5, 20))
     assert seconds(of_serverlessllm, "unknown", 10**9, Tier.DISK, probed) == pytest.approx(1.0)
     assert seconds(of_serverlessllm, "0", 10**9, Tier.DISK, loaded) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_worker_that_takes_nothing_from_others_is_never_estimated_to_do_so(of_serverlessllm):
+    told = account()
+    assert of_serverlessllm.rates("0", told).bytes_per_s[Tier.PEER] == 10 * GiB / 8
+    assert seconds(of_serverlessllm, "0", 10**9, Tier.PEER, told | {"data": None}) > 10**8
 
 
 def test_the_controller_counts_on_no_more_memory_than_the_file_gives_the_workers_of_a_node_together():
@@ -116,12 +122,21 @@ def test_what_a_load_takes_beside_its_bytes_is_learned_and_a_queue_is_no_part_of
     assert seconds(estimates, "0", 10**9, Tier.DISK, told) == pytest.approx(1.5, rel=0.2)
 
 
+def test_a_load_that_has_just_ended_counts_though_its_instance_is_leaving():
+    estimates = Estimates({})
+    estimates.decided(Load("m/1", "m", "tcp://a", 2.0), "0", 0.0)
+    view = InstanceView("m/1", "m", "tcp://a", 1, InstanceState.UNLOADING, 0.0, ready_at=1.0, loaded_from=Tier.DISK)
+    assert estimates.settle({"m/1": view}) == []
+    estimates.told("m/1", {"bytes_s": 1.0}, 2.0)
+    assert estimates.settle({"m/1": view}) == ["0"]
+
+
 def test_a_load_that_failed_or_was_called_off_tells_nothing():
     estimates = Estimates({})
     for i, state in enumerate((None, InstanceState.UNLOADING)):
         estimates.decided(Load(f"m/{i}", "m", "tcp://a", 2.0), "0", 0.0)
         estimates.told(f"m/{i}", {"bytes_s": 1.0}, 1.0)
-        view = None if state is None else InstanceView(f"m/{i}", "m", "tcp://a", 1, state, 0.0, ready_at=1.0)
+        view = None if state is None else InstanceView(f"m/{i}", "m", "tcp://a", 1, state, 0.0)
         assert estimates.settle({} if view is None else {f"m/{i}": view}) == []
     estimates.told("nobody/1", {}, 1.0)
     assert estimates.error_of("0")["n"] == 0

@@ -47,9 +47,13 @@ async def get(door: Door, path: str, **headers: str) -> tuple[int, Any]:
         return response.status, await response.json()
 
 
-async def scrape(door: Door, accept: str = "text/plain") -> dict[str, Any]:
+#: What Prometheus itself sends.
+ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=1.0.0;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+
+
+async def scrape(door: Door) -> dict[str, Any]:
     """Families by name, as prometheus_client's own parser reads them."""
-    async with door.http.get("/metrics", headers={"Accept": accept}) as response:
+    async with door.http.get("/metrics", headers={"Accept": ACCEPT}) as response:
         assert response.status == 200 and response.content_type == "text/plain"
         return {family.name: family for family in text_string_to_metric_families(await response.text())}
 
