@@ -10,8 +10,8 @@ from sllmdask.cluster.tallies import Counter, Family, Histogram
 #: Upper bounds of buckets: seconds of a load, and parts of what an estimate turned out to be.
 LOAD_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0)
 ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
-#: Phases of a load, as workers tell of them in ``NAME_s``: the wait for other loads, the reading; the module built, its tensors put
-#: in their places, its first layers checked; until it took requests; until the last byte was there.
+#: Phases of a load, as workers tell of them in ``NAME_s``: the wait for other loads, the reading; the module built, its tensors
+#: put in their places, its first layers checked; until it took requests; until the last byte was there.
 PHASES = ("queue", "bytes", "construct", "assign", "check", "ready", "read")
 #: Beginnings of the controller's causes, and what they are called in a label.
 _REASONS = {

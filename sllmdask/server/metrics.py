@@ -198,8 +198,8 @@ class _Families(Collector):
 
 
 def render(families: Iterable[Family]) -> web.Response:
-    """The answer to a scrape. Always Prometheus' own text format, which every scraper takes: as OpenMetrics, the library writes the
-    colon of vLLM's names as an underscore."""
+    """The answer to a scrape. Always Prometheus' own text format, which every scraper takes: as OpenMetrics, the library writes
+    the colon of vLLM's names as an underscore."""
     registry = CollectorRegistry()
     registry.register(_Families(families))
     return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -48,7 +48,7 @@ async def get(door: Door, path: str, **headers: str) -> tuple[int, Any]:
 
 
 #: What Prometheus itself sends.
-ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=1.0.0;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=1.0.0;q=0.4,text/plain;q=0.3,*/*;q=0.1"
 
 
 async def scrape(door: Door) -> dict[str, Any]:
