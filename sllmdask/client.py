@@ -21,7 +21,7 @@ import os
 import threading
 import urllib.parse
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -99,7 +99,9 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.InvalidRequest,
         errors.ContextTooLong,
         errors.ModelNotFound,
+        errors.ModelDeleted,
         errors.AdapterNotFound,
+        errors.RecordNotFound,
         errors.WrongTask,
         errors.RouteNotFound,
         errors.MethodNotAllowed,
@@ -389,11 +391,17 @@ class AsyncClient:
             deployment["backend_config"] = backend
         return await self.register(deployment)
 
-    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
-        """Take the deployment away, or only these of its LoRA adapters."""
-        await self.call(
-            "POST", "/delete", {"model": model, "lora_adapters": None if lora_adapters is None else list(lora_adapters)}
-        )
+    async def update(self, model: str, **changes: Any) -> dict[str, Any]:
+        """Change fields of a deployment, those that are given: ``auto_scaling_config={"max_instances": 2}`` for instance."""
+        return dict(await self.call("POST", "/update", {"model": model, **changes}))
+
+    async def delete(self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False) -> dict[str, Any]:
+        """Take the deployment away, or only these of its LoRA adapters.
+
+        Requests that run may finish, unless by `force`, or if it is deleted once more: ``n_running`` and ``n_aborted`` tell.
+        """
+        adapters = None if lora_adapters is None else list(lora_adapters)
+        return dict(await self.call("POST", "/delete", {"model": model, "lora_adapters": adapters, "force": force}))
 
     async def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """Make a deployed model ready before anybody asks for it, or (`tier` ``"host"``) bring it to a node's host memory.
@@ -410,6 +418,13 @@ class AsyncClient:
         Returns ``model``, ``state``, ``instances`` (those that left) and ``warnings``.
         """
         return dict(await self._work("/admin/unload", {"model": model, "node": node, "wait": wait}))
+
+    async def pin(self, model: str, node: str | None = None, pinned: bool = True) -> dict[str, Any]:
+        """Bring a model to the host memory of `node`, or of one that may run it, and keep it there until ``pinned=False``.
+
+        Returns ``model``, ``pinned`` (all nodes that keep it), ``nodes`` (those that this was about), ``nbytes``, ``seconds``.
+        """
+        return dict(await self._work("/admin/pin", {"model": model, "node": node, "pinned": pinned}))
 
     async def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """Bring the files of `source`, a deployed model's name, a directory or an id, to the disk of `node`, or of any.
@@ -447,6 +462,36 @@ class AsyncClient:
             self.call("GET", "/admin/cluster"), self.call("GET", "/admin/models"), self.call("GET", "/admin/requests")
         )
         return {"url": self.url, "ready": reason is None, "reason": reason, **cluster, **models, **requests}
+
+    async def requests(self) -> list[dict[str, Any]]:
+        """Requests under way, then those that ended lately: ``id``, ``model``, ``state``, ``node``, ``n_tokens``..."""
+        return list((await self.call("GET", "/admin/requests"))["requests"])
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        """Why a request (the ``id`` of its :class:`Response`), or a model, is served as it is, and what really happened."""
+        return dict(await self.call("GET", f"/admin/explain/{urllib.parse.quote(name)}"))
+
+    async def cancel(self, request: str) -> dict[str, Any]:
+        """End a request, whoever asked for it; ``cancelled`` in the answer is false if it had ended already."""
+        return dict(await self.call("POST", "/admin/cancel", {"request": request}))
+
+    async def events(
+        self, since: int | None = None, *, last: int | None = None, model: str | None = None, follow: bool = True
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What the control plane does: what it did lately (after the event `since`, or the `last` few), then what comes, unless
+        `follow` is false. Each has ``id``, ``time``, ``event``, ``model``, ``instance``, ``node``, ``request``, ``text``."""
+        asked = {"since": since, "last": last, "model": model, "follow": str(follow).lower()}
+        params = {name: str(value) for name, value in asked.items() if value is not None}
+        async with _reaching(self.url), self._http().get(f"{self.url}/admin/events", params=params) as response:
+            if response.status != 200:
+                await _json_or_raise(response)
+            async for raw in response.content:
+                line = raw.decode().rstrip("\r\n")
+                if line.startswith("data: "):
+                    row = json.loads(line[6:])
+                    if "error" in row:
+                        raise server_error(200, row["error"], response.headers.get("x-request-id"))
+                    yield row
 
     async def call(self, method: str, path: str, body: Any = None) -> Any:
         """Any route by name: the JSON of its answer; raises :class:`ServerError` or :class:`ServerUnreachable`."""
@@ -646,9 +691,13 @@ class Client:
         """See :meth:`AsyncClient.deploy`."""
         return self._wait(self._client.deploy(model, source, **fields))
 
-    def delete(self, model: str, lora_adapters: Sequence[str] | None = None) -> None:
+    def update(self, model: str, **changes: Any) -> dict[str, Any]:
+        """See :meth:`AsyncClient.update`."""
+        return self._wait(self._client.update(model, **changes))
+
+    def delete(self, model: str, lora_adapters: Sequence[str] | None = None, *, force: bool = False) -> dict[str, Any]:
         """See :meth:`AsyncClient.delete`."""
-        self._wait(self._client.delete(model, lora_adapters))
+        return self._wait(self._client.delete(model, lora_adapters, force=force))
 
     def load(self, model: str, node: str | None = None, tier: str = "device", *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.load`."""
@@ -657,6 +706,10 @@ class Client:
     def unload(self, model: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.unload`."""
         return self._wait(self._client.unload(model, node, wait=wait))
+
+    def pin(self, model: str, node: str | None = None, pinned: bool = True) -> dict[str, Any]:
+        """See :meth:`AsyncClient.pin`."""
+        return self._wait(self._client.pin(model, node, pinned))
 
     def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.pull`."""
@@ -677,6 +730,42 @@ class Client:
     def status(self) -> dict[str, Any]:
         """See :meth:`AsyncClient.status`."""
         return self._wait(self._client.status())
+
+    def requests(self) -> list[dict[str, Any]]:
+        """See :meth:`AsyncClient.requests`."""
+        return self._wait(self._client.requests())
+
+    def explain(self, name: str) -> dict[str, Any]:
+        """See :meth:`AsyncClient.explain`."""
+        return self._wait(self._client.explain(name))
+
+    def cancel(self, request: str) -> dict[str, Any]:
+        """See :meth:`AsyncClient.cancel`."""
+        return self._wait(self._client.cancel(request))
+
+    def events(
+        self, since: int | None = None, *, last: int | None = None, model: str | None = None, follow: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """See :meth:`AsyncClient.events`."""
+        source = self._client.events(since, last=last, model=model, follow=follow)
+        reading: asyncio.Future[dict[str, Any] | None] | None = None
+
+        async def step() -> dict[str, Any] | None:
+            nonlocal reading
+            reading = asyncio.ensure_future(anext(source, None))
+            return await reading
+
+        async def close() -> None:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait({reading})
+            await source.aclose()
+
+        try:
+            while (row := self._wait(step())) is not None:
+                yield row
+        finally:
+            self._wait(close())
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """See :meth:`AsyncClient.call`."""

@@ -65,7 +65,10 @@ class AutoScaling(Frozen):
 
 
 class PlacementSpec(Frozen):
-    """Which nodes (Dask worker names) may run the model, hold its files, and preload it to host memory."""
+    """Which nodes (Dask worker names) may run the model, have its files on disk, and have it in host memory.
+
+    Files and memory are seen to when the model is deployed, and when such a node joins later.
+    """
 
     target_nodes: tuple[str, ...] = ()
     local_disk: tuple[str, ...] = ()
@@ -73,7 +76,7 @@ class PlacementSpec(Frozen):
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Nodes that may run the model; empty: any. `local_disk` is today's name of `target_nodes`."""
+        """Nodes that may run the model; empty: any. Without `target_nodes` it runs where its files are."""
         return self.target_nodes or self.local_disk
 
 
@@ -178,8 +181,6 @@ class Deployment(Frozen):
         found = []
         if self.backend_config.device_map != "auto":
             found.append("backend_config.device_map has no effect: an instance runs on one device, which engine.device names")
-        if self.placement_config.target_nodes and self.placement_config.local_disk:
-            found.append("placement_config.local_disk has no effect beside target_nodes, which says where the model may run")
         if self.backend_config.enable_lora and not self.backend_config.lora_adapters:
             found.append("backend_config.enable_lora has no effect without lora_adapters, which names the adapters")
         return found
@@ -261,6 +262,8 @@ class WorkerSettings(Frozen):
     chunk_size: Bytes = Field(default=2 * 1024**2, ge=4096)
     #: Threads that read one checkpoint.
     n_readers: int = Field(default=4, ge=1, le=64)
+    #: Bytes per second that loads may read from the disk, together; 0: as many as it gives.
+    read_limit: BytesPerSecond = Field(default=0.0, ge=0)
 
 
 class SchedulerSettings(Frozen):
@@ -280,6 +283,8 @@ class SchedulerSettings(Frozen):
     patience: Seconds = Field(default=10.0, ge=0)
     #: A file to which every event and decision is appended, for ``sllmdask simulate replay``; empty: none is written.
     event_log: str = ""
+    #: A file with the hardware of nodes, which estimates begin with; empty: none.
+    hardware_config: str = ""
 
 
 class ServerSettings(Frozen):
@@ -303,14 +308,14 @@ class Settings(Frozen):
 
 
 class NodeHardware(Frozen):
-    """Priors of one node, from ``--hardware-config``; measured loads refine them."""
+    """Priors of one node, from ``--hardware-config``; measured loads refine them. Sizes bound what is used."""
 
-    host_size: Bytes | None = None
-    host_bandwidth: BytesPerSecond | None = None
-    disk_size: Bytes | None = None
-    disk_bandwidth: BytesPerSecond | None = None
-    network_bandwidth: BytesPerSecond | None = None
-    pcie_bandwidth: BytesPerSecond | None = None
+    host_size: Bytes | None = Field(default=None, gt=0)
+    host_bandwidth: BytesPerSecond | None = Field(default=None, gt=0)
+    disk_size: Bytes | None = Field(default=None, gt=0)
+    disk_bandwidth: BytesPerSecond | None = Field(default=None, gt=0)
+    network_bandwidth: BytesPerSecond | None = Field(default=None, gt=0)
+    pcie_bandwidth: BytesPerSecond | None = Field(default=None, gt=0)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -362,7 +367,7 @@ def parse(cls: type[T], data: Any, what: str = "the configuration") -> T:
 
 def read_file(path: str | os.PathLike[str]) -> Any:
     """The contents of a JSON or YAML file; raises :class:`ConfigError`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -381,6 +386,6 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
 def read_hardware(path: str | os.PathLike[str]) -> dict[str, NodeHardware]:
     """Priors by node name, from a hardware file."""
     data = read_file(path)
-    if not isinstance(data, Mapping):
+    if not isinstance(data, Mapping) or not data:
         raise ConfigError(f"The hardware file {path} must map node names to their hardware")
     return {str(name): parse(NodeHardware, node, f"node {name!r} of {path}") for name, node in data.items()}

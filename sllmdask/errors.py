@@ -17,7 +17,9 @@
     │   ├── InvalidRequest
     │   ├── ContextTooLong
     │   ├── ModelNotFound
+    │   ├── ModelDeleted
     │   ├── AdapterNotFound
+    │   ├── RecordNotFound
     │   ├── WrongTask
     │   ├── RouteNotFound
     │   ├── MethodNotAllowed
@@ -287,6 +289,21 @@ class ModelNotFound(RequestError):
         return f"Could not find the model {self.model!r}: it does not exist here.{hint}"
 
 
+class ModelDeleted(RequestError):
+    """``ModelDeleted(model)``: an operator has taken the model away while it answered."""
+
+    http_status, code = 410, "model_deleted"
+    param = "model"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
+    @property
+    def message(self) -> str:
+        return f"The model {self.model!r} was deleted while it answered. It does not exist any more: choose another one."
+
+
 class AdapterNotFound(RequestError):
     """``AdapterNotFound(model, adapter, near=())``: `model` has no LoRA adapter of that name; `near` are similar names."""
 
@@ -301,6 +318,24 @@ class AdapterNotFound(RequestError):
     def message(self) -> str:
         hint = f" Did you mean {', '.join(map(repr, self.near))}?" if self.near else " GET /v1/models lists what is deployed."
         return f"Could not find the adapter {self.adapter!r} of the model {self.model!r}: it does not exist here.{hint}"
+
+
+class RecordNotFound(RequestError):
+    """``RecordNotFound(name, n_kept, kept_s)``: nothing is known of a request or model.
+
+    `n_kept` requests that have ended are kept, the oldest of them since `kept_s` seconds.
+    """
+
+    http_status, code = 404, "record_not_found"
+
+    def __init__(self, name: str, n_kept: int, kept_s: float) -> None:
+        super().__init__(name, n_kept, kept_s)
+        self.name, self.n_kept, self.kept_s = name, n_kept, kept_s
+
+    @property
+    def message(self) -> str:
+        kept = f" The last {self.n_kept} that have ended are kept, the oldest since {self.kept_s:.0f} s." if self.n_kept else ""
+        return f"Nothing is known of {self.name!r}: it is no model, and no request that is under way or has ended lately.{kept}"
 
 
 class WrongTask(RequestError):

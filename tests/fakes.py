@@ -25,9 +25,20 @@ from sllmdask.cluster.journal import (
     Progress,
     Started,
 )
+from sllmdask.cluster.observing import Observer
 from sllmdask.config import Deployment, ServerSettings
 from sllmdask.engine.text import Tokenizer
-from sllmdask.errors import AdapterNotFound, CheckpointNotFound, InvalidRequest, ModelNotFound, MoveFailed, SllmError
+from sllmdask.errors import (
+    AdapterNotFound,
+    CheckpointNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    MoveFailed,
+    RecordNotFound,
+    SchedulerUnreachable,
+    SllmError,
+)
+from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.server import app as server_app
 from sllmdask.server import openai
 
@@ -104,6 +115,8 @@ class FakeGateway:
         self.registered: list[Deployment] = []
         #: What operators asked for, in order.
         self.operated: list[tuple[Any, ...]] = []
+        #: What the scheduler would have seen; a test tells it.
+        self.observer = Observer(Controller(ControllerSettings()), {}, {})
         self.n_running = 0
         self.most_running = 0
         self._journals: dict[str, Journal] = {}
@@ -156,7 +169,13 @@ class FakeGateway:
         self.deployed[deployment.model] = FakeModel(state="disk")
         return {"model": deployment.model, "warnings": deployment.warnings()}
 
-    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        self.operated.append(("update", model, changes))
+        if model not in self.deployed:
+            raise ModelNotFound(model)
+        return {"model": model, "warnings": []}
+
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
         if model not in self.deployed:
             raise ModelNotFound(model)
         if adapters is None:
@@ -164,6 +183,8 @@ class FakeGateway:
         for name in adapters or ():
             if self.deployed[model].adapters.pop(name, None) is None:
                 raise AdapterNotFound(model, name)
+        n = self.n_running
+        return {"model": model, "n_running": 0 if force else n, "n_aborted": n if force else 0} if adapters is None else {}
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         self.operated.append(("load", model, node, tier, wait))
@@ -192,6 +213,13 @@ class FakeGateway:
         gone = [{"instance": f"{model}/1", "node": node or "0"}] if loaded else []
         return {"model": model, "state": "unloaded" if wait else "unloading", "instances": gone, "warnings": []}
 
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        self.operated.append(("pin", model, node, pinned))
+        if model not in self.deployed:
+            raise ModelNotFound(model)
+        nodes = [node or "0"]
+        return {"model": model, "pinned": nodes if pinned else [], "nodes": nodes, "nbytes": 4 * 1024**2, "seconds": 0.25}
+
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
         self.operated.append(("pull", model, source, node, wait))
         said = {"source": model or source, "node": node or "0", "fetched": True}
@@ -218,6 +246,28 @@ class FakeGateway:
     def requests(self) -> list[dict[str, Any]]:
         return [journal.as_row() for journal in self._journals.values()]
 
+    async def all_requests(self) -> list[dict[str, Any]]:
+        return self.requests()
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        return await self.observer.explain(name)
+
+    async def events(self, since: int, model: str | None, last: int | None, wait_s: float) -> dict[str, Any]:
+        return await self.observer.events(since, model, last, wait_s)
+
+    async def families(self) -> list[dict[str, Any]]:
+        if not self.ready:
+            raise SchedulerUnreachable("tcp://127.0.0.1:1", "it went away")
+        return list((await self.observer.metrics())["families"])
+
+    async def cancel(self, request: str) -> dict[str, Any]:
+        self.operated.append(("cancel", request))
+        if request not in self._journals:
+            raise RecordNotFound(request, len(self._journals), 1.0)
+        state = self._journals[request].state
+        ended = state not in ("queued", "running")
+        return {"request": request, "cancelled": not ended, "state": state if ended else "cancelled"}
+
     async def cluster(self) -> dict[str, Any]:
         held = [{"model": name, "state": m.state, "tier": "device", "nbytes": m.nbytes} for name, m in self.deployed.items()]
         worker = {"name": "0", "address": "tcp://127.0.0.1:1", "pid": 1, "slots": 2, "slots_used": len(held), "models": held}
@@ -232,7 +282,9 @@ class FakeGateway:
             }
             for name, model in self.deployed.items()
         ]
-        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}]}
+        worker["estimate"] = {"n": 5, "error_ratio": 0.08}
+        warnings = ["the hardware file names node '7', which is not connected"]
+        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}], "warnings": warnings}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
         journal = self._journals[request.id] = Journal(request)
@@ -380,6 +432,7 @@ def every_error() -> list[SllmError]:
         errors.ContextTooLong(10, 5),
         errors.ModelNotFound("a", ["b"]),
         errors.AdapterNotFound("a", "b", ["c"]),
+        errors.RecordNotFound("r", 3, 2.5),
         errors.WrongTask("a", "embed"),
         errors.RouteNotFound("GET", "/x"),
         errors.MethodNotAllowed("GET", "/x", ["POST"]),

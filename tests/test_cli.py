@@ -57,22 +57,9 @@ def test_help_is_quick_and_lists_only_what_exists():
     heavy = "('torch','dask','distributed','aiohttp','pydantic','rich','numpy')"
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    commands = {
-        "up",
-        "serve",
-        "status",
-        "deploy",
-        "delete",
-        "models",
-        "load",
-        "unload",
-        "pull",
-        "convert",
-        "verify",
-        "bench",
-        "migrate",
-    }
-    assert set(main.commands) == commands | {"generate", "chat", "encode", "version"}
+    commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
+    commands |= {"requests", "explain", "events", "cancel", "migrate", "simulate"}
+    assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
     for command in set(main.commands) - {"bench"}:
         assert "--debug" in run(command, "--help").output
     assert "--debug" in run("bench", "load", "--help").output
@@ -86,8 +73,8 @@ def test_version_is_told_both_ways():
 def test_models_are_tsv_in_a_pipe_and_json_when_asked(serve: Serve):
     serve(qwen=FakeModel(created=5), cold=FakeModel(state="disk"))
     lines = [line.split("\t") for line in run("models").output.splitlines()]
-    assert lines[0] == ["MODEL", "STATE", "INSTANCES", "SIZE", "CONTEXT", "KEEP-ALIVE", "REASON"]
-    assert lines[1] == ["qwen", "ready", "1", "4.0 MiB", "1024", "5m00s", "-"]
+    assert lines[0] == ["MODEL", "STATE", "INSTANCES", "SIZE", "CONTEXT", "KEEP-ALIVE", "PINNED", "REASON"]
+    assert lines[1] == ["qwen", "ready", "1", "4.0 MiB", "1024", "5m00s", "-", "-"]
     rows = json.loads(run("models", "--json").output)
     assert [row["model"] for row in rows] == ["qwen", "cold"]
     keys = {"model", "state", "created", "max_model_len", "nbytes", "instances", "reason", "keep_alive", "progress"}
@@ -109,10 +96,11 @@ def test_models_are_a_table_on_a_terminal(serve: Serve):
 def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
     server = serve(m=FakeModel())
     lines = [line.split("\t") for line in run("status").output.splitlines()]
-    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "m (ready)"]
+    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "8% off (5 loads)", "m (ready)"]
+    assert "the hardware file names node '7'" in run("status").stderr
     server.gateway.ready = False
     status = json.loads(run("status", "--json").output)
-    assert list(status) == ["url", "ready", "reason", "workers", "models", "requests"]
+    assert list(status) == ["url", "ready", "reason", "workers", "warnings", "models", "requests"]
     assert status["ready"] is False
     assert "No worker is connected." in run("status", "--wait", "--timeout", "0.1", code=4).stderr
 
@@ -204,6 +192,36 @@ def test_delete_goes_on_after_a_failure_and_tells(serve: Serve):
     assert result.stdout == "deleted a\ndeleted b\n" and "'none'" in result.stderr
     assert not server.gateway.deployed
     assert json.loads(run("delete", "a", "--json", code=1).stdout)[0]["deleted"] is False
+
+
+def test_delete_says_what_still_runs_and_what_it_has_ended(serve: Serve):
+    server = serve(a=FakeModel(), b=FakeModel())
+    server.gateway.n_running = 2
+    assert run("delete", "a").output == "deleted a; 2 requests may end first: `sllmdask delete a` again ends them\n"
+    assert run("delete", "b", "--now").output == "deleted b and ended 2 requests\n"
+
+
+def test_update_sends_only_what_was_given(serve: Serve, tmp_path: Path):
+    server = serve(m=FakeModel())
+    (tmp_path / "m.json").write_text('{"model": "m", "auto_scaling_config": {"target": 2, "max_instances": 3}}')
+    assert (
+        run("update", "m", "--config", str(tmp_path / "m.json"), "--target", "9", "--memory-pool", "0,1").output == "updated m\n"
+    )
+    scaling = {"target": 9, "max_instances": 3}
+    changes = {"model": "m", "auto_scaling_config": scaling, "placement_config": {"memory_pool": ["0", "1"]}}
+    assert server.gateway.operated == [("update", "m", changes)]
+    run("update", "m", "--target-nodes", "")
+    assert server.gateway.operated[-1][2]["placement_config"] == {"target_nodes": []}
+    assert "Give what is to change" in run("update", "m", code=2).stderr
+    run("update", "none", "--target", "1", code=1)
+
+
+def test_pin_and_unpin_say_where(serve: Serve):
+    server = serve(m=FakeModel())
+    assert run("pin", "m", "--node", "1").output == "m stays in the host memory of node 1: 4.0 MiB\n"
+    assert run("unpin", "m").output == "m may leave the host memory of node 0\n"
+    assert server.gateway.operated == [("pin", "m", "1", True), ("pin", "m", None, False)]
+    run("pin", "none", code=1)
 
 
 def test_generate_streams_the_answer_and_its_progress(serve: Serve, monkeypatch: pytest.MonkeyPatch):
@@ -670,5 +688,6 @@ def test_delete_takes_adapters_away_and_leaves_the_model(serve: Serve):
     assert server.gateway.deployed["m"].adapters == {"c": "org/c"}
     assert "'a'" in run("delete", "m", "--lora-adapters", "a", code=1).stderr
     run("delete", "m", "other", "--lora-adapters", "c", code=2)
+    run("delete", "m", "--now", "--lora-adapters", "c", code=2)
     assert run("delete", "m").output == "deleted m\n"
     assert list(server.gateway.deployed) == ["other"]

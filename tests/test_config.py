@@ -132,7 +132,8 @@ def test_a_name_alone_is_a_deployment_of_the_hub_model_of_that_name() -> None:
 
 def test_local_disk_names_the_nodes_where_target_nodes_does_not() -> None:
     assert deployment(placement_config={"local_disk": ["1"]}).placement_config.nodes == ("1",)
-    assert deployment(placement_config={"local_disk": ["1"], "target_nodes": ["0"]}).placement_config.nodes == ("0",)
+    both = deployment(placement_config={"local_disk": ["1"], "target_nodes": ["0"]})
+    assert both.placement_config.nodes == ("0",) and both.warnings() == []
 
 
 @pytest.mark.parametrize(
@@ -304,9 +305,10 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         read_deployment(path)
 
 
-def test_a_hardware_file_that_is_a_list_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["[]", "{}", "3"])
+def test_a_hardware_file_without_nodes_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "hardware.json"
-    path.write_text("[]")
+    path.write_text(text)
     with pytest.raises(ConfigError, match="must map node names to their hardware"):
         read_hardware(path)
 

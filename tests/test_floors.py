@@ -40,7 +40,7 @@ NEIGHBOURS = {("units", "errors")}
 #: Package -> rooms, or single files, that may import it. What is not listed here may be imported nowhere.
 ALLOWED = {
     "aiohttp": {"client", "server"},
-    "click": {"cli", "cluster/worker_plugin.py"},
+    "click": {"cli", "cluster/scheduler_plugin.py", "cluster/worker_plugin.py"},
     "ctypes": {"loader/libc.py"},
     "dask": {"actors", "cluster"},
     "distributed": {"actors", "cluster"},
@@ -50,6 +50,7 @@ ALLOWED = {
     "msgpack": {"actors/move_wire.py"},
     "numba": {"compiling", "engine/kernels/cpu_attention.py", "loader"},
     "numpy": {"engine", "library", "loader"},
+    "prometheus_client": {"server"},
     "psutil": {"cluster"},
     "pydantic": {"config", "sim/replay.py", "sim/scenario.py"},
     "rich": {"cli"},

@@ -117,6 +117,8 @@ class Instance(Movable):
         #: Seconds of each phase of the load, since it began; overlapping ones overlap.
         self.times: dict[str, float] = {}
         self.closed = False
+        #: What further requests are answered with, once an operator has ended those that ran.
+        self._refusal: SllmError | None = None
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
@@ -185,16 +187,18 @@ class Instance(Movable):
             self._adapters = InstanceAdapters(registry.store, registry.resolve, self.read_adapter, self._engine.call, capacity)
         lease.on_damage(self._load_failed)
         self.times["ready_s"] = time.monotonic() - self._began_at
-        if lease.arrivals is None:
+        if lease.arrivals is None and self.copying is None:
             self._loaded(lease)
         else:
             self._arriving = asyncio.create_task(self._arrive(lease))
         return {"loaded_from": str(lease.tier_from), "nbytes": lease.nbytes}
 
     async def _arrive(self, lease: HostLease) -> None:
-        """Until the last byte is there: only then is the instance loaded for good."""
+        """Until the last byte is there, also on the device: only then is the instance loaded for good."""
         try:
             await lease.complete()
+            if self.copying is not None:
+                await asyncio.to_thread(self.copying.join)
         except SllmError as error:
             self._load_failed(error)
         else:
@@ -203,7 +207,15 @@ class Instance(Movable):
 
     def _loaded(self, lease: HostLease) -> None:
         self._whole = True
-        self.times["read_s"] = time.monotonic() - self._began_at if lease.arrivals is not None else lease.seconds
+        took_s = time.monotonic() - self._began_at
+        self.times["read_s"] = took_s if lease.arrivals is not None else lease.seconds
+        queue_s, bytes_s = lease.times
+        if lease.tier_from is Tier.HOST:
+            # Nothing was read: all of it is what it takes to serve what is in memory.
+            bytes_s = took_s - queue_s
+            self._registry.store.observe_hit(lease.nbytes, bytes_s)
+        self.times |= {"queue_s": queue_s, "bytes_s": bytes_s}
+        self._registry.report({"kind": "loaded", "instance": self.id, "load": dict(self.times)})
         phases = " ".join(f"{phase}={seconds:.3f}" for phase, seconds in self.times.items())
         logger.info(
             "loaded model=%s instance=%s from=%s nbytes=%d %s", self.model, self.id, lease.tier_from, lease.nbytes, phases
@@ -312,8 +324,8 @@ class Instance(Movable):
 
         `adapter`: name and source of the LoRA adapter that it is to have; it waits until that is loaded.
         """
-        if self._engine is None or self.closed:
-            self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
+        if self._engine is None or self.closed or self._refusal is not None:
+            self._registry.send(front_door, ["error", request_id, epoch, (self._refusal or InstanceGone(self.id)).as_wire()])
             return
         if self.embedding is not None:
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
@@ -398,8 +410,8 @@ class Instance(Movable):
         dimensions: int | None,
     ) -> None:
         """Make vectors of `inputs`, (index, token ids); whatever is wrong with one of them is the answer to the request."""
-        if self._engine is None or self.closed:
-            self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
+        if self._engine is None or self.closed or self._refusal is not None:
+            self._registry.send(front_door, ["error", request_id, epoch, (self._refusal or InstanceGone(self.id)).as_wire()])
             return
         if self.embedding is None:
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "generate").as_wire()])
@@ -416,6 +428,15 @@ class Instance(Movable):
         if self._forget(request_id) and self._engine is not None:
             for each in (request_id, *self._inputs.end(request_id)):
                 self._engine.abort(each)
+
+    def abort(self, error: SllmError) -> int:
+        """End all requests with `error`, and answer every further one so; returns how many there were."""
+        self._refusal = error
+        aborted = list(self._requests.items())
+        for request_id, (front_door, epoch) in aborted:
+            self.cancel(request_id)
+            self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
+        return len(aborted)
 
     def cancel_all_of(self, front_door: str) -> int:
         """Stop every request of a front door that is gone; returns how many there were."""
@@ -659,6 +680,11 @@ class InstanceRegistry:
         instance.skeleton, instance.copying = skeleton, copying
         instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
+
+    def abort(self, instance_id: str, error: SllmError) -> int:
+        """End all requests of an instance with `error`, and refuse those to come; returns how many there were."""
+        instance = self._instances.get(instance_id)
+        return 0 if instance is None else instance.abort(error)
 
     async def preload(self, source: str, peers: Sequence[str] = ()) -> Tier:
         """Bring a checkpoint to the host tier, and leave it there unpinned; returns where it was. Raises what the store does."""

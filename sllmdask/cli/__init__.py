@@ -12,7 +12,7 @@ import json
 import click
 
 from sllmdask import __version__
-from sllmdask.cli import checkpoints, measure, models, moves, requests, run, simulate
+from sllmdask.cli import changes, checkpoints, measure, models, moves, observe, requests, run, simulate
 from sllmdask.cli.shell import command, json_option
 
 
@@ -34,11 +34,14 @@ for each in (
     run.serve,
     run.status,
     models.deploy,
+    changes.update,
     models.delete,
     models.models,
     models.load,
     models.unload,
     models.pull,
+    changes.pin,
+    changes.unpin,
     checkpoints.convert,
     checkpoints.verify,
     measure.bench,
@@ -47,6 +50,10 @@ for each in (
     requests.chat,
     requests.encode,
     moves.migrate,
+    observe.requests,
+    observe.explain,
+    observe.events,
+    observe.cancel,
     version,
 ):
     main.add_command(each)

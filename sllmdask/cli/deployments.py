@@ -66,6 +66,11 @@ def override(settings: dict[str, Any], given: Mapping[str, Mapping[str, Any]]) -
             settings[section] = {**(settings.get(section) or {}), **chosen}
 
 
+def names(given: str | None) -> list[str] | None:
+    """Names of nodes, separated by commas or spaces; ``None``: nothing was given."""
+    return None if given is None else given.replace(",", " ").split()
+
+
 def read_adapters(given: Sequence[str]) -> dict[str, str] | None:
     """Sources by name from ``NAME=SOURCE``, several of them in one text or in several, as ServerlessLLM takes them."""
     adapters = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sllmdask.cli.deployments import absolute, override, read_adapters, read_model
+from sllmdask.cli.deployments import absolute, names, override, read_adapters, read_model
 from sllmdask.cli.output import POLL_S, Column, print_json, print_rows, waiting_line
 from sllmdask.cli.shell import FAILED, INTERRUPTED, F, command, connect, exit_code, json_option, server_option
 from sllmdask.errors import LoadFailed, SllmError
@@ -31,6 +31,9 @@ N_SHOWN = 3
 @click.option("--min-instances", type=int, help="Instances kept when there is nothing to do.")
 @click.option("--max-instances", type=int, help="Instances at most.")
 @click.option("--keep-alive", help="How long an idle instance stays, as 300, 5m; -1: for ever.")
+@click.option("--target-nodes", metavar="NODES", help="Nodes that may run it, as 0,1.  [default: any]")
+@click.option("--local-disk", metavar="NODES", help="Nodes that get its files on their disk.")
+@click.option("--memory-pool", metavar="NODES", help="Nodes that get it in host memory.")
 @click.option("--enable-lora", is_flag=True, default=None, help="Requests may ask for LoRA adapters; --lora-adapters implies it.")
 @click.option(
     "--lora-adapters", multiple=True, metavar="NAME=SOURCE", help="LoRA adapters; several are separated by spaces or commas."
@@ -49,6 +52,9 @@ def deploy(
     min_instances: int | None,
     max_instances: int | None,
     keep_alive: str | None,
+    target_nodes: str | None,
+    local_disk: str | None,
+    memory_pool: str | None,
     enable_lora: bool | None,
     lora_adapters: tuple[str, ...],
     wait: bool,
@@ -71,9 +77,10 @@ def deploy(
         named = {"model": model} if source else read_model(model).model_dump(mode="json", exclude_unset=True)
         given = [named]
     scaling = {"target": target, "min_instances": min_instances, "max_instances": max_instances, "keep_alive": keep_alive}
+    nodes = {"target_nodes": names(target_nodes), "local_disk": names(local_disk), "memory_pool": names(memory_pool)}
     deployments = []
     for deployment in given:
-        override(deployment, {"auto_scaling_config": scaling})
+        override(deployment, {"auto_scaling_config": scaling, "placement_config": nodes})
         lora = {"enable_lora": enable_lora, "lora_adapters": read_adapters(lora_adapters)}
         where = absolute(source) if source else None
         override(deployment, {"backend_config": {"pretrained_model_name_or_path": where, **lora}})
@@ -121,20 +128,22 @@ def _wait_until_loaded(client: Client, model: str, n_instances: int, timeout_s: 
 @command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--lora-adapters", multiple=True, metavar="NAME", help="Take only these adapters of the one MODEL away.")
+@click.option("--now", is_flag=True, help="End the requests that run, too, with an error.")
 @server_option
 @json_option
-def delete(models: tuple[str, ...], lora_adapters: tuple[str, ...], server: str | None, as_json: bool) -> None:
-    """Take each MODEL away; its files stay."""
-    if lora_adapters and len(models) > 1:
-        raise click.UsageError("--lora-adapters goes with one MODEL.")
+def delete(models: tuple[str, ...], lora_adapters: tuple[str, ...], now: bool, server: str | None, as_json: bool) -> None:
+    """Take each MODEL away; its files stay. Requests that run may end, unless --now, or if it is deleted once more."""
+    if lora_adapters and (len(models) > 1 or now):
+        raise click.UsageError("--lora-adapters goes with one MODEL, and not with --now.")
     adapters = " ".join(lora_adapters).replace(",", " ").split() or None
     worst = 0
     results = []
     with connect(server) as client:
         for model in models:
             try:
-                client.delete(model, adapters)
-                results.append({"model": model, "deleted": True, "reason": None})
+                done = client.delete(model, adapters, force=now)
+                counts = {key: done.get(key, 0) for key in ("n_running", "n_aborted")}
+                results.append({"model": model, "deleted": True, "reason": None, **counts})
             except SllmError as error:
                 if exit_code(error) != FAILED:
                     raise
@@ -146,7 +155,12 @@ def delete(models: tuple[str, ...], lora_adapters: tuple[str, ...], server: str 
         if not result["deleted"]:
             click.echo(f"Error: {result['reason']}", err=True)
         elif not as_json:
-            click.echo(f"deleted {', '.join(adapters or [])}{' of ' if adapters else ''}{result['model']}")
+            said = f"deleted {', '.join(adapters or [])}{' of ' if adapters else ''}{result['model']}"
+            if result["n_running"]:
+                said += f"; {result['n_running']} requests may end first: `sllmdask delete {result['model']}` again ends them"
+            elif result["n_aborted"]:
+                said += f" and ended {result['n_aborted']} requests"
+            click.echo(said)
     sys.exit(worst)
 
 
@@ -180,6 +194,7 @@ def _model_columns() -> list[Column]:
         ("SIZE", lambda row: format_bytes(row["nbytes"])),
         ("CONTEXT", lambda row: row["max_model_len"]),
         ("KEEP-ALIVE", keep_alive),
+        ("PINNED", lambda row: ", ".join(row.get("pinned") or ()) or "-"),
         ("REASON", lambda row: row.get("reason") or "-"),
     ]
 

@@ -43,12 +43,14 @@ def _run_options(command: F) -> F:
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1), help="Worker processes.")
 @click.option("--slots-per-worker", type=click.IntRange(min=1), help="Instances that a worker runs at once.  [default: 1]")
 @click.option("--demo", is_flag=True, help="Also deploy the two small models that come with sllmdask.")
+@click.option("--hardware-config", metavar="FILE", help="Sizes and bandwidths of the nodes, which estimates begin with.")
 @_run_options
 def up(
     models: tuple[str, ...],
     workers: int,
     slots_per_worker: int | None,
     demo: bool,
+    hardware_config: str | None,
     host: str | None,
     port: int | None,
     insecure: bool,
@@ -65,12 +67,19 @@ def up(
     if demo:
         deployments += [read_model(f"{name}={source}") for name, source in DEMO_MODELS.items()]
     _set_up_logging(verbose)
-    flags: dict[str, dict[str, Any]] = {"server": {"host": host, "port": port}, "worker": {"slots": slots_per_worker}}
+    flags: dict[str, dict[str, Any]] = {
+        "server": {"host": host, "port": port},
+        "worker": {"slots": slots_per_worker},
+        "scheduler": {"hardware_config": hardware_config},
+    }
     settings = _read_settings(flags, file, insecure)
+    from sllmdask.config import read_hardware
     from sllmdask.server.app import check_address
     from sllmdask.server.service import run_up
 
     check_address(settings.server)
+    if settings.scheduler.hardware_config:
+        read_hardware(settings.scheduler.hardware_config)
     with waiting_line() as waiting:
         waiting.say("starting the workers")
         run_up(deployments, settings, n_workers=workers, on_ready=_announce(waiting, as_json, "everything"))
@@ -191,6 +200,8 @@ def status(wait: bool, timeout: float, server: str | None, as_json: bool) -> Non
         running = sum(1 for request in found["requests"] if request["state"] in ("queued", "running"))
         click.echo(f"{found['url']}  {why}  {len(found['models'])} models  {running} requests under way")
     print_rows(found["workers"], _worker_columns(), "No workers are connected.")
+    for warning in found.get("warnings") or ():
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _wait_until_ready(client: Client, timeout_s: float) -> dict[str, Any]:
@@ -219,11 +230,20 @@ def _worker_columns() -> list[Column]:
         tier = row["tiers"].get("host")
         return f"{format_bytes(tier['used'])} of {format_bytes(tier['capacity'])}" if tier else "-"
 
+    def estimate(row: Mapping[str, Any]) -> str:
+        """How far the predicted times of its last loads were off."""
+        error = row.get("estimate") or {}
+        return f"{error['error_ratio']:.0%} off ({error['n']} loads)" if error.get("n") else "-"
+
+    def model(held: Mapping[str, Any]) -> str:
+        return f"{held['model']} ({held['state']}{', pinned' if held.get('pinned') else ''})"
+
     return [
         ("WORKER", lambda row: row["name"]),
         ("ADDRESS", lambda row: row["address"]),
         ("PID", lambda row: row["pid"]),
         ("SLOTS", lambda row: f"{row['slots_used']}/{row['slots']}"),
         ("HOST MEMORY", host),
-        ("MODELS", lambda row: ", ".join(f"{held['model']} ({held['state']})" for held in row["models"]) or "-"),
+        ("ESTIMATE", estimate),
+        ("MODELS", lambda row: ", ".join(map(model, row["models"])) or "-"),
     ]

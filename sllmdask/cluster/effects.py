@@ -25,6 +25,8 @@ from sllmdask.policy.views import Tier
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that a worker may take for a short answer, and for one before which it may have to fetch a checkpoint.
+ASK_S, FETCH_S = 30.0, 7200.0
 #: Seconds within which Dask notices that a worker's process has ended.
 NOTICE_S = 2.0
 #: Seconds after which a load, fetching included, has failed, and an unloading, requests that still run included.
@@ -68,7 +70,7 @@ class Effects:
         match decision:
             case Load():
                 logger.info(
-                    "load model=%s worker=%s instance=%s ready_in_s=%.3f cause=%s",
+                    "load model=%s worker=%s instance=%s ready_in_s=%.5f cause=%s",
                     decision.model,
                     decision.worker,
                     decision.instance,
@@ -150,6 +152,21 @@ class Effects:
         if self._client is not None:
             await self._client.close()
         await self.pool.close()
+
+    def prepare(self) -> None:
+        """Have a client before the first load needs one."""
+        if self._client is None:
+            self.start(self._prepare())
+
+    async def _prepare(self) -> None:
+        await self._own_client()
+
+    async def ask(self, worker: str, op: str, timeout_s: float = ASK_S, **arguments: Any) -> dict[str, Any]:
+        """A worker's answer; one that cannot be had in time is an error like those that it would answer."""
+        try:
+            return await asyncio.wait_for(getattr(self.pool(worker), op)(**arguments), timeout_s)
+        except (OSError, TimeoutError):
+            return WorkerLost(worker).as_wire()
 
     def _wake(self) -> None:
         self._timer = None

@@ -13,6 +13,7 @@ import itertools
 import logging
 import shutil
 import tempfile
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -37,10 +38,12 @@ from sllmdask.cluster.journal import (
     Progress,
     Started,
 )
+from sllmdask.cluster.lookout import Lookout
 from sllmdask.config import Deployment, Settings
 from sllmdask.engine.text import TextStream, Tokenizer, preload
 from sllmdask.errors import (
     AdapterNotFound,
+    Cancelled,
     InstanceGone,
     InvalidRequest,
     ModelNotFound,
@@ -59,7 +62,7 @@ logger = logging.getLogger(__name__)
 N_RECENT = 256
 #: Times that a request goes back to the queue because its instance was gone before its first token.
 MAX_RETURNS = 5
-#: Times that an answer is continued elsewhere because its instance died: a request that kills whoever serves it does not kill all.
+#: Times that an answer is continued elsewhere because its instance died: a request that kills who serves it does not kill all.
 MAX_RESUMES = 3
 #: Seconds between pings of a worker, and without any word from it after which it counts as lost.
 PING_EVERY_S = 2.0
@@ -86,8 +89,21 @@ class _Active:
         self.n_resumes = 0
         #: Which checkpoint of the model it was begun with: only the same one can continue it.
         self.revision = revision
+        self.began_at = time.monotonic()
+        self.first_token_s: float | None = None
+        self.error: str | None = None
         #: Whether it was told last that its instance is being read.
         self.reading = False
+
+    def as_row(self) -> dict[str, Any]:
+        """One row of ``GET /admin/requests``."""
+        return self.journal.as_row() | {"seconds": time.monotonic() - self.began_at}
+
+    def outcome(self) -> dict[str, Any]:
+        """What the scheduler, which sees no token, is told of its end."""
+        journal = self.journal
+        told = {"state": journal.state, "n_tokens": len(journal.output_ids), "path": journal.path, "error": self.error}
+        return told | {"first_token_s": self.first_token_s}
 
 
 class WorkerLink:
@@ -146,7 +162,7 @@ class WorkerLink:
                 comm.abort()
 
 
-class Gateway:
+class Gateway(Lookout):
     """Where the HTTP server hands its requests in. Belongs to one event loop; :meth:`start` before use."""
 
     def __init__(self, scheduler: str, settings: Settings) -> None:
@@ -246,6 +262,10 @@ class Gateway:
         return self._outbox is not None and self._n_workers > 0
 
     @property
+    def connected(self) -> bool:
+        return self._outbox is not None
+
+    @property
     def not_ready_reason(self) -> str:
         if self._outbox is None:
             return f"The scheduler at {self._scheduler} is not connected."
@@ -281,7 +301,14 @@ class Gateway:
 
     def requests(self) -> list[dict[str, Any]]:
         """Requests under way, then those that ended lately, newest first."""
-        return [active.journal.as_row() for active in self._active.values()] + list(self._recent)
+        return [active.as_row() for active in self._active.values()] + list(self._recent)
+
+    def end_here(self, request: str, error: SllmError) -> bool:
+        """End the requests of this id, or this key, with `error`; whether there were any."""
+        found = [active for active in self._active.values() if request in (active.key, active.journal.request.id)]
+        for active in found:
+            active.inbox.put_nowait(error)
+        return bool(found)
 
     async def cluster(self) -> dict[str, Any]:
         """The workers, their slots, tiers and models."""
@@ -296,15 +323,26 @@ class Gateway:
         await self.tokenizer(deployment.model)
         return reply
 
-    async def delete(self, model: str, adapters: list[str] | None = None) -> None:
-        """Forget a model, or only these of its LoRA adapters; raises :class:`ModelNotFound` or :class:`AdapterNotFound`."""
-        reply = await self._ask("sllm_delete", model=model, adapters=adapters)
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change some settings of a deployment; returns ``model`` and ``warnings``."""
+        reply = await self._ask("sllm_update", model=model, changes=changes)
+        self._rows[model] = reply.pop("row")
+        await self.tokenizer(model)
+        return reply
+
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
+        """Forget a model, or only these of its LoRA adapters; raises :class:`ModelNotFound` or :class:`AdapterNotFound`.
+
+        Requests that run may finish, unless by `force`; the answer has ``n_running`` and ``n_aborted``.
+        """
+        reply = await self._ask("sllm_delete", model=model, adapters=adapters, force=force)
         if adapters is not None:
-            self._rows[model] = reply["row"]
-            return
+            self._rows[model] = reply.pop("row")
+            return reply
         self._rows.pop(model, None)
         for old in [old for old in self._tokenizers if old[0] == model]:
             del self._tokenizers[old]
+        return reply
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         """Make a model ready on a node (`tier` ``device``), or bring it to a node's host memory (``host``).
@@ -316,6 +354,12 @@ class Gateway:
     async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
         """Take a model from the devices; what runs may end first."""
         return await self._ask("sllm_unload", model=model, node=node, wait=wait)
+
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        """Keep a model's host copy on a node, or let it be evicted again."""
+        reply = await self._ask("sllm_pin", model=model, node=node, pinned=pinned)
+        self._rows[model] = reply.pop("row")
+        return reply
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
         """Bring the files of a model, or of a source that is not deployed, to a node's disk."""
@@ -524,6 +568,8 @@ class Gateway:
             del journal.output_ids[active.text.n_accepted :]
             reason = FinishReason.STOP
         fresh = tuple(journal.output_ids[n_before:])
+        if fresh and active.first_token_s is None:
+            active.first_token_s = time.monotonic() - active.began_at
         told = tuple(map(TokenLogprobs.from_wire, logprobs[len(logprobs) - len(accepted) :][: len(fresh)])) if logprobs else ()
         of_prompt = None if prompt_logprobs is None or n_before else tuple(map(TokenLogprobs.from_wire, prompt_logprobs))
         if reason is None:
@@ -545,13 +591,16 @@ class Gateway:
         return events
 
     def _fail(self, active: _Active, error: SllmError) -> None:
-        """What lost its instance or its worker goes back to its place in the queue, and is continued elsewhere with the tokens that
-        it has; all else is raised, and so is the loss of one instance too many."""
+        """What lost its instance or its worker goes back to its place in the queue, to be continued elsewhere with its tokens.
+
+        All else is raised, and so is the loss of one instance too many.
+        """
         journal = active.journal
         began = bool(journal.output_ids)
         spent = active.n_resumes >= MAX_RESUMES if began else active.n_returns >= MAX_RETURNS
         if not isinstance(error, InstanceGone | WorkerLost) or spent:
-            journal.state = "failed"
+            journal.state = "cancelled" if isinstance(error, Cancelled) else "failed"
+            active.error = error.message
             raise error
         self._check_revision(active)
         active.n_resumes += began
@@ -588,12 +637,14 @@ class Gateway:
         if link is not None and (journal.state != "finished" or active.text.stopped):
             link.send(["cancel", active.key, journal.instance])
         self._stop(active.key, active.following.elsewhere())
-        self._tell(["ended", active.key])
-        self._recent.appendleft(journal.as_row())
+        self._tell(["ended", active.key, active.outcome()])
+        self._recent.appendleft(active.as_row())
 
     def _ask_for_place(self, active: _Active, what: str = "request") -> None:
         request = active.journal.request
-        self._tell([what, active.key, request.model, request.priority, request.deadline_s])
+        max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
+        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:
@@ -616,6 +667,10 @@ class Gateway:
                 self._show_progress([row for row in changed if row["state"] == "loading"])
             case ["reading", reading]:
                 self._show_reading(reading)
+            case ["rows", number]:
+                self._tell(["rows", number, self.requests()])
+            case ["cancel", key]:
+                self.end_here(key, Cancelled("An operator cancelled the request."))
             case ["dispatch" | "refuse", key, *_]:
                 active = self._active.get(key)
                 if active is not None:

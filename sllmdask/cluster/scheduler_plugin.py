@@ -7,17 +7,15 @@ Every hook of Dask ends in one event for the controller, every decision in one e
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
-import itertools
 import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
 from typing import Any
 
+import click
 from distributed import Scheduler
 from distributed.comm import Comm
 from distributed.core import Status
@@ -25,28 +23,22 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
+from sllmdask.cluster.deployments import Deployments
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.event_log import Recorder
 from sllmdask.cluster.moving import Moving
+from sllmdask.cluster.observing import Observer
+from sllmdask.cluster.operations import Operations
+from sllmdask.cluster.rows import Rows
+from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
 from sllmdask.cluster.worker_plugin import PROTOCOL
-from sllmdask.config import Deployment, Settings, parse
-from sllmdask.errors import (
-    AdapterNotFound,
-    CheckpointNotFound,
-    ConfigError,
-    EngineError,
-    InvalidRequest,
-    LoadFailed,
-    ModelNotFound,
-    NoWorker,
-    SllmError,
-    WorkerLost,
-    from_wire,
-)
+from sllmdask.config import Deployment, Settings, read_hardware
+from sllmdask.errors import ConfigError, EngineError, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Decision, Dispatch, Refuse, ReportLoaded
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.decisions import Decision, Dispatch, Load
+from sllmdask.policy.views import InstanceState, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -56,38 +48,22 @@ N_EVENTS = 10_000
 RECONCILE_S = 2.0
 #: Seconds for which an account may still list an instance that has failed: that of a heartbeat is not the newest one.
 FAILED_S = 10.0
-#: Seconds that a worker may take for a short answer, and for one before which it may have to fetch a checkpoint.
-ASK_S, FETCH_S = 30.0, 7200.0
 #: Seconds that changes of models are gathered before the front doors hear of them.
 GATHER_S = 0.02
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """A deployment and what its checkpoint turned out to be."""
-
-    deployment: Deployment
-    created: int
-    revision: int
-    nbytes: int
-    max_model_len: int
-    architecture: str
-    #: ``None``: it generates text. Otherwise an ``EmbeddingInfo`` as plain types.
-    embedding: dict[str, Any] | None = None
-
-
-def answer(method: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+def answer(handler: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
     """Around a handler: our errors travel as plain data, since Dask would pickle them."""
 
-    @functools.wraps(method)
-    async def call(self: SllmSchedulerPlugin, **kwargs: Any) -> dict[str, Any]:
+    @functools.wraps(handler)
+    async def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
-            return await method(self, **kwargs)
+            return await handler(*args, **kwargs)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
-            logger.exception("handler %s failed", method.__name__)
-            return EngineError(f"{method.__name__} failed: {error!r}").as_wire()
+            logger.exception("handler %s failed", handler.__name__)
+            return EngineError(f"{handler.__name__} failed: {error!r}").as_wire()
 
     return call
 
@@ -110,7 +86,6 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         )
         self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
         self.events: deque[ev.Event] = deque(maxlen=N_EVENTS)
-        self.deployed: dict[str, Deployed] = {}
         self._doors: dict[str, Outbox] = {}
         #: What the front doors were told last.
         self._rows: dict[str, dict[str, Any]] = {}
@@ -121,34 +96,45 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._failed_at: dict[str, float] = {}
         #: The newest account of each worker, by address.
         self._accounts: dict[str, dict[str, Any]] = {}
-        #: The last report of each load, by instance: one that takes requests may still be read.
-        self._progress: dict[str, dict[str, Any]] = {}
-        #: What the front doors were told last of how far those are.
+        #: What the front doors were told last of how far instances are that take requests and are still read.
         self._told_reading: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.TimerHandle | None = None
-        #: What operators wait for: loads by wish, and instances that are to leave.
-        self._wishes: dict[str, asyncio.Future[ReportLoaded]] = {}
-        self._wish_numbers = itertools.count(1)
-        self._departures: dict[asyncio.Future[None], set[str]] = {}
-        #: Those who wait for the last byte of an instance, by instance.
-        self._readings: dict[str, asyncio.Future[None]] = {}
-        self._worker_joined = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
-        # Front doors keep tokenizers by revision, and may have known the scheduler that was here before.
-        self._revisions = itertools.count(int(1e3 * time.time()))
         #: What workers prove to each other that they know.
         self._token = secrets.token_hex(16)
+        path = settings.scheduler.hardware_config
+        self._estimates = Estimates(read_hardware(path) if path else {})
         self.moving = Moving(self)
         self.effects = Effects(scheduler, self.on, self._doors, self.deployment, self.peers, self.moving.evacuate)
+        self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers, self._fold_account)
+        self.deployed = self.deployments.by_name
+        self._wishes, self._departures = Wishes(), Departures()
+        self._progress = LoadProgress(self.controller, self._tell_soon)
+        self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates)
+        self._operations = Operations(
+            self.controller,
+            self.deployments,
+            self.effects,
+            self.on,
+            self.peers,
+            self._wishes,
+            self._departures,
+            self._progress,
+        )
+        self.observer = Observer(self.controller, self._doors, self._accounts)
+        for operation, handler in self.observer.handlers.items():
+            scheduler.handlers[operation] = answer(handler)
         scheduler.handlers["sllm-front-door"] = self.front_door
         scheduler.handlers["sllm_register"] = self.register
         scheduler.handlers["sllm_delete"] = self.delete
-        scheduler.handlers["sllm_files"] = self.files
+        scheduler.handlers["sllm_files"] = answer(self.deployments.files)
         scheduler.handlers["sllm_cluster"] = self.cluster
-        scheduler.handlers["sllm_load"] = self.load
-        scheduler.handlers["sllm_unload"] = self.unload
-        scheduler.handlers["sllm_pull"] = self.pull
+        scheduler.handlers["sllm_load"] = answer(self._operations.load)
+        scheduler.handlers["sllm_unload"] = answer(self._operations.unload)
+        scheduler.handlers["sllm_pull"] = answer(self._operations.pull)
         scheduler.handlers["sllm_migrate"] = self.migrate
+        scheduler.handlers["sllm_pin"] = self.pin
+        scheduler.handlers["sllm_update"] = self.update
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
     def on(self, event: ev.Event) -> None:
@@ -157,7 +143,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if isinstance(event, ev.LoadFailed | ev.InstanceLost):
             self._failed_at[event.instance] = event.at
         if isinstance(event, ev.LoadFinished):
-            self._takes_requests(event)
+            self._progress.takes_requests(event)
         try:
             decisions = self.controller.handle(event)
         except Exception:
@@ -165,41 +151,33 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             logger.exception("the controller failed on %r", event)
             raise
         self._recorder.saw(event, decisions)
+        self.observer.saw(event, decisions)
         for decision in decisions:
+            if isinstance(decision, Load):
+                self._estimates.decided(decision, self.controller.workers[decision.worker].name, event.at)
             try:
                 self.enact(decision)
             except Exception:
                 # The others were decided too, and the controller counts on all of them.
                 logger.exception("cannot enact %r", decision)
-        for gone, instances in list(self._departures.items()):
-            if self.controller.instances.keys().isdisjoint(instances):
-                del self._departures[gone]
-                if not gone.done():
-                    gone.set_result(None)
-        self._end_readings()
+        self._departures.settle(self.controller.instances)
+        self._progress.settle()
+        self._learn()
         self._tell_soon()
 
     def enact(self, decision: Decision) -> None:
         """Answer the operator who waits for it here; all else is for the cluster."""
-        wish = self._wishes.pop(decision.request, None) if isinstance(decision, ReportLoaded | Refuse) else None
         if isinstance(decision, Dispatch) and decision.instance not in self._told_reading:
             instance = self.controller.instances.get(decision.instance)
-            if self._progress_of(instance) is not None:
+            if self._progress.of(instance) is not None:
                 self._tell()  # how far the instance is, before a token can come from there
-        if wish is None:
+        if not self._wishes.answer(decision):
             self.effects.enact(decision)
-        elif isinstance(decision, Refuse):
-            logger.info("refuse load=%s cause=%s why=%s", decision.request, decision.error.message, dict(decision.why))
-            if not wish.done():
-                wish.set_exception(decision.error)
-        elif isinstance(decision, ReportLoaded):
-            logger.info("loaded load=%s instance=%s waited_s=%.3f", decision.request, decision.instance, decision.waited_s)
-            if not wish.done():
-                wish.set_result(decision)
 
     # --- Dask's hooks ---
 
     async def start(self, scheduler: Scheduler) -> None:
+        self.effects.start(self._look_for_missing())
         for address in scheduler.workers:
             self.add_worker(scheduler, address)
 
@@ -222,25 +200,24 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if facts["protocol"] != PROTOCOL:
             logger.warning("worker %s speaks protocol %s, not %s: upgrade it", worker, facts["protocol"], PROTOCOL)
             return
-        residency, bytes_per_s, overhead_s = _account(facts)
+        name = str(state.name)
+        rates = self._estimates.rates(name, facts)
         view = WorkerView(
             address=worker,
-            name=str(state.name),
+            name=name,
             slots=facts["slots"],
-            host_capacity=facts["tiers"]["host"]["capacity"],
+            host_capacity=self._estimates.host_capacity(name, facts, self.controller.workers.values()),
             node=facts["node"],
-            residency=residency,
-            bytes_per_s=bytes_per_s,
-            overhead_s=overhead_s,
-            version=facts["version"],
+            residency=_residency(facts),
+            bytes_per_s=rates.bytes_per_s,
+            overhead_s=rates.overhead_s,
         )
         self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
-        self._worker_joined.set()
+        self.effects.prepare()
+        self._accounts[worker] = facts
         self.on(ev.WorkerJoined(time.monotonic(), view))
-        self.effects.start(self._welcome(worker))
-        # It tells by its next account which of them are on its own disk.
-        for source in {deployed.deployment.source for deployed in self.deployed.values()}:
-            self.effects.start(self._look_for(worker, source))
+        self.deployments.joined.set()
+        self.effects.start(self._greet(worker, name))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
@@ -262,17 +239,19 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             match message:
                 case {"kind": "account", "account": account}:
                     self._fold_account(worker, account)
-                case {"kind": "progress", "instance": instance, "done": _, "total": _, "tier": _, "bytes_per_s": _}:
-                    if not _is_read(self._progress.get(instance)):
-                        self._progress[instance] = message
-                        self._end_readings()
-                        self._tell_soon()
+                case {"kind": "progress", "instance": _, "done": _, "total": _, "tier": _, "bytes_per_s": _}:
+                    self._progress.reported(message)
+                case {"kind": "loaded", "instance": instance, "load": times}:
+                    self._estimates.told(instance, times, time.monotonic())
+                    self.observer.log.read(instance, times, time.monotonic())
+                    self._progress.is_read(instance)
+                    self._learn()
                 case {"kind": "lost", "instance": instance, "reason": reason}:
-                    self._reading_failed(instance, reason)
+                    self._progress.failed(instance, reason)
                     self.effects.instance_lost(instance)
                     self.on(ev.InstanceLost(time.monotonic(), instance, reason))
                 case {"kind": "failed", "instance": instance, "reason": reason}:
-                    self._reading_failed(instance, reason)
+                    self._progress.failed(instance, reason)
                     self.effects.instance_lost(instance)
                     self.on(ev.LoadFailed(time.monotonic(), instance, reason))
                 case _:
@@ -282,13 +261,14 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             logger.exception("bad report from %s: %r", worker, message)
 
     def _fold_account(self, address: str, account: dict[str, Any]) -> None:
-        view = self.controller.workers.get(address)
-        if view is None or account["version"] < view.version:
+        old = self._accounts.get(address)
+        if old is None or account["version"] < old["version"] or address not in self.controller.workers:
             return
         self._accounts[address] = account
+        self.observer.saw_account(account)
         for instance, stats in account["instances"].items():
             if "read_s" in stats.get("load", {}) or stats.get("n_output_tokens"):
-                self._read(instance)
+                self._progress.is_read(instance)
         now = time.monotonic()
         self._failed_at = {instance: at for instance, at in self._failed_at.items() if now < at + FAILED_S}
         # What has just failed its worker has ended itself.
@@ -297,48 +277,40 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # It was called off while nobody could be told, or its unloading went unanswered.
             self._strays.add(instance)
             self.effects.start(self._unload_stray(address, instance))
-        if account["version"] > view.version:
-            capacity = account["tiers"]["host"]["capacity"]
-            self.on(ev.WorkerReported(time.monotonic(), address, account["version"], *_account(account), capacity))
+        here = [instance for instance in self.controller.instances.values() if instance.worker == address]
+        missing = any(instance.state is InstanceState.READY and instance.id not in account["instances"] for instance in here)
+        if account["version"] > old["version"] or missing:
+            self._report(address, frozenset(account["instances"]))
 
-    def _takes_requests(self, event: ev.LoadFinished) -> None:
-        """Until a report or an account says more, an instance that was not in memory is one of which nothing is there yet."""
-        instance = self.controller.instances.get(event.instance)
-        if instance is not None and event.loaded_from in (Tier.DISK, Tier.PEER, Tier.REMOTE):
-            told = {"done": 0, "total": instance.nbytes, "tier": str(event.loaded_from), "bytes_per_s": 0.0}
-            self._progress.setdefault(instance.id, told)
+    def _report(self, address: str, instances: frozenset[str] | None = None) -> None:
+        """Tell the controller what is believed of a worker now. Its reports are numbered here: we know more than the worker."""
+        view, account = self.controller.workers[address], self._accounts[address]
+        rates = self._estimates.rates(view.name, account)
+        capacity = self._estimates.host_capacity(view.name, account, self.controller.workers.values())
+        residency = _residency(account)
+        self.on(
+            ev.WorkerReported(
+                time.monotonic(),
+                address,
+                view.version + 1,
+                residency,
+                rates.bytes_per_s,
+                rates.overhead_s,
+                capacity,
+                instances=instances,
+            )
+        )
 
-    def _read(self, instance: str) -> None:
-        """All bytes of an instance are there: its last report may have been lost, or be late."""
-        told = self._progress.get(instance, {"total": 0, "tier": None, "bytes_per_s": 0.0})
-        if instance in self.controller.instances and not _is_read(told):
-            self._progress[instance] = {**told, "done": told["total"]}
-            self._end_readings()
-            self._tell_soon()
-
-    async def _until_read(self, instance: str) -> None:
-        """Until the last byte of an instance is there, or it is gone; raises :class:`LoadFailed`."""
-        view = self.controller.instances.get(instance)
-        if self._progress_of(view) is not None:
-            read = self._readings.setdefault(instance, asyncio.get_running_loop().create_future())
-            await asyncio.shield(read)
-
-    def _end_readings(self) -> None:
-        for instance, read in list(self._readings.items()):
-            if self._progress_of(self.controller.instances.get(instance)) is None:
-                del self._readings[instance]
-                read.set_result(None)
-
-    def _reading_failed(self, instance: str, reason: str) -> None:
-        view, read = self.controller.instances.get(instance), self._readings.pop(instance, None)
-        if read is not None:
-            read.set_exception(LoadFailed(view.model if view is not None else instance, reason))
-            read.exception()  # whoever waited may have gone
+    def _learn(self) -> None:
+        """Of loads that have come to an end."""
+        learned = self._estimates.settle(self.controller.instances)
+        for address in [view.address for view in self.controller.workers.values() if view.name in learned]:
+            self._report(address)
 
     async def _unload_stray(self, worker: str, instance: str) -> None:
         logger.warning("unload instance=%s worker=%s cause=nobody asked for it", instance, worker)
         try:
-            await self._ask(worker, "sllm_unload", UNLOAD_LIMIT_S, instance=instance)
+            await self.effects.ask(worker, "sllm_unload", UNLOAD_LIMIT_S, instance=instance)
         finally:
             self._strays.discard(instance)
 
@@ -349,6 +321,27 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 account = state.metrics.get("sllm")
                 if account:
                     self.worker_report(address, {"kind": "account", "account": account})
+
+    async def _greet(self, worker: str, name: str) -> None:
+        """Tell a worker what it shows to the others, so that they supply each other with checkpoints; then what it is to have."""
+        await self.effects.ask(worker, "sllm_welcome", token=self._token, disk_size=self._estimates.disk_size(name))
+        await self.deployments.worker_joined(worker)
+
+    async def _look_for_missing(self) -> None:
+        await asyncio.sleep(self.settings.scheduler.worker_wait)
+        for warning in self._estimates.missing(self.controller.workers.values()):
+            logger.warning("%s", warning)
+
+    def peers(self, source: str, worker: str) -> list[str]:
+        """Where `worker` may have the files of `source` from: the other nodes that hold them, those in memory first."""
+        node = self._accounts.get(worker, {}).get("node")
+        found = []
+        for view in self.controller.workers.values():
+            account = self._accounts.get(view.address, {})
+            tier = view.residency.get(source)
+            if view.address != worker and tier in (Tier.HOST, Tier.DISK) and account.get("data") and account["node"] != node:
+                found.append((tier is Tier.DISK, view.name, account["data"]))
+        return [address for *_, address in sorted(found)]
 
     # --- front doors ---
 
@@ -377,18 +370,31 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def _receive(self, front_door: str, message: Message) -> None:
         now = time.monotonic()
         match message:
-            case ["request" | "returned" as what, request_id, model, priority, deadline_s]:
+            case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
+                self.observer.log.told(request_id, told)
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and request_id in self.controller.running:
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
-                request = RequestView(request_id, model, front_door, now, now + deadline_s, priority)
+                request = RequestView(
+                    request_id,
+                    model,
+                    front_door,
+                    now,
+                    now + deadline_s,
+                    priority,
+                    n_tokens=told["n_prompt_tokens"],
+                    max_new_tokens=told["max_new_tokens"],
+                )
                 self.on(ev.RequestArrived(now, request))
-            case ["ended", request_id]:
+            case ["ended", request_id, told]:
+                self.observer.log.told(request_id, told)
                 self.on(ev.RequestEnded(now, request_id))
             case ["read", instance]:
-                self._read(instance)
+                self._progress.is_read(instance)
+            case ["rows", number, rows]:
+                self.observer.answered(front_door, number, rows)
             case _:
                 logger.warning("unknown message from front door %s: %r", front_door, message[:1])
 
@@ -402,7 +408,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if self._telling:
             self._telling.cancel()
             self._telling = None
-        rows = self._current_rows()
+        self._progress.forget_gone()
+        rows = self._made_rows.models()
         changed = [row for name, row in rows.items() if row != self._rows.get(name)]
         gone = [name for name in self._rows if name not in rows]
         n_workers = len(self.controller.workers)
@@ -410,268 +417,41 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             for outbox in self._doors.values():
                 outbox.put(["models", changed, gone, n_workers])
         self._rows, self._n_workers_told = rows, n_workers
-        reading = {
-            instance.id: told
-            for instance in self.controller.instances.values()
-            if instance.state is InstanceState.READY and (told := self._progress_of(instance))
-        }
+        reading = self._progress.reading()
         if reading != self._told_reading:
             for outbox in self._doors.values():
                 outbox.put(["reading", reading])
         self._told_reading = reading
 
-    def _current_rows(self) -> dict[str, dict[str, Any]]:
-        self._progress = {key: done for key, done in self._progress.items() if key in self.controller.instances}
-        return {name: self._row(name, deployed) for name, deployed in self.deployed.items()}
-
-    def _row(self, name: str, deployed: Deployed) -> dict[str, Any]:
-        """One model as front doors and users see it."""
-        instances = self.controller.instances_of(name)
-        loading = [instance for instance in instances if instance.state in (InstanceState.LOADING, InstanceState.PLANNED)]
-        dispatchable = [instance for instance in instances if instance.state is InstanceState.READY]
-        ready = [instance for instance in dispatchable if self._progress_of(instance) is None]
-        # Requests are dispatched to an instance whose last bytes are on their way, but nobody is answered yet.
-        loading = [instance for instance in dispatchable if instance not in ready] + loading
-        progress = next((told for instance in loading if (told := self._progress_of(instance))), {})
-        done, total = progress.get("done", 0), progress.get("total", deployed.nbytes)
-        reason = self.controller.last_failure(name)
-        if ready:
-            state = "ready"
-        elif loading:
-            state = "loading"
-        elif reason:
-            state = "failed"
-        else:
-            tiers = {worker.residency.get(deployed.deployment.source) for worker in self.controller.workers.values()}
-            state = next((str(tier) for tier in (Tier.HOST, Tier.DISK) if tier in tiers), "absent")
-        return {
-            "model": name,
-            "state": state,
-            "created": deployed.created,
-            "revision": deployed.revision,
-            "max_model_len": deployed.max_model_len,
-            "nbytes": deployed.nbytes,
-            "instances": len(ready),
-            "reason": reason,
-            "keep_alive": self._keep_alive(deployed.deployment),
-            "progress": done / total if loading and total else None,
-            "done": done if loading else None,
-            "tier": progress.get("tier"),
-            "bytes_per_s": progress.get("bytes_per_s"),
-            "source": deployed.deployment.source,
-            "task": "embed" if deployed.embedding else "generate",
-            "embedding": deployed.embedding,
-            "adapters": deployed.deployment.backend_config.lora_adapters or {},
-        }
-
     # --- handlers that answer ---
 
     @answer
     async def register(self, deployment: dict[str, Any]) -> dict[str, Any]:
-        """Deploy a model, or deploy it anew with other settings."""
-        asked = parse(Deployment, deployment, "the deployment")
-        facts = await self._inspect(asked)
-        old = self.deployed.get(asked.model)
-        same = old is not None and old.deployment.source == asked.source
-        max_model_len = min(asked.backend_config.max_model_len or facts["max_model_len"], facts["max_model_len"])
-        # What it is for is known from now on, also to who loads it.
-        backend = asked.backend_config.model_copy(update={"task": "embed" if facts.get("embedding") else "generate"})
-        asked = asked.model_copy(update={"backend_config": backend})
-        scaling = asked.auto_scaling_config
-        view = ModelView(
-            name=asked.model,
-            nbytes=facts["nbytes"],
-            checkpoint=asked.source,
-            n_slots=asked.num_gpus,
-            target=scaling.target,
-            min_instances=scaling.min_instances,
-            max_instances=scaling.max_instances,
-            keep_alive_s=self._keep_alive(asked),
-            variant=backend.variant,
-            nodes=asked.placement_config.nodes,
-        )
-        misfit = self.controller.feasible(view)
-        if misfit is not None:
-            raise misfit
-        await self._inspect_adapters(asked)
-        if old is not None and not same:
-            self._forget(asked.model, replaced=True)
-        self.deployed[asked.model] = Deployed(
-            deployment=asked,
-            created=old.created if old and same else int(time.time()),
-            revision=old.revision if old and same else next(self._revisions),
-            nbytes=facts["nbytes"],
-            max_model_len=max_model_len,
-            architecture=facts["architecture"],
-            embedding=facts.get("embedding"),
-        )
-        logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
-        self.on(ev.ModelDeployed(time.monotonic(), view))
+        """Deploy a model; the answer has its row."""
+        reply = await self.deployments.register(deployment)
         self._tell()
-        warnings = asked.warnings() + self._preload(asked)
-        return {"model": asked.model, "warnings": warnings, "row": self._rows[asked.model]}
+        return reply | {"row": self._rows[reply["model"]]}
 
     @answer
-    async def delete(self, model: str, adapters: list[str] | None = None) -> dict[str, Any]:
-        """Forget a model: who waits is refused, who runs may finish, then its memory is freed unless another model shares it.
-
-        Or forget some of its `adapters`: no request gets them any more, and instances let go of them when others are needed.
-        """
-        deployed = self._deployed(model)
-        if adapters is not None:
-            backend = deployed.deployment.backend_config
-            left = dict(backend.lora_adapters or {})
-            for name in adapters:
-                if left.pop(name, None) is None:
-                    raise AdapterNotFound(model, name, difflib.get_close_matches(name, left, n=3))
-            changed = {"backend_config": backend.model_copy(update={"lora_adapters": left})}
-            self.deployed[model] = replace(deployed, deployment=deployed.deployment.model_copy(update=changed))
-            logger.info("deleted adapters=%s model=%s", ",".join(adapters), model)
-            self._tell()
-            return {"model": model, "row": self._rows[model]}
-        self._forget(model)
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change a deployment; the answer has its row."""
+        reply = await self.deployments.update(model, changes)
         self._tell()
-        return {"model": model}
+        return reply | {"row": self._rows[model]}
 
     @answer
-    async def files(self, model: str) -> dict[str, Any]:
-        """The small files of a model's checkpoint, from a worker that has them."""
-        deployment = self._deployed(model).deployment
-        error: SllmError = NoWorker(model, "no worker is connected that could supply its tokenizer")
-        for worker in self._allowed(deployment):
-            reply = await self._ask(worker.address, "sllm_files", source=deployment.source)
-            if "error" not in reply:
-                return {"files": reply["files"]}
-            error = from_wire(reply)
-        raise error
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]:
+        """Keep a host copy, or not; the answer has the model's row."""
+        reply = await self._operations.pin(model, node, pinned)
+        self._tell()
+        return reply | {"row": self._rows[model]}
 
     @answer
-    async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
-        """Make an instance of a model ready, or bring its checkpoint to host memory; on `node`, or where it is best placed."""
-        deployed = self._deployed(model)
-        where = self._node(node)
-        view = self.controller.models[model]
-        if where is not None and view.nodes and where.name not in view.nodes:
-            raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "node")
-        if where is not None:
-            view = replace(view, nodes=(where.name,))
-        misfit = self.controller.feasible(view)
-        if misfit is not None:
-            raise misfit
-        said = dict.fromkeys(("model", "tier", "state", "node", "instance", "cold_start", "seconds", "progress"))
-        said |= {"model": model, "tier": tier, "keep_alive": self._keep_alive(deployed.deployment)}
-        if tier == Tier.HOST:
-            return said | await self._load_to_host(deployed, view, wait)
-        now = time.monotonic()
-        wish = RequestView(
-            f"load-{next(self._wish_numbers)}", model, "", now, now + FETCH_S, load_only=True, node=where.name if where else ""
-        )
-        logger.info("load asked for model=%s node=%s load=%s", model, node, wish.id)
-        report = self._wishes[wish.id] = asyncio.get_running_loop().create_future()
-        self.on(ev.LoadRequested(now, wish))
-        if not wait and not report.done():
-            report.add_done_callback(lambda done: done.cancelled() or done.exception())
-            return said | {"state": "loading", "node": node}
-        loaded = await report
-        if wait:
-            await self._until_read(loaded.instance)
-        progress = self._progress_of(self.controller.instances.get(loaded.instance))
-        return said | {
-            "state": "loading" if progress else "ready",
-            "node": loaded.node,
-            "instance": loaded.instance,
-            "cold_start": str(loaded.loaded_from or "hit"),
-            "seconds": time.monotonic() - now,
-            "progress": progress,
-        }
-
-    async def _load_to_host(self, deployed: Deployed, view: ModelView, wait: bool) -> dict[str, Any]:
-        source = deployed.deployment.source
-        allowed = [worker for worker in self.controller.workers.values() if not view.nodes or worker.name in view.nodes]
-        holding = [worker for worker in allowed if worker.residency.get(source) is Tier.HOST]
-        worker = min(holding, key=lambda worker: worker.name, default=None) or self.controller.best_worker(view, time.monotonic())
-        if worker is None:
-            raise NoWorker(view.name, "no worker is connected")
-        tier_from = worker.residency.get(source, Tier.REMOTE)
-        began_at = time.monotonic()
-        if not wait:
-            self.effects.start(self._preload_on(worker.address, deployed.deployment))
-            return {"state": "loading", "node": worker.name}
-        peers = self.peers(source, worker.address)
-        reply = await self._ask(worker.address, "sllm_preload", FETCH_S, source=source, peers=peers)
-        if "error" in reply:
-            raise from_wire(reply)
-        loaded_from = reply.get("loaded_from") or str(tier_from)
-        # The worker knows sooner than we that it was there.
-        cold_start = "hit" if Tier.HOST in (tier_from, loaded_from) else loaded_from
-        return {"state": "host", "node": worker.name, "cold_start": cold_start, "seconds": time.monotonic() - began_at}
-
-    @answer
-    async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
-        """Take a model's instances from their devices, on `node` or everywhere; those that work finish first."""
-        deployed = self._deployed(model)
-        where = self._node(node)
-        leaving = {
-            instance.id: self.controller.workers[instance.worker].name
-            for instance in self.controller.instances_of(model)
-            if where is None or instance.worker == where.address
-        }
-        logger.info("unload asked for model=%s node=%s instances=%s", model, node, sorted(leaving))
-        gone = asyncio.get_running_loop().create_future()
-        self._departures[gone] = set(leaving)
-        self.on(ev.UnloadRequested(time.monotonic(), model, where.name if where else ""))
-        n_kept = deployed.deployment.auto_scaling_config.min_instances
-        warnings = [f"min_instances is {n_kept}: another instance is started at once"] if leaving and n_kept else []
-        if wait:
-            try:
-                await gone
-            finally:
-                self._departures.pop(gone, None)
-        return {
-            "model": model,
-            "state": "unloaded" if gone.done() else "unloading",
-            "instances": [{"instance": instance, "node": name} for instance, name in leaving.items()],
-            "warnings": warnings,
-        }
-
-    @answer
-    async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]:
-        """Bring a checkpoint's files to the disk of `node`, or of one that may run it. `source` may name a deployed model too."""
-        deployed = self._deployed(model) if model is not None else self.deployed.get(source or "")
-        where = self._node(node)
-        view = ModelView(source or "", nbytes=0) if deployed is None else self.controller.models[deployed.deployment.model]
-        source = (source or "") if deployed is None else deployed.deployment.source
-        if where is None:
-            where = self.controller.best_worker(view, time.monotonic())
-            there = [worker for worker in self.controller.workers.values() if source in worker.residency]
-            allowed = [worker for worker in there if not view.nodes or worker.name in view.nodes]
-            where = min(allowed, key=lambda worker: worker.name, default=where)
-        if where is None:
-            raise NoWorker(view.name, "no worker is connected that could hold it")
-        began_at = time.monotonic()
-        reply = await self._ask(where.address, "sllm_inspect", source=source, fetch=False)
-        fetched = "error" in reply and isinstance(from_wire(reply), CheckpointNotFound)
-        said = {"source": source, "node": where.name, "fetched": fetched}
-        if fetched:
-            logger.info("fetch source=%s worker=%s cause=an operator asked", source, where.address)
-            peers = self.peers(source, where.address)
-            fetching = self._ask(where.address, "sllm_pull", FETCH_S, source=source, peers=peers)
-            if not wait:
-                self.effects.start(self._log_fetch(source, where.address, fetching))
-                return said | {"state": "fetching", "nbytes": None, "seconds": None}
-            reply = await fetching
-        if "error" in reply:
-            error = from_wire(reply)
-            near = difflib.get_close_matches(source, self.deployed, n=1)
-            if isinstance(error, CheckpointNotFound) and near:
-                error = CheckpointNotFound(source, f"{error.reason}. Did you mean the deployed model {near[0]!r}?")
-            raise error
-        return said | {"state": "disk", "nbytes": reply["nbytes"], "seconds": time.monotonic() - began_at}
-
-    async def _log_fetch(self, source: str, worker: str, fetching: Awaitable[dict[str, Any]]) -> None:
-        reply = await fetching
-        if "error" in reply:
-            logger.warning("fetch failed source=%s worker=%s cause=%s", source, worker, from_wire(reply).message)
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
+        """Delete a model, or some of its adapters; then the answer has its row."""
+        reply = await self.deployments.delete(model, adapters, force)
+        self._tell()
+        return reply if adapters is None else reply | {"row": self._rows[model]}
 
     # --- moves ---
 
@@ -680,7 +460,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self, requests: dict[str, str] | None, instance: str | None, to: str, kind: str | None, wait: bool
     ) -> dict[str, Any]:
         """Move running requests, of which the ids are told by their keys, or an instance with all that it has, to node `to`."""
-        where = self._node(to, "to")
+        where = self._operations.node(to, "to")
         assert where is not None
         logger.info("migrate asked for requests=%s instance=%s to=%s kind=%s", [*(requests or ())], instance, to, kind)
         if instance is not None:
@@ -688,7 +468,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return await self.moving.requests(requests or {}, where, kind, wait)
 
     def deployment(self, model: str) -> Deployment:
-        return self._deployed(model).deployment
+        return self.deployments.find(model).deployment
 
     def move_address(self, worker: str) -> str | None:
         """``host:port`` where a worker takes requests."""
@@ -696,248 +476,38 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         return address
 
     async def ask(self, worker: str, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        return await self._ask(worker, op, timeout_s, **arguments)
+        return await self.deployments.ask(worker, op, timeout_s, **arguments)
 
     async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
-        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named."""
-        view = self.controller.models.get(model)
-        if view is None:
-            raise ModelNotFound(model)
-        if view.nodes and where.name not in view.nodes:
-            raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "to")
-        misfit = self.controller.feasible(replace(view, nodes=(where.name,)))
-        if misfit is not None:
-            raise misfit
-        now = time.monotonic()
-        number = f"move-{next(self._wish_numbers)}"
-        wish = RequestView(number, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces)
-        report = self._wishes[wish.id] = asyncio.get_running_loop().create_future()
-        self.on(ev.LoadRequested(now, wish))
-        loaded = await report
-        await self._until_read(loaded.instance)
-        return loaded.instance
+        return await self._operations.ready_there(model, where, replaces)
 
     async def until_gone(self, instance: str) -> None:
-        """Until an instance that is to leave has left."""
-        if instance in self.controller.instances:
-            gone = asyncio.get_running_loop().create_future()
-            self._departures[gone] = {instance}
-            try:
-                await gone
-            finally:
-                self._departures.pop(gone, None)
+        await self._operations.until_gone(instance)
 
     def in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self.effects.start(coroutine)
 
     @answer
     async def cluster(self) -> dict[str, Any]:
-        """Workers with their slots, tiers and models."""
-        return {"workers": [self._worker_row(view) for view in self.controller.workers.values()]}
-
-    def _worker_row(self, view: WorkerView) -> dict[str, Any]:
-        state = self.scheduler.workers[view.address]
-        facts = state.extra["sllm"]
-        account = self._accounts.get(view.address, facts)
-        here = [instance for instance in self.controller.instances.values() if instance.worker == view.address]
-        taken = [instance for instance in here if instance.state is not InstanceState.PLANNED]
-        models = []
-        for name, deployed in self.deployed.items():
-            states = [self._shown_state(instance) for instance in here if instance.model == name]
-            tier = view.residency.get(deployed.deployment.source)
-            if states:
-                shown = "device" if InstanceState.READY in states else str(tier or Tier.DISK)
-                state = InstanceState.READY if InstanceState.READY in states else states[0]
-                models.append({"model": name, "state": str(state), "tier": shown, "nbytes": deployed.nbytes})
-            elif tier is not None:
-                models.append({"model": name, "state": str(tier), "tier": str(tier), "nbytes": deployed.nbytes})
-        return {
-            "name": view.name,
-            "address": view.address,
-            "pid": facts["pid"],
-            "slots": view.slots,
-            "slots_used": sum(instance.n_slots for instance in taken),
-            "tiers": account["tiers"],
-            "bandwidth": account["bandwidth"],
-            "instances": [
-                {
-                    "instance": instance.id,
-                    "model": instance.model,
-                    "state": str(instance.state),
-                    "n_requests": instance.n_requests,
-                    "progress": self._progress_of(instance),
-                    "engine": account["instances"].get(instance.id),
-                }
-                for instance in here
-            ],
-            "models": models,
-        }
-
-    def _shown_state(self, instance: InstanceView) -> InstanceState:
-        """Its state; one that is still being read is loading for who looks at it, whatever may be dispatched to it."""
-        reading = instance.state is InstanceState.READY and self._progress_of(instance) is not None
-        return InstanceState.LOADING if reading else instance.state
-
-    def _progress_of(self, instance: InstanceView | None) -> dict[str, Any] | None:
-        """How far a load is, ``done``, ``total`` in bytes, ``tier``, ``bytes_per_s``, until its last byte is there."""
-        told = None if instance is None else self._progress.get(instance.id)
-        if instance is None or told is None or instance.state not in (InstanceState.LOADING, InstanceState.READY):
-            return None
-        if instance.state is InstanceState.READY and _is_read(told):
-            return None
-        return {key: told[key] for key in ("done", "total", "tier", "bytes_per_s")}
-
-    def _node(self, name: str | None, param: str = "node") -> WorkerView | None:
-        """The worker of that name; raises :class:`InvalidRequest` with near ones."""
-        if name is None:
-            return None
-        by_name = {worker.name: worker for worker in self.controller.workers.values()}
-        if name in by_name:
-            return by_name[name]
-        near = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:10]
-        known = f"Connected are {', '.join(map(repr, near))}." if near else "None is connected."
-        raise InvalidRequest(f"There is no node {name!r}. {known}", param)
-
-    def _deployed(self, model: str) -> Deployed:
-        deployed = self.deployed.get(model)
-        if deployed is None:
-            raise ModelNotFound(model, difflib.get_close_matches(model, self.deployed, n=3))
-        return deployed
-
-    def _keep_alive(self, deployment: Deployment) -> float:
-        given = deployment.auto_scaling_config.keep_alive
-        return self.settings.scheduler.keep_alive if given is None else given
-
-    def _allowed(self, deployment: Deployment) -> list[WorkerView]:
-        nodes = deployment.placement_config.nodes
-        return [worker for worker in self.controller.workers.values() if not nodes or worker.name in nodes]
-
-    async def _inspect(self, deployment: Deployment) -> dict[str, Any]:
-        """What the workers that may run the model say of its checkpoint; the first error, if none of them can serve it.
-
-        All are asked, since each tells by it whether the files are on its own disk. If they are on nobody's, one fetches them.
-        """
-        deadline = time.monotonic() + self.settings.scheduler.worker_wait
-        while not self._allowed(deployment):
-            self._worker_joined.clear()
-            try:
-                await asyncio.wait_for(self._worker_joined.wait(), deadline - time.monotonic())
-            except TimeoutError:
-                nodes = deployment.placement_config.nodes
-                who = f"its nodes {', '.join(nodes)} are not connected" if nodes else "no worker is connected"
-                hint = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
-                raise NoWorker(deployment.model, f"{who}. {hint}") from None
-        allowed = [worker.address for worker in self._allowed(deployment)]
-        backend = deployment.backend_config
-        choice: dict[str, Any] = {"task": backend.wanted_task, "pooling": backend.pooling, "normalize": backend.normalize}
-        asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False, **choice) for worker in allowed]
-        replies = await asyncio.gather(*asked)
-        good = next((reply for reply in replies if "error" not in reply), None)
-        if good is not None:
-            return good
-        reasons = [from_wire(reply) for reply in replies]
-        for reason in reasons:
-            if not isinstance(reason, CheckpointNotFound | WorkerLost):
-                raise reason
-        for worker, reason in zip(allowed, reasons, strict=True):
-            if isinstance(reason, CheckpointNotFound):
-                reply = await self._ask(worker, "sllm_inspect", FETCH_S, source=deployment.source, fetch=True, **choice)
-                if "error" not in reply:
-                    return reply
-                raise from_wire(reply)
-        raise reasons[0]
-
-    async def _inspect_adapters(self, deployment: Deployment) -> None:
-        """Raise what is wrong with one of the deployment's adapters, as a worker that may run its model sees it."""
-        for name, source in (deployment.backend_config.lora_adapters or {}).items():
-            reply: dict[str, Any] = {}
-            for worker in self._allowed(deployment):
-                arguments = {"name": name, "source": source, "base": deployment.source}
-                reply = await self._ask(worker.address, "sllm_inspect_adapter", FETCH_S, **arguments)
-                if "error" not in reply:
-                    break
-            if "error" in reply:
-                raise from_wire(reply)
-
-    async def _welcome(self, worker: str) -> None:
-        """Tell a worker what it shows to the others, so that they supply each other with checkpoints."""
-        await self._ask(worker, "sllm_welcome", token=self._token)
-
-    def peers(self, source: str, worker: str) -> list[str]:
-        """Where `worker` may have the files of `source` from: the other nodes that hold them, those in memory first."""
-        node = self._accounts.get(worker, {}).get("node")
-        found = []
-        for view in self.controller.workers.values():
-            account = self._accounts.get(view.address, {})
-            tier = view.residency.get(source)
-            if view.address != worker and tier in (Tier.HOST, Tier.DISK) and account.get("data") and account["node"] != node:
-                found.append((tier is Tier.DISK, view.name, account["data"]))
-        return [address for *_, address in sorted(found)]
-
-    async def _look_for(self, worker: str, source: str) -> None:
-        await self._ask(worker, "sllm_inspect", source=source, fetch=False)
-
-    async def _ask(self, worker: str, op: str, timeout_s: float = ASK_S, **arguments: Any) -> dict[str, Any]:
-        """A worker's answer; one that cannot be had in time is an error like those that it would answer."""
-        try:
-            return await asyncio.wait_for(getattr(self.effects.pool(worker), op)(**arguments), timeout_s)
-        except (OSError, TimeoutError):
-            return WorkerLost(worker).as_wire()
-
-    def _forget(self, model: str, *, replaced: bool = False) -> None:
-        deployed = self.deployed.pop(model)
-        source = deployed.deployment.source
-        logger.info("deleted model=%s", model)
-        self.on(ev.ModelDeleted(time.monotonic(), model, replaced))
-        if any(other.deployment.source == source for other in self.deployed.values()):
-            return
-        for worker in self.controller.workers.values():
-            if worker.residency.get(source) is Tier.HOST:
-                self.effects.start(self._forget_on(worker.address, source))
-
-    def _preload(self, deployment: Deployment) -> list[str]:
-        """Begin to bring the checkpoint to the host memory of the nodes in `memory_pool`; returns what cannot be done."""
-        by_name = {worker.name: worker.address for worker in self.controller.workers.values()}
-        warnings = []
-        for node in deployment.placement_config.memory_pool:
-            if node in by_name:
-                self.effects.start(self._preload_on(by_name[node], deployment))
-            else:
-                warnings.append(f"placement_config.memory_pool: node {node!r} is not connected, so nothing was preloaded there")
-        return warnings
-
-    async def _preload_on(self, worker: str, deployment: Deployment) -> None:
-        peers = self.peers(deployment.source, worker)
-        reply = await self._ask(worker, "sllm_preload", FETCH_S, source=deployment.source, peers=peers)
-        if "error" in reply:
-            logger.warning("preload failed model=%s worker=%s cause=%s", deployment.model, worker, from_wire(reply).message)
-
-    async def _forget_on(self, worker: str, source: str) -> None:
-        await self._ask(worker, "sllm_forget", source=source)
+        """Workers with their slots, tiers and models, and what an operator should look at."""
+        warnings = self._estimates.missing(self.controller.workers.values())
+        return {"workers": self._made_rows.workers(), "warnings": warnings}
 
 
-def _is_read(told: dict[str, Any] | None) -> bool:
-    """Whether a report of a load is its last one."""
-    return told is not None and bool(told.get("done", -1) >= told["total"])
+def _residency(account: dict[str, Any]) -> dict[str, Tier]:
+    return {key: Tier(tier) for key, tier in account["residency"].items()}
 
 
-def _account(facts: dict[str, Any]) -> tuple[dict[str, Tier], dict[Tier, float], dict[Tier, float]]:
-    """A worker's report as views: residency, bytes per second, fixed seconds."""
-    residency = {key: Tier(tier) for key, tier in facts["residency"].items()}
-    bytes_per_s = {Tier(tier): speed["bytes_per_s"] for tier, speed in facts["bandwidth"].items()}
-    overhead_s = {Tier(tier): speed["overhead_s"] for tier, speed in facts["bandwidth"].items()}
-    return residency, bytes_per_s, overhead_s
-
-
-async def dask_setup(scheduler: Scheduler) -> None:
-    """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``."""
+@click.command()
+@click.option("--hardware-config", help="file with the hardware of nodes (scheduler.hardware_config)")
+async def dask_setup(scheduler: Scheduler, hardware_config: str | None) -> None:
+    """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``; the options are given after it."""
     log_as_dask_does()
     try:
-        settings = read_settings()
+        plugin = SllmSchedulerPlugin(scheduler, read_settings({"scheduler": {"hardware_config": hardware_config}}))
     except ConfigError as error:
         # Dask would log the failed preload and run a scheduler that knows no model.
         logger.error("%s", error.message)
         raise SystemExit(2) from None
-    plugin = SllmSchedulerPlugin(scheduler, settings)
     await plugin.effects.open()
     scheduler.add_plugin(plugin, name=SllmSchedulerPlugin.name)

@@ -28,7 +28,7 @@ from distributed.system import MEMORY_LIMIT
 from sllmdask.actors.model_actor import EXTENSION
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.config import Settings
-from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, HostPoolUnavailable, SllmError
+from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, HostPoolUnavailable, SllmError, from_wire
 from sllmdask.policy.views import Tier
 
 if TYPE_CHECKING:  # torch is imported after the threads' environment is set, see `setup`
@@ -99,6 +99,8 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm_move"] = self.move
         worker.handlers["sllm_evacuate"] = self.evacuate
         worker.handlers["sllm_gone"] = self.gone
+        worker.handlers["sllm_abort"] = self.abort
+        worker.handlers["sllm_pin"] = self.pin
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
@@ -128,6 +130,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             pool = PrivatePool(self.host_capacity)
         store = CheckpointStore(settings, pool)
         await store.start()
+        await store.measure()
         return store
 
     async def teardown(self, worker: Worker) -> None:
@@ -158,6 +161,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
             "instances": snapshot["instances"],
+            "pinned": [key for key, facts in snapshot["keys"].items() if facts["pinned"]],
             "node": self.node,
             "data": self.registry.store.data_address,
             "moves": self.registry.moves.server_address,
@@ -208,6 +212,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             "architecture": family.architecture,
             "max_model_len": family.max_model_len,
             "embedding": embedding,
+            "account": self.account(),
         }
 
     async def inspect_adapter(self, name: str, source: str, base: str) -> dict[str, Any]:
@@ -242,9 +247,14 @@ class SllmWorkerPlugin(WorkerPlugin):
         except SllmError as error:
             return error.as_wire()
 
-    async def welcome(self, token: str) -> dict[str, Any]:
-        """Take requests from the other workers, and supply them with checkpoints, and be supplied: all who know `token`."""
+    async def welcome(self, token: str, disk_size: int | None = None) -> dict[str, Any]:
+        """Take requests from the other workers, and supply them with checkpoints, and be supplied: all who know `token`.
+
+        `disk_size`: bytes of the disk that copies of checkpoints may take, by the hardware file.
+        """
         assert self.registry is not None
+        if disk_size is not None:
+            self.registry.store.bound_disk(disk_size)
         host = get_address_host(self._worker.address)
         security = self._worker.security
         listen_tls = security.get_listen_args("worker").get("ssl_context")
@@ -262,7 +272,21 @@ class SllmWorkerPlugin(WorkerPlugin):
             loaded_from = await self.registry.preload(source, peers or ())
         except SllmError as error:
             return error.as_wire()
-        return {"loaded_from": str(loaded_from)}
+        return {"loaded_from": str(loaded_from), "account": self.account()}
+
+    async def pin(self, source: str, pinned: bool, peers: list[str] | None = None) -> dict[str, Any]:
+        """Bring a checkpoint to host memory for good; or, not `pinned`, let it be evicted again."""
+        assert self.registry is not None
+        store = self.registry.store
+        try:
+            if pinned:
+                loaded_from = str(await store.pin(source, resolve_source(source), peers or ()))
+            else:
+                loaded_from = None
+                store.unpin(source)
+        except SllmError as error:
+            return error.as_wire()
+        return {"loaded_from": loaded_from, "account": self.account()}
 
     async def pull(self, source: str, peers: list[str] | None = None) -> dict[str, Any]:
         """Bring the files of a checkpoint to this node's disk."""
@@ -273,7 +297,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         except SllmError as error:
             return error.as_wire()
         self._seen_on_disk(source)
-        return {"path": path, "nbytes": info.nbytes}
+        return {"path": path, "nbytes": info.nbytes, "account": self.account()}
 
     async def unload(self, instance: str) -> dict[str, Any]:
         """Close an instance that the scheduler does not know."""
@@ -308,10 +332,15 @@ class SllmWorkerPlugin(WorkerPlugin):
         self.registry.moves.worker_gone(address)
         return {}
 
-    async def forget(self, source: str) -> bool:
-        """Drop the host copy of a checkpoint that is not deployed any more."""
+    async def abort(self, instance: str, error: dict[str, Any]) -> dict[str, Any]:
+        """End all requests of an instance with `error`, at once."""
         assert self.registry is not None
-        return await self.registry.store.evict(source)
+        return {"n_aborted": self.registry.abort(instance, from_wire(error))}
+
+    async def forget(self, source: str) -> dict[str, Any]:
+        """Drop the host copy of a checkpoint that is not deployed any more; a disk copy that was fetched is the next to leave."""
+        assert self.registry is not None
+        return {"forgotten": await self.registry.store.forget(source), "account": self.account()}
 
 
 def _pool_name(store_dir: str) -> str:

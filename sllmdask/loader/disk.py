@@ -76,6 +76,12 @@ class DiskTier:
                 # Its life is shorter than it could be; that is all.
                 logger.debug("cannot note the use of %s", path)
 
+    def demote(self, path: Path) -> None:
+        """A copy will not be used soon: it leaves first."""
+        if self.owns(path):
+            with contextlib.suppress(OSError):
+                os.utime(path, ns=(0, 0))
+
     def hold(self, path: Path) -> int | None:
         """A descriptor; until it is closed no process of the node removes the copy. ``None``: it is not ours to remove."""
         return _lock(path, fcntl.LOCK_SH) if self.owns(path) and path.suffix != PARTIAL else None

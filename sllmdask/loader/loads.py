@@ -39,6 +39,7 @@ from sllmdask.loader.reader import ChunkSource, FileSystems, LocalFiles, read_ch
 from sllmdask.loader.records import Copy, Flight, HostLease, Record, State
 from sllmdask.loader.sharing import Sharing
 from sllmdask.loader.tee import Tee
+from sllmdask.loader.throttle import Throttle
 from sllmdask.loader.tiers import tensor_views
 from sllmdask.policy.estimate import PRIOR_BYTES_PER_S
 from sllmdask.policy.views import Tier
@@ -50,7 +51,10 @@ SETTLE_S = 1.0
 
 
 class Loads:
-    """The records of one store, and its loads. All methods belong to its event loop; `changed` is told of each change."""
+    """The records of one store, and its loads. All methods belong to its event loop.
+
+    `changed` is told of each change, `learned` of each load that `bandwidth` has learned from.
+    """
 
     def __init__(
         self,
@@ -62,9 +66,12 @@ class Loads:
         bandwidth: BandwidthMeter,
         background: Background,
         changed: Callable[[], None],
+        throttle: Throttle,
+        learned: Callable[[], None],
     ) -> None:
         self._settings, self._pool, self._disk, self._sharing, self._places = settings, pool, disk, sharing, places
         self._bandwidth, self._background, self._changed = bandwidth, background, changed
+        self._throttle, self._learned = throttle, learned
         self.records: dict[str, Record] = {}
         self.flights: set[Flight] = set()
         self.closing = threading.Event()
@@ -276,8 +283,12 @@ class Loads:
             "checkpoint_nbytes": index.nbytes,
             "reload_s": seconds or index.nbytes / PRIOR_BYTES_PER_S[tier_from],
         }
+        asked_at = time.perf_counter()
         segment = await self._acquire(record, flight, pool_key, plan.nbytes, meta)
         copy = flight.copy = self._copy_in(segment, index, plan, tier_from)
+        if copy.arrivals is None:
+            # Another process of the node may have been bringing it.
+            copy.queue_s = time.perf_counter() - asked_at
         flight.tier_from = copy.tier_from
         copy.hold = self._disk.hold(Path(copy.path))
         if copy.arrivals is None:
@@ -286,7 +297,9 @@ class Loads:
         try:
             self._placed(record, flight, copy)
             if fetch is None:
+                waits_since = time.perf_counter()
                 await flight.unless_called_off(self._disk_turn.acquire())
+                copy.queue_s = time.perf_counter() - waits_since
                 try:
                     await self._timed_read(record, flight, plan, copy)
                 finally:
@@ -345,16 +358,28 @@ class Loads:
         flight.check()
         # While it comes from elsewhere its files are not complete: nobody may count on them.
         self._move(record, flight, State.READING if fetch is None else State.FETCHING)
+        kind = kind_of(copy.tier_from, copy.index)
         started = time.perf_counter()
-        source = LocalFiles(plan, self._file_systems) if fetch is None else fetch.chunks(flight.cancel)
-        await self._background.in_thread(self._read, record, flight, plan, copy, source, tee)
+        source: ChunkSource
+        if fetch is None:
+            source = LocalFiles(plan, self._file_systems, self._throttle, flight.cancel)
+        else:
+            source = fetch.chunks(flight.cancel)
+        turn = self._bandwidth.begin(kind, started)
+        try:
+            await self._background.in_thread(self._read, record, flight, plan, copy, source, tee)
+        finally:
+            ended = time.perf_counter()
+            seconds = self._bandwidth.end(turn, ended)
+        copy.read_s = ended - started
         # What came from the page cache, or was there from the last time, tells nothing of the tier.
         if isinstance(source, LocalFiles):
             cached = source.cached_nbytes > copy.nbytes // 10
         else:
             cached = fetch is not None and fetch.resumed
         if copy.segment.resident_nbytes == 0 and not cached:
-            self._bandwidth.observe(kind_of(copy.tier_from, copy.index), copy.nbytes, time.perf_counter() - started)
+            self._bandwidth.observe(kind, copy.nbytes, seconds)
+            self._learned()
 
     def _read(
         self,

@@ -26,6 +26,7 @@ from sllmdask.loader import libc
 from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Staging
 from sllmdask.loader.plan import BLOCK, ChunkRead, FileRead, ReadPlan
+from sllmdask.loader.throttle import Throttle
 
 #: Told of a chunk and the address of its stored bytes, once they are checked and before they are decoded.
 Tee = Callable[[ChunkRead, int], None]
@@ -164,11 +165,19 @@ class LocalFiles:
     """The files of `plan` on this machine: read directly where that works and is faster, else in large buffered reads.
 
     What happens to be in the page cache is read from there. `file_systems` remembers, between plans, what was measured.
+    `throttle` bounds what is read from the disk; whoever waits for it notices that `cancel` is set.
     """
 
-    def __init__(self, plan: ReadPlan, file_systems: FileSystems | None = None) -> None:
+    def __init__(
+        self,
+        plan: ReadPlan,
+        file_systems: FileSystems | None = None,
+        throttle: Throttle | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
         self._files = plan.files
         self._file_systems = file_systems or FileSystems()
+        self._throttle, self._cancel = throttle, cancel
         self._stamps: list[tuple[int, int, int, int]] = []
         #: By number; what was used last comes last.
         self._open: OrderedDict[int, _File] = OrderedDict()
@@ -199,6 +208,8 @@ class LocalFiles:
         """As :meth:`ChunkSource.fetch` says; an :class:`OSError` has the file's name and the offset."""
         with self._opened(chunk.file) as file:
             in_cache = self._in_cache(file, chunk)
+            if self._throttle is not None and not in_cache:
+                self._throttle.take(chunk.wanted, self._cancel)
             if file.direct is None or in_cache:
                 _read_buffered(file, chunk, address, 0, ahead=not in_cache)
                 return

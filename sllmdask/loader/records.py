@@ -53,6 +53,9 @@ class Copy:
     #: Done when every byte is there, or with what went wrong.
     whole: asyncio.Future[None]
     n_leases: int = 0
+    #: Seconds for which its load waited for others, and for which its bytes came.
+    queue_s: float = 0.0
+    read_s: float = 0.0
     #: While it is open no process removes the disk copy.
     hold: int | None = None
     #: ``None``: it was given up, and is another's to use.
@@ -156,6 +159,7 @@ class HostLease:
         self.key = key
         self.nbytes = copy.nbytes
         self.tier_from = Tier.HOST if hit else copy.tier_from
+        self._hit = hit
         self.seconds = seconds
         self.tensors = dict(copy.tensors)
         self.arrivals = copy.arrivals
@@ -168,6 +172,12 @@ class HostLease:
         """Where the files beside the weights are; it changes when a fetch from elsewhere is completed."""
         assert self._copy is not None, "released"
         return self._copy.path
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Seconds for which its load waited for others, and for which its bytes came; known once every byte is there."""
+        assert self._copy is not None, "released"
+        return (0.0, 0.0) if self._hit else (self._copy.queue_s, self._copy.read_s)
 
     @property
     def buffer(self) -> Buffer:

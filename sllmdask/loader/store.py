@@ -12,6 +12,7 @@ looked at. So a model can be built, and run layer by layer, while it is read.
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 import threading
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sllmdask.config import WorkerSettings
-from sllmdask.errors import CheckpointNotFound
+from sllmdask.errors import CheckpointNotFound, SllmError
 from sllmdask.loader.background import Background
 from sllmdask.loader.bandwidth import BandwidthMeter
 from sllmdask.loader.buffers import lease_nbytes
@@ -34,7 +35,11 @@ from sllmdask.loader.places import Places
 from sllmdask.loader.plan import BLOCK
 from sllmdask.loader.records import Copy, HostLease, State, Waiter
 from sllmdask.loader.sharing import Sharing
+from sllmdask.loader.speeds import KeptSpeeds
+from sllmdask.loader.throttle import Throttle
 from sllmdask.policy.views import Tier
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
@@ -48,12 +53,26 @@ class CheckpointStore:
         self._disk = DiskTier(Path(settings.store_dir).expanduser(), settings.disk_quota)
         self._pool = pool
         self._bandwidth = BandwidthMeter()
+        throttle = Throttle(settings.read_limit)
+        self._speeds = KeptSpeeds(self._disk, throttle, settings.n_readers)
+        self._keeps_speeds = self._keeping = self._learned_more = False
         self._background = Background()
         self._sharing = Sharing(self._find)
         self._places = Places(settings, self._disk, self._sharing, self._bandwidth, self._background)
         self._loads = Loads(
-            settings, pool, self._disk, self._sharing, self._places, self._bandwidth, self._background, self._changed
+            settings,
+            pool,
+            self._disk,
+            self._sharing,
+            self._places,
+            self._bandwidth,
+            self._background,
+            self._changed,
+            throttle,
+            self._learned,
         )
+        #: Leases on what is to stay in host memory, by key.
+        self._pins: dict[str, HostLease] = {}
         #: Where the files of keys were seen that were not loaded.
         self._seen: dict[str, str] = {}
         self._subscribers: list[Callable[[], None]] = []
@@ -86,6 +105,7 @@ class CheckpointStore:
                 "nbytes": record.nbytes,
                 "done": record.nbytes if in_host else record.done,
                 "leases": record.n_leases,
+                "pinned": record.key in self._pins,
                 "reason": record.reason,
             }
         for meta in resident.values():
@@ -97,6 +117,7 @@ class CheckpointStore:
                     "nbytes": meta["checkpoint_nbytes"],
                     "done": meta["checkpoint_nbytes"],
                     "leases": 0,
+                    "pinned": False,
                     "reason": None,
                 },
             )
@@ -224,6 +245,49 @@ class CheckpointStore:
             flight.waiters.discard(waiter)
             self._loads.left(record, flight)
 
+    async def pin(self, key: str, source: str, peers: Sequence[str] = ()) -> Tier:
+        """Bring checkpoint `key` to host memory, where it stays until :meth:`unpin`: the store itself has a lease on it.
+
+        Returns where it was. Raises what :meth:`load` does; what was pinned before stays so.
+        """
+        lease = await self.load(key, source, peers=peers)
+        self.unpin(key)
+        self._pins[key] = lease
+        lease.on_damage(partial(self._pin_again, key, source))
+        self._changed()
+        return lease.tier_from
+
+    def unpin(self, key: str) -> bool:
+        """The host copy of `key` may be evicted again; false if it was not pinned."""
+        lease = self._pins.pop(key, None)
+        if lease is None:
+            return False
+        lease.release()
+        self._changed()
+        return True
+
+    def _pin_again(self, key: str, source: str, error: SllmError) -> None:
+        """The bytes that were pinned are not the model's."""
+
+        async def pin() -> None:
+            try:
+                await self.pin(key, source)
+            except SllmError as failure:
+                logger.warning("not pinned any more model=%s cause=%s", key, failure.message)
+
+        logger.warning("pinned copy is damaged model=%s cause=%s", key, error.message)
+        if self.unpin(key) and not self._loads.closing.is_set():
+            self._background.later(pin())
+
+    async def forget(self, key: str) -> bool:
+        """Nobody wants `key` any more: unpin and :meth:`evict` it; a disk copy that was fetched leaves before all others."""
+        self.unpin(key)
+        record = self._loads.records.get(key)
+        path = record.path if record is not None and record.path else self._seen.get(key)
+        if path is not None:
+            await self._background.in_thread(self._disk.demote, Path(path))
+        return await self.evict(key)
+
     async def evict(self, key: str) -> bool:
         """Drop the host copy of `key`; false if there is none or a lease pins it, of any worker of the node."""
         record = self._loads.records.get(key)
@@ -241,6 +305,8 @@ class CheckpointStore:
     async def close(self) -> None:
         """Stop all reads and leave the pool. Loads end with :class:`LoadFailed`."""
         self._places.close()
+        for key in list(self._pins):
+            self.unpin(key)
         await self._loads.end()
         server = self._sharing.end()
         if server is not None:
@@ -249,6 +315,43 @@ class CheckpointStore:
         self._sharing.close()
         await self._pool.close()
         self._background.close()
+
+    # --- how fast it is ----------------------------------------------------------------------------------------------
+
+    async def measure(self) -> None:
+        """Know how fast the tiers were before, and find out in the background how fast the disk is; from now on it is kept."""
+        self._keeps_speeds = True
+        self._bandwidth.take_over(await self._background.in_thread(self._speeds.recall))
+        self._background.later(self._probe())
+
+    async def _probe(self) -> None:
+        found = await self._background.in_thread(self._speeds.probe, self._loads.closing)
+        if found is not None:
+            self._bandwidth.probed(str(Tier.DISK), found)
+            self._changed()
+
+    def observe_hit(self, nbytes: int, seconds: float) -> None:
+        """An instance was made ready of what was in host memory."""
+        self._bandwidth.observe(str(Tier.HOST), nbytes, seconds)
+        self._learned()
+
+    def _learned(self) -> None:
+        self._changed()
+        self._learned_more = self._keeps_speeds
+        if self._learned_more and not self._keeping and not self._loads.closing.is_set():
+            self._keeping = True
+            self._background.later(self._keep())
+
+    async def _keep(self) -> None:
+        while self._learned_more:
+            self._learned_more = False
+            await self._background.in_thread(self._speeds.keep, self._bandwidth.kept())
+        self._keeping = False
+
+    def bound_disk(self, nbytes: int) -> None:
+        """Copies of what is elsewhere take no more of the disk than this, nor than the quota in the settings."""
+        self._disk.quota = min(self._settings.disk_quota or nbytes, nbytes)
+        self._background.later(self._loads.look_at_disk())
 
     # --- giving away -------------------------------------------------------------------------------------------------
 

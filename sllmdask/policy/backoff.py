@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: Back-off after a failed load of one model on one worker: doubled from the first to the last, in seconds.
@@ -51,6 +52,10 @@ class BackOff:
             self._of[model] = failures
         else:
             self._of.pop(model, None)
+
+    def of(self, model: str) -> Mapping[str, Failure]:
+        """The last failed load of a model on each worker that has not had a good one since."""
+        return self._of.get(model, {})
 
     def active(self, model: str, at: float) -> dict[str, str]:
         """Workers on which loading `model` failed a moment ago, with the reason."""

@@ -23,17 +23,19 @@ class Cluster(Protocol):
 
     def models(self) -> list[dict[str, Any]]: ...
 
-    def requests(self) -> list[dict[str, Any]]: ...
-
     async def cluster(self) -> dict[str, Any]: ...
 
     async def register(self, deployment: Deployment) -> dict[str, Any]: ...
 
-    async def delete(self, model: str, adapters: list[str] | None = None) -> None: ...
+    async def update(self, model: str, changes: dict[str, Any]) -> dict[str, Any]: ...
+
+    async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]: ...
 
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]: ...
 
     async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]: ...
+
+    async def pin(self, model: str, node: str | None, pinned: bool) -> dict[str, Any]: ...
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]: ...
 
@@ -54,12 +56,21 @@ class Admin:
         registered = await self._gateway.register(deployment)
         return exchange.answer({"status": "ok", **registered})
 
+    async def update(self, request: web.Request) -> web.Response:
+        """Change some settings of a model, as ServerlessLLM's clients send it: those that are given."""
+        body = await exchange.read_json(request)
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        updated = await self._gateway.update(_name(body.get("model"), "model"), body)
+        return exchange.answer({"status": "ok", **updated})
+
     async def delete(self, request: web.Request) -> web.Response:
         """Take a model away, or only some of its LoRA adapters, as ServerlessLLM's clients send it."""
-        model, adapters = _read(await exchange.read_json(request), ("model", "lora_adapters"))
+        model, adapters, force = _read(await exchange.read_json(request), ("model", "lora_adapters", "force"))
+        force = force is not None and _flag(force, "force")
         if adapters is None:
-            await self._gateway.delete(_name(model, "model"))
-            return exchange.answer({"status": f"deleted model {model}"})
+            deleted = await self._gateway.delete(_name(model, "model"), force=force)
+            return exchange.answer({"status": f"deleted model {model}", **deleted})
         if not isinstance(adapters, list | dict) or not adapters or not all(isinstance(name, str) for name in adapters):
             raise InvalidRequest("lora_adapters must be a list of names of adapters.", "lora_adapters")
         await self._gateway.delete(_name(model, "model"), list(adapters))
@@ -78,6 +89,11 @@ class Admin:
         model, node, wait = _read(await exchange.read_json(request), ("model", "node", "wait"))
         unloaded = await self._gateway.unload(_name(model, "model"), _node(node), _flag(wait))
         return exchange.answer(unloaded, status=202 if unloaded["state"] == "unloading" else 200)
+
+    async def pin(self, request: web.Request) -> web.Response:
+        """Keep a model's host copy on a node, or, ``"pinned": false``, let it be evicted again."""
+        model, node, pinned = _read(await exchange.read_json(request), ("model", "node", "pinned"))
+        return exchange.answer(await self._gateway.pin(_name(model, "model"), _node(node), _flag(pinned, "pinned")))
 
     async def pull(self, request: web.Request) -> web.Response:
         """Bring a checkpoint's files to a node's disk."""
@@ -115,9 +131,6 @@ class Admin:
     async def models(self, _: web.Request) -> web.Response:
         return exchange.answer({"models": self._gateway.models()})
 
-    async def requests(self, _: web.Request) -> web.Response:
-        return exchange.answer({"requests": self._gateway.requests()})
-
     async def health(self, _: web.Request) -> web.Response:
         """The process is up and its loop turns."""
         return exchange.answer({"status": "ok"})
@@ -153,7 +166,8 @@ def _node(value: Any) -> str | None:
     return None if value is None else _name(value, "node")
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: Any, field: str = "wait") -> bool:
+    """True unless it says false."""
     if value not in (None, True, False):
-        raise InvalidRequest("wait must be true or false.", "wait")
+        raise InvalidRequest(f"{field} must be true or false.", field)
     return value is not False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -20,6 +21,8 @@ from sllmdask.errors import ConfigError, EngineError, PortInUse, Unavailable, Wr
 from sllmdask.server import adapters, embeddings, exchange, openai, stream
 from sllmdask.server.admin import Admin, Cluster
 from sllmdask.server.choices import make_writer
+from sllmdask.server.lookout import Lookout, Watched
+from sllmdask.server.metrics import FrontDoorMetrics, Watch
 
 #: Characters from which on tokenising has a thread of its own: below, it holds the loop for less than a token's time.
 LONG_PROMPT_CHARS = 20_000
@@ -27,9 +30,11 @@ LONG_PROMPT_CHARS = 20_000
 LONG_ANSWER_BYTES = 100_000
 #: Seconds that running requests have to end when the server stops.
 STOP_GRACE_S = 5.0
+#: A slash between two parts of a route, and not one in the pattern of a part.
+_SLASH = re.compile(r"/(?![^{]*\})")
 
 
-class Gateway(Cluster, Protocol):
+class Gateway(Cluster, Watched, Protocol):
     """What the front door needs of ``cluster.gateway.Gateway``; a test may bring another one."""
 
     async def tokenizer(self, model: str) -> Tokenizer: ...
@@ -55,9 +60,10 @@ class FrontDoor:
     """The OpenAI routes over one gateway. A request lives exactly as long as its handler: when the client leaves, aiohttp
     cancels the handler, which closes the gateway's generator, which stops the engine's work."""
 
-    def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
+    def __init__(self, gateway: Gateway, settings: ServerSettings, metrics: FrontDoorMetrics) -> None:
         self._gateway = gateway
         self._settings = settings
+        self._metrics = metrics
         #: Handlers of running requests, by the ids that the gateway knows them by.
         self._running: dict[str, asyncio.Task[Any]] = {}
         self._stopping = False
@@ -70,6 +76,7 @@ class FrontDoor:
 
     async def embeddings(self, request: web.Request) -> web.Response:
         """One vector for each input. Nothing is sent before all are there."""
+        began_s = time.monotonic()
         ask = embeddings.read_embeddings(await exchange.read_json(request))
         info = self._gateway.embedding(ask.model)
         if info is None:
@@ -86,7 +93,8 @@ class FrontDoor:
         vectors: list[bytes] = [b""] * len(inputs)
         started: Started | None = None
         with self._listed(ids):
-            async with aclosing(self._events([self._gateway.embed(asked)])) as events:
+            watch = self._metrics.watch(ask.model, [asked.n_prompt_tokens], began_s)
+            async with aclosing(self._events([self._gateway.embed(asked)], watch)) as events:
                 async for _, event in events:
                     if isinstance(event, Embedded):
                         vectors[event.index] = event.vector
@@ -113,6 +121,7 @@ class FrontDoor:
 
     async def _generate(self, request: web.Request, read: Callable[[Any], openai.Ask]) -> web.StreamResponse:
         """Everything that can be wrong with the request itself is found before the first byte of an answer."""
+        began_s = time.monotonic()
         body, named = adapters.split(await exchange.read_json(request))
         ask = read(body)
         base, adapter = self._gateway.resolve(ask.model, named)
@@ -148,7 +157,9 @@ class FrontDoor:
             sources = [self._gateway.generate(each) for each in asked]
             if ask.prompt_only:
                 sources = [stream.without_answer(source) for source in sources]
-            events = self._events(sources)
+            # A prompt counts once, however many answers it has.
+            new = [0 if i % ask.n else each.n_prompt_tokens for i, each in enumerate(asked)]
+            events = self._events(sources, self._metrics.watch(base, new, began_s))
             if ask.stream:
                 return await stream.respond(
                     request,
@@ -163,11 +174,15 @@ class FrontDoor:
                 choices, started = await stream.collect(events, writers)
             return exchange.answer(shape.answer(choices, n_prompt_tokens), stream.where_headers(started) if started else None)
 
-    async def _events(self, sources: list[AsyncGenerator[GatewayEvent, None]]) -> AsyncGenerator[stream.Indexed, None]:
+    async def _events(
+        self, sources: list[AsyncGenerator[GatewayEvent, None]], watch: Watch
+    ) -> AsyncGenerator[stream.Indexed, None]:
         try:
-            async with aclosing(stream.merge(sources)) as events:
-                async for item in events:
-                    yield item
+            with watch:
+                async with aclosing(stream.merge(sources)) as events:
+                    async for item in events:
+                        watch.saw(*item)
+                        yield item
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
@@ -207,8 +222,10 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
     app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[exchange.answer_errors])
     app[exchange.BODY_LIMIT] = settings.max_body_bytes
     app.on_response_prepare.append(exchange.name_response)
-    door, admin = FrontDoor(gateway, settings), Admin(gateway)
+    metrics = FrontDoorMetrics()
+    door, admin, lookout = FrontDoor(gateway, settings, metrics), Admin(gateway), Lookout(gateway, settings, metrics)
     app.on_shutdown.append(door.stop)
+    app.on_shutdown.append(lookout.stop)
     app.add_routes(
         [
             web.post(tolerant("/v1/chat/completions"), door.chat),
@@ -217,14 +234,21 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.get(tolerant("/v1/models"), door.models),
             web.get(tolerant("/v1/models/{model:.*[^/]}"), door.model),
             web.post(tolerant("/register"), admin.register),
+            web.post(tolerant("/update"), admin.update),
             web.post(tolerant("/delete"), admin.delete),
             web.get(tolerant("/health"), admin.health),
             web.get(tolerant("/ready"), admin.ready),
             web.get(tolerant("/admin/cluster"), admin.cluster),
             web.get(tolerant("/admin/models"), admin.models),
-            web.get(tolerant("/admin/requests"), admin.requests),
+            web.get(tolerant("/admin/requests"), lookout.requests),
+            web.get(tolerant("/admin/instances"), lookout.instances),
+            web.get(tolerant("/admin/explain/{name:.*[^/]}"), lookout.explain),
+            web.get(tolerant("/admin/events"), lookout.events),
+            web.post(tolerant("/admin/cancel"), lookout.cancel),
+            web.get(tolerant("/metrics"), lookout.metrics),
             web.post(tolerant("/admin/load"), admin.load),
             web.post(tolerant("/admin/unload"), admin.unload),
+            web.post(tolerant("/admin/pin"), admin.pin),
             web.post(tolerant("/admin/pull"), admin.pull),
             web.post(tolerant("/admin/migrate"), admin.migrate),
         ]
@@ -234,7 +258,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
 
 def tolerant(path: str) -> str:
     """A route like `path` that also takes doubled and trailing slashes, as clients make them by joining URLs."""
-    parts = [f"{{_{i}:/+}}{part}" for i, part in enumerate(path.split("/")[1:])]
+    parts = [f"{{_{i}:/+}}{part}" for i, part in enumerate(_SLASH.split(path)[1:])]
     return "/{_:/*}" + "".join(parts).removeprefix("{_0:/+}") + "{__:/*}"
 
 

@@ -63,7 +63,7 @@ class Processes:
         self.running[name] = process
         return process
 
-    def start_scheduler(self, **environment: str) -> None:
+    def start_scheduler(self, *options: str, **environment: str) -> None:
         preload = ("--preload", "sllmdask.cluster.scheduler_plugin")
         self.start(
             "scheduler",
@@ -76,6 +76,7 @@ class Processes:
             "--dashboard-address",
             "127.0.0.1:0",
             *preload,
+            *options,
             **environment,
         )
 

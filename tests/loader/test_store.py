@@ -27,6 +27,7 @@ from sllmdask.loader.format import read_index
 from sllmdask.loader.plan import plan_reads
 from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.store import CheckpointStore
+from sllmdask.loader.throttle import Throttle
 from tests.loader.stores import CHUNK, N, entry, flights_ended, reached, state, until, used
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -51,6 +52,7 @@ async def test_a_load_reads_once_and_the_next_finds_the_copy(new_store, models, 
         "nbytes": 4 * N,
         "done": 4 * N,
         "leases": 2,
+        "pinned": False,
         "reason": None,
     }
     assert store.snapshot()["tiers"]["host"] == {"used": size, "capacity": 10 * size}
@@ -179,6 +181,78 @@ async def test_only_what_came_from_the_disk_tells_how_fast_it_is(new_store, mode
     assert store.snapshot()["bandwidth"]["disk"]["bytes_per_s"] > 0
     (await store.load("b", str(models["b"]))).release()
     assert store.snapshot()["bandwidth"]["disk"]["n_loads"] == 1, "the second came from memory"
+
+
+@pytest.mark.asyncio
+async def test_no_more_than_the_limit_is_read_from_the_disk(new_store, models, size, cold, monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(Throttle, "take", lambda _self, nbytes, _cancel: taken.append(nbytes))
+    store = await new_store(10 * size, read_limit=1e6)
+    (models["a"] / "model.safetensors").read_bytes()
+    (await store.load("a", str(models["a"]))).release()
+    assert not taken, "it came from the page cache"
+    (await store.load("b", str(cold(models["b"])))).release()
+    assert sum(taken) >= 4 * N
+
+
+@pytest.mark.asyncio
+async def test_a_load_that_waits_for_its_share_of_the_disk_can_be_called_off(new_store, models, size, cold):
+    store = await new_store(10 * size, read_limit=1e3)
+    loading = asyncio.create_task(store.load("a", str(cold(models["a"]))))
+    await until(store, lambda: state(store, "a") == "reading")
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    await flights_ended(store)
+    await until(store, lambda: used(store) == 0)
+
+
+# --- pinned ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_what_is_pinned_stays_whatever_else_wants_the_room(new_store, models, size):
+    store = await new_store(2 * size)
+    assert await store.pin("a", str(models["a"])) == "disk"
+    assert await store.pin("a", str(models["a"])) == "host", "again: it is there"
+    assert entry(store, "a")["pinned"] and entry(store, "a")["leases"] == 1
+    for key in "bcb":
+        (await store.load(key, str(models[key]))).release()
+    assert state(store, "a") == "host" and not await store.evict("a")
+    blocking = await store.load("b", str(models["b"]))
+    with pytest.raises(InsufficientMemory):
+        await store.load("c", str(models["c"]))
+    blocking.release()
+
+    assert store.unpin("a") and not store.unpin("a")
+    assert not entry(store, "a")["pinned"]
+    both = [await store.load(key, str(models[key])) for key in "bc"]
+    assert state(store, "a") == "disk"
+    for lease in both:
+        lease.release()
+
+
+@pytest.mark.asyncio
+async def test_what_is_forgotten_is_pinned_no_more_and_gone(new_store, models, size):
+    store = await new_store(2 * size)
+    await store.pin("a", str(models["a"]))
+    assert await store.forget("a")
+    await until(store, lambda: used(store) == 0)
+    assert not entry(store, "a")["pinned"] and models["a"].is_dir()
+
+
+@pytest.mark.asyncio
+async def test_a_pin_that_cannot_be_had_changes_nothing(new_store, models, size):
+    store = await new_store(size)
+    await store.pin("a", str(models["a"]))
+    with pytest.raises(InsufficientMemory):
+        await store.pin("b", str(models["b"]))
+    with pytest.raises(CheckpointNotFound):
+        await store.pin("none", "/no/such/model")
+    assert entry(store, "a")["pinned"] and state(store, "a") == "host"
+
+
+# --- of our own format -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.asyncio

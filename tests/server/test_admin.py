@@ -57,6 +57,9 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/pull", {"source": "org/x", "node": "0", "wait": False}),
         ("/admin/migrate", {"request": "r-1", "to": 1, "kind": "auto"}),
         ("/admin/migrate", {"instance": "m/1", "to": "1", "kind": "kv", "wait": False}),
+        ("/admin/pin", {"model": "m"}),
+        ("/admin/pin", {"model": "m", "node": 1, "pinned": False}),
+        ("/update", {"model": "m", "num_gpus": 2}),
     ):
         status, _ = await post(door, path, body)
         assert status == (202 if body.get("wait") is False else 200)
@@ -68,6 +71,9 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("pull", None, "org/x", "0", False),
         ("migrate", "r-1", None, "1", None, True),
         ("migrate", None, "m/1", "1", "kv", False),
+        ("pin", "m", None, True),
+        ("pin", "m", "1", False),
+        ("update", "m", {"model": "m", "num_gpus": 2}),
     ]
 
 
@@ -89,6 +95,11 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/migrate", {"to": "1", "request": "r", "instance": "m/1"}, "request", "Give either"),
         ("/admin/migrate", {"request": "r"}, "to", "to must name the node"),
         ("/admin/migrate", {"request": "r", "to": "1", "kind": "copy"}, "kind", "must be"),
+        ("/delete", {"model": "m", "force": "yes"}, "force", "force must be true or false"),
+        ("/admin/pin", {"model": "m", "pinned": 1.5}, "pinned", "pinned must be true or false"),
+        ("/admin/pin", {"model": "m", "tier": "host"}, "tier", "Known are"),
+        ("/update", {"num_gpus": 1}, "model", "must be a name"),
+        ("/update", ["m"], None, "JSON object"),
     ],
 )
 async def test_what_makes_no_sense_is_refused_before_anybody_is_asked(

@@ -1,0 +1,435 @@
+"""Folds the controller's events and decisions into bounded records: what was decided, why, and what came of it.
+
+No I/O and no clock: time is in the events. The scheduler plugin hands in everything that goes into the controller and comes out
+of it; what only others know (the client's id of a request, how it ended, when the last byte of a load was there) is told beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from math import isfinite
+from typing import Any
+
+from sllmdask.cluster.happenings import Feed, Happening
+from sllmdask.cluster.load_tallies import LoadTallies
+from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, RequestRecord
+from sllmdask.policy import decisions as do
+from sllmdask.policy import events as ev
+from sllmdask.policy.choice import Choice, Way
+from sllmdask.policy.views import RequestView
+
+#: Requests that have ended, models that are not deployed any more, and nodes that have left, of which something is kept.
+N_ENDED, N_DELETED, N_GONE = 2048, 256, 4096
+#: Characters of an error that are kept.
+N_ERROR_CHARS = 1000
+
+
+class DecisionLog:
+    """The records, a feed of what happened, and the tallies. `wall_s` turns the events' times into seconds since the epoch."""
+
+    def __init__(self, wall_s: Callable[[float], float] = float, first_id: int = 1, n_ended: int = N_ENDED) -> None:
+        self._wall_s, self._n_ended = wall_s, n_ended
+        self.feed = Feed(first_id)
+        self.tallies = LoadTallies()
+        self.requests: dict[str, RequestRecord] = {}
+        self.models: dict[str, ModelRecord] = {}
+        #: Of the instances that are there.
+        self.loads: dict[str, LoadRecord] = {}
+        #: Names of nodes by address.
+        self._nodes: dict[str, str] = {}
+        #: Keys of requests by their clients' ids, which need not be unique, and in the order in which they have ended.
+        self._keys: dict[str, list[str]] = {}
+        self._ended: dict[str, None] = {}
+        #: Models for which instances are about to leave, by instance.
+        self._room_for: dict[str, str] = {}
+        #: What front doors said of requests that are about to arrive or to end.
+        self._told: dict[str, Mapping[str, Any]] = {}
+
+    # --- what is there ---
+
+    def find(self, request: str) -> list[RequestRecord]:
+        """Those of that id, or of that key, the newest last."""
+        keys = self._keys.get(request) or ([request] if request in self.requests else [])
+        return [self.requests[key] for key in keys]
+
+    @property
+    def n_kept(self) -> int:
+        return len(self._ended)
+
+    @property
+    def kept_since(self) -> float | None:
+        """When the oldest of the requests that have ended, and are still kept, did so."""
+        return next((self.requests[key].ended_at for key in self._ended), None)
+
+    def live(self) -> Iterator[RequestRecord]:
+        return (record for record in self.requests.values() if record.ended_at is None)
+
+    def node(self, address: str) -> str:
+        """The name of a worker, also of one that has left."""
+        return self._nodes.get(address, address)
+
+    # --- what others know ---
+
+    def told(self, key: str, facts: Mapping[str, Any]) -> None:
+        """What a front door says of a request whose arrival, return or end is the next event about it."""
+        self._told[key] = facts
+
+    def read(self, instance: str, phases: Mapping[str, Any], at: float | None = None) -> None:
+        """A worker says that every byte of a load is there, and its seconds by phase. `at`: just now; ``None``: some time ago."""
+        load = self.loads.get(instance)
+        if load is not None and not load.phases and "read_s" in phases:
+            load.phases = dict(phases)
+            load.read_at = None if at is None else self._wall_s(at)
+            if load.ready_at is not None:
+                self._count(load)
+
+    def reconcile(self, there: Container[str], at: float) -> None:
+        """Only the instances in `there` are left: a worker's report may say that it does not have one any more."""
+        for load in [load for load in self.loads.values() if load.instance not in there]:
+            load.leaving = load.leaving or "its worker does not have it any more"
+            self._note_instance(load, self._wall_s(at), "unloaded", cause=load.leaving)
+            self._close(load, self._wall_s(at))
+
+    # --- the fold ---
+
+    def saw(self, event: ev.Event, decisions: Iterable[do.Decision]) -> None:
+        """`event` has led to `decisions`."""
+        at = self._wall_s(event.at)
+        self._happened(event, at)
+        for decision in decisions:
+            self._decided(decision, at)
+
+    def _happened(self, event: ev.Event, at: float) -> None:
+        match event:
+            case ev.RequestArrived(request=request) | ev.LoadRequested(request=request):
+                self._arrived(request, at)
+            case ev.RequestEnded(request=key):
+                self._end(self.requests.get(key), at, self._told.pop(key, {}))
+            case ev.RequestReturned(request=key):
+                self._told.pop(key, None)
+                record = self.requests.get(key)
+                if record is not None and record.ended_at is None:
+                    record.state, record.instance = "queued", None
+                    self._note_request(record, at, "returned")
+            case ev.FrontDoorLeft(front_door=front_door):
+                for record in [record for record in self.live() if record.front_door == front_door]:
+                    self._end(record, at, {"state": "cancelled", "error": "its front door has left"})
+            case ev.WorkerJoined(worker=worker):
+                self._forget_gone()
+                self._nodes[worker.address] = worker.name
+                self._lose_all_of(worker.address, at)
+                self._note(at, "joined", node=worker.name, slots=worker.slots, host_capacity=worker.host_capacity)
+            case ev.WorkerLeft(address=address):
+                lost = self._lose_all_of(address, at)
+                self._note(at, "left", node=self.node(address), instances=lost)
+            case ev.ModelDeployed(model=view):
+                model = self._model(view.name)
+                model.nbytes, model.n_slots, model.deployed = view.nbytes, view.n_slots, True
+                self._note(at, "deployed", model=view.name, nbytes=view.nbytes)
+            case ev.ModelDeleted(model=name, replaced=replaced):
+                self._model(name).deployed = False
+                self._note(at, "deleted", model=name, cause="it is deployed from another checkpoint" if replaced else "")
+                self._forget_deleted()
+            case ev.LoadFinished(instance=instance, loaded_from=tier):
+                self._loaded(instance, str(tier), at)
+            case ev.LoadFailed(instance=instance, reason=reason):
+                self._failed(instance, reason, "load", at)
+            case ev.InstanceLost(instance=instance, reason=reason):
+                self._failed(instance, reason, "run", at)
+            case ev.UnloadFinished(instance=instance):
+                self._left(instance, at)
+            case ev.InstanceMigrated():
+                self._migrated(event, at)
+            case ev.MigrationFailed(instance=instance, successor=successor, reason=reason):
+                self._close(self.loads.get(successor), at, failed=reason)
+                self._note_instance(self.loads.get(instance), at, "failed", what="move", cause=reason)
+            case ev.WorkerReported() | ev.UnloadRequested() | ev.TimerFired():
+                pass
+
+    def _decided(self, decision: do.Decision, at: float) -> None:
+        match decision:
+            case do.Chose(choice=choice):
+                self._chose(choice, at)
+            case do.Load():
+                self._load(decision, at)
+            case do.Unload():
+                self._unload(decision, at)
+            case do.Dispatch():
+                self._dispatched(decision, at)
+            case do.ReportLoaded(request=key, instance=instance, node=node, waited_s=waited_s, loaded_from=tier):
+                record = self.requests.get(key)
+                if record is not None:
+                    self._take(record, instance, node, waited_s, tier)
+                    self._end(record, at, {"state": "finished"})
+            case do.Refuse(request=key, error=error):
+                record = self.requests.get(key)
+                if record is not None and record.ended_at is None:
+                    record.state, record.error, record.ended_at = "refused", error.message[:N_ERROR_CHARS], at
+                    if not record.load_only:
+                        self.tallies.refused(error.code or "internal_error")
+                    self._copy_happenings(record)
+                    self._note_request(record, at, "refused", cause=record.error)
+                    self._keep_ended(record)
+            case do.Migrate():
+                self._migrate(decision, at)
+            case do.Preempt(instance=instance, requests=requests, cause=cause):
+                self._note_instance(self.loads.get(instance), at, "preempted", n_requests=len(requests), cause=cause)
+            case do.WakeAt():
+                pass
+
+    # --- requests ---
+
+    def _arrived(self, request: RequestView, at: float) -> None:
+        told = self._told.pop(request.id, {})
+        known = self.requests.get(request.id)
+        if known is not None and known.ended_at is None:
+            return
+        if known is not None:
+            self._forget(known)
+        record = RequestRecord(
+            key=request.id,
+            id=str(told.get("id") or request.id),
+            model=request.model,
+            front_door=request.front_door,
+            priority=request.priority,
+            arrived_at=at,
+            n_prompt_tokens=told.get("n_prompt_tokens"),
+            load_only=request.load_only,
+        )
+        self.requests[record.key] = record
+        self._keys.setdefault(record.id, []).append(record.key)
+
+    def _end(self, record: RequestRecord | None, at: float, told: Mapping[str, Any]) -> None:
+        if record is None:
+            return
+        record.n_tokens = told.get("n_tokens", record.n_tokens)
+        record.path = list(told.get("path") or record.path)  # it may have moved meanwhile
+        record.first_token_s = told.get("first_token_s", record.first_token_s)
+        if record.ended_at is not None:
+            return
+        # What was still waiting, and is not any more, was given up by its client.
+        record.state = told.get("state") or ("cancelled" if record.state == "queued" else "ended")
+        error = told.get("error")
+        record.error = None if error is None else str(error)[:N_ERROR_CHARS]
+        record.ended_at = at
+        self._copy_happenings(record)
+        if not record.load_only:
+            facts = {"node": record.path[-1] if record.path else None, "instance": record.instance}
+            seconds = at - record.arrived_at
+            told_of = {"state": record.state, "seconds": seconds, "n_tokens": record.n_tokens, "cause": record.error}
+            self._note_request(record, at, "ended", **facts, **told_of)
+        self._keep_ended(record)
+
+    def _keep_ended(self, record: RequestRecord) -> None:
+        self._told.pop(record.key, None)
+        self._ended[record.key] = None
+        while len(self._ended) > self._n_ended:
+            self._forget(self.requests[next(iter(self._ended))])
+
+    def _forget(self, record: RequestRecord) -> None:
+        self._ended.pop(record.key, None)
+        del self.requests[record.key]
+        keys = self._keys[record.id]
+        keys.remove(record.key)
+        if not keys:
+            del self._keys[record.id]
+
+    def _dispatched(self, dispatch: do.Dispatch, at: float) -> None:
+        record = self.requests.get(dispatch.request)
+        if record is None:
+            return
+        record.state = "running"
+        self._take(record, dispatch.instance, dispatch.node, dispatch.queue_s, dispatch.loaded_from)
+        self._copy_happenings(record)
+        self._note_request(
+            record,
+            at,
+            "dispatched",
+            node=dispatch.node,
+            instance=dispatch.instance,
+            seconds=dispatch.queue_s,
+            tier=None if dispatch.loaded_from is None else str(dispatch.loaded_from),
+        )
+
+    def _take(self, record: RequestRecord, instance: str, node: str, queue_s: float, tier: object) -> None:
+        record.instance, record.queue_s = instance, queue_s
+        record.path.append(node)
+        record.cold_start = "hit" if tier is None else str(tier)
+        record.load = None if tier is None else self.loads.get(instance)
+
+    def _copy_happenings(self, record: RequestRecord) -> None:
+        """What happened to its model while it waited is a part of its story, and is kept with it."""
+        model = self.models.get(record.model)
+        known = {happening.id for happening in record.happened}
+        for happening in reversed(model.happened) if model is not None else ():
+            if happening.at < record.arrived_at:
+                break
+            if happening.id not in known:
+                record.happened.append(happening)
+
+    def _chose(self, choice: Choice, at: float) -> None:
+        record, model = self.requests.get(choice.request), self._model(choice.model)
+        made = ChoiceRecord(choice, at, at)
+        chosen = choice.chosen
+        if chosen is not None and made.begins:
+            self._room_for = {instance: choice.model for instance, _ in chosen.leaving}
+            known = model.planned.get(chosen.worker)
+            # One load serves all who wait for the same; it is told of the first of them.
+            if known is None or known.at != choice.at or known.chosen != chosen:
+                model.planned[chosen.worker] = choice
+        if chosen is None or chosen.way is not Way.LIVE:
+            last = model.choices[-1] if model.choices else None
+            if last is None or last.decided != made.decided:
+                model.choices.append(made)
+            elif last.at != at:
+                last.choice, last.at, last.n_times = choice, at, last.n_times + 1
+        if record is not None:
+            last = record.choices[-1] if record.choices else None
+            if last is not None and last.decided == made.decided:
+                last.choice, last.at, last.n_times = choice, at, last.n_times + 1
+                return
+            record.choices.append(ChoiceRecord(choice, at, at))
+            record.n_choices += 1
+            if made.waits:
+                self._note_request(record, at, "waiting", cause=choice.reason)
+
+    # --- instances ---
+
+    def _load(self, decision: do.Load, at: float) -> None:
+        load = self._new_load(decision.instance, decision.model, decision.worker, decision.ready_in_s, at)
+        load.choice = self._model(decision.model).planned.pop(decision.worker, None)
+        load.option = None if load.choice is None else load.choice.chosen
+        load.why = {self.node(address): reason for address, reason in decision.why.items()}
+        tier = None if load.option is None or load.option.tier is None else str(load.option.tier)
+        self._note_instance(load, at, "placed", tier=tier, predicted_s=_finite(decision.ready_in_s))
+
+    def _new_load(self, instance: str, model: str, worker: str, predicted_s: float, at: float) -> LoadRecord:
+        known = self._model(model)
+        load = self.loads[instance] = LoadRecord(
+            instance, model, worker, self.node(worker), known.n_slots, known.nbytes, at, predicted_s
+        )
+        return load
+
+    def _loaded(self, instance: str, tier: str, at: float) -> None:
+        load = self.loads.get(instance)
+        if load is None or load.ready_at is not None or load.leaving:
+            return
+        load.ready_at, load.loaded_from = at, tier
+        if load.phases:
+            self._count(load)
+        seconds = at - load.begun_at
+        self._note_instance(load, at, "loaded", tier=tier, seconds=seconds, predicted_s=_finite(load.predicted_s))
+
+    def _unload(self, decision: do.Unload, at: float) -> None:
+        load = self.loads.get(decision.instance)
+        if load is None:
+            return
+        room_for = self._room_for.pop(decision.instance, None) if decision.cause == "evicted" else None
+        load.leaving = decision.cause if room_for is None else f"evicted for {room_for}"
+        # One that is called off gives up nothing that it had.
+        if load.ready_at is not None:
+            self.tallies.left("device", decision.cause)
+        kind = "evicted" if decision.cause.startswith("evict") else "unloading"
+        self._note_instance(load, at, kind, cause=decision.cause, room_for=room_for)
+
+    def _left(self, instance: str, at: float) -> None:
+        load = self.loads.get(instance)
+        self._note_instance(load, at, "unloaded", cause=load.leaving if load else "")
+        self._close(load, at)
+
+    def _failed(self, instance: str, reason: str, what: str, at: float) -> None:
+        load = self.loads.get(instance)
+        if load is None or (load.leaving and load.ready_at is None):
+            return  # a load that was called off
+        reason = reason[:N_ERROR_CHARS]
+        self._note_instance(load, at, "failed", what=what, cause=reason)
+        self._model(load.model).failure = load
+        if load.leaving:
+            load.failed = reason  # it stays until it is unloaded
+        else:
+            self._close(load, at, failed=reason)
+
+    def _lose_all_of(self, worker: str, at: float) -> list[str]:
+        lost = [load for load in self.loads.values() if load.worker == worker]
+        for load in lost:
+            load.leaving = load.leaving or "its node left"
+            self._close(load, at)
+        return [load.instance for load in lost]
+
+    def _close(self, load: LoadRecord | None, at: float, *, failed: str = "") -> None:
+        if load is None:
+            return
+        del self.loads[load.instance]
+        load.ended_at, load.failed = at, failed or load.failed
+        self.tallies.held(load.model, (at - load.begun_at) * load.n_slots)
+        self._count(load)
+        self._model(load.model).loads.append(load)
+
+    def _count(self, load: LoadRecord) -> None:
+        if not load.counted and not load.moved_from:
+            load.counted = True
+            self.tallies.load_ended(load)
+
+    def _migrate(self, decision: do.Migrate, at: float) -> None:
+        source = self.loads.get(decision.instance)
+        load = self._new_load(decision.successor, decision.model, decision.destination, decision.moved_in_s, at)
+        load.moved_from = decision.instance
+        if source is not None:
+            load.choice = source.choice
+        predicted_s, cause = _finite(decision.moved_in_s), decision.cause
+        self._note_instance(source, at, "moving", to=load.node, predicted_s=predicted_s, cause=cause)
+
+    def _migrated(self, event: ev.InstanceMigrated, at: float) -> None:
+        source, load = self.loads.get(event.instance), self.loads.get(event.successor)
+        if load is None:
+            return
+        load.ready_at, load.loaded_from = at, str(event.loaded_from)
+        for record in self.live():
+            if record.instance == event.instance:
+                record.instance = event.successor
+                record.path.append(load.node)
+        self._note_instance(source, at, "migrated", to=load.node, successor=load.instance)
+        if source is not None:
+            source.leaving = f"moved to node {load.node}"
+            self._close(source, at)
+
+    # --- notes ---
+
+    def _note(self, at: float, event: str, **facts: Any) -> Happening:
+        happening = self.feed.add(at, event, facts)
+        name = facts.get("model")
+        if name is not None and facts.get("request") is None:
+            self._model(name).happened.append(happening)
+        return happening
+
+    def _note_instance(self, load: LoadRecord | None, at: float, event: str, **facts: Any) -> None:
+        if load is not None:
+            self._note(at, event, model=load.model, instance=load.instance, node=load.node, **facts)
+
+    def _note_request(self, record: RequestRecord, at: float, event: str, **facts: Any) -> None:
+        record.happened.append(self._note(at, event, request=record.id, model=record.model, **facts))
+
+    # --- bounds ---
+
+    def _model(self, name: str) -> ModelRecord:
+        model = self.models.get(name)
+        if model is None:
+            model = self.models[name] = ModelRecord(name)
+        return model
+
+    def _forget_deleted(self) -> None:
+        """Of models that are gone, the oldest goes first; what still has an instance stays."""
+        there = {load.model for load in self.loads.values()}
+        gone = [name for name, model in self.models.items() if not model.deployed and name not in there]
+        for name in gone[: max(0, len(gone) - N_DELETED)]:
+            del self.models[name]
+            self.tallies.forget(name)
+
+    def _forget_gone(self) -> None:
+        """Names of nodes that left long ago."""
+        while len(self._nodes) >= N_GONE:
+            del self._nodes[next(iter(self._nodes))]
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if isfinite(seconds) else None
