@@ -34,7 +34,7 @@ from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, Turn, demand_of
+from sllmdask.policy.queue import Awaited, Claims, Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -78,6 +78,7 @@ class Controller:
         self.state = ClusterState()
         self.queue = RequestQueue()
         self.claims = Claims(self.queue)
+        self.awaited = Awaited(self.queue)
         self.back_off = BackOff()
         #: How long requests run, by model.
         self.service: dict[str, ServiceTime] = {}
@@ -86,6 +87,7 @@ class Controller:
             self.state,
             self.queue,
             self.claims,
+            self.awaited,
             self.back_off,
             self.service,
             max_requests=settings.max_requests,
@@ -299,6 +301,7 @@ class Controller:
             self.timers.cancel("look", *demand)
             self._until.pop(demand, None)
             self._coming.pop(demand, None)
+            self.awaited.set(demand, ())
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
 
@@ -573,6 +576,8 @@ class Controller:
         self._unplaceable_since.pop(demand, None)
         chosen = self._choose(ways.open)
         self._coming.pop(demand, None)
+        waits_for = chosen.leaving if chosen is not None and chosen.way is Way.WAIT else ()
+        self.awaited.set(demand, tuple(instance for instance, _ in waits_for))
         if chosen is None or chosen.way is Way.WAIT:
             decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
             may_claim = not staying and not at_most

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from math import inf
+from math import ceil, inf
 
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Choice, Option, Way
@@ -19,7 +19,7 @@ from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, mo
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, RequestQueue, demand_of
+from sllmdask.policy.queue import Awaited, Claims, RequestQueue, demand_of
 from sllmdask.policy.state import ClusterState, Cohort, node_of
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
@@ -92,6 +92,7 @@ class WayFinder:
         state: ClusterState,
         queue: RequestQueue,
         claims: Claims,
+        awaited: Awaited,
         back_off: BackOff,
         service: Mapping[str, ServiceTime],
         *,
@@ -101,7 +102,8 @@ class WayFinder:
         can_preempt: bool,
         preempts_older: bool = False,
     ) -> None:
-        self.state, self.queue, self.claims, self.back_off, self._service = state, queue, claims, back_off, service
+        self.state, self.queue, self.claims, self.awaited = state, queue, claims, awaited
+        self.back_off, self._service = back_off, service
         self.max_requests, self.min_residency_s = max_requests, min_residency_s
         #: Why nobody can be moved, or preempted; empty: they can.
         self.migration_lost = "" if can_migrate else NO_MIGRATION
@@ -135,8 +137,16 @@ class WayFinder:
         """Seconds for which an instance may not be taken away yet."""
         return max(0.0, (instance.ready_at or 0.0) + self.min_residency_s - at) if self.min_residency_s else 0.0
 
+    def frees_in(self, instance: InstanceView, request: RequestView | None, at: float) -> float:
+        """Seconds until the slots of an instance of another model are predicted to be those of `request`: who waits for them before
+        has them for as long as its requests run; ``inf`` if others keep it."""
+        before = self.awaited.before(instance.id, request) if request is not None else []
+        turns_s = sum(self._service.get(model, _UNKNOWN).mean_s for model in before)
+        return self.ends_in(instance, at) + turns_s
+
     def ends_in(self, instance: InstanceView, at: float) -> float:
-        """Seconds until an instance of another model is predicted to be gone, or idle; ``inf`` if others keep it."""
+        """Seconds until an instance is predicted to be gone, or idle: those who wait for it are served before; ``inf`` if others
+        keep it."""
         if instance.state is InstanceState.UNLOADING:
             return 0.0
         if self.state.is_kept(instance):
@@ -148,7 +158,12 @@ class WayFinder:
         # What is predicted of a request falls with its time until it is overdue and rises then: the last one to end is the first
         # or the newest.
         running = self.queue.first_and_newest(instance.id)
-        return max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        ends_in_s = max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        if instance.draining or not self.queue.waits(instance.model):
+            return ends_in_s
+        n_instances = max(1, len(self.state.living(instance.model)))
+        n_turns = ceil(self.queue.n_waiting_of(instance.model) / (self.max_requests * n_instances))
+        return ends_in_s + n_turns * self._service.get(instance.model, _UNKNOWN).mean_s
 
     def move_seconds(self, instance: InstanceView) -> list[float]:
         """Seconds to move each request of an instance: its KV is computed again."""
@@ -458,7 +473,10 @@ class _Search:
     def _wait(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Those leave whose end is predicted first, until there are slots, and then until there is memory."""
         here, beside = self._state.on_worker(worker.address), self._state.neighbours(worker.address)
-        ends_in_s = {each.id: inf if each.id in self._own else self._finder.ends_in(each, self._at) for each in (*here, *beside)}
+        ends_in_s = {
+            each.id: inf if each.id in self._own else self._finder.frees_in(each, self._request, self._at)
+            for each in (*here, *beside)
+        }
         staying = sorted(here, key=lambda each: (ends_in_s[each.id], each.id))
         leaving: list[InstanceView] = []
         free = self._state.free_slots(worker.address)
@@ -472,7 +490,8 @@ class _Search:
         if wait_s == inf or free < self._model.n_slots or self._lacks_memory(worker, leaving) > 0:
             return None
         parts = self._after(wait_s, "wait", parts)
-        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, parts=parts)
+        gone = tuple((each.id, "") for each in leaving)
+        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, leaving=gone, parts=parts)
 
     def _migrate(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Running instances go to where there is room, the cheapest ones."""

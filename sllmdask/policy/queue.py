@@ -169,6 +169,10 @@ class RequestQueue:
         turns = [turn for demand in demands for turn in self._turns[demand]]
         return [request_id for *_, request_id in (sorted(turns) if len(demands) > 1 else turns)]
 
+    def n_waiting_of(self, model: str) -> int:
+        """How many wait for a model, wherever it has to be."""
+        return sum(len(self._turns[demand]) for demand in self._demands_of.get(model, ()))
+
     def waits(self, model: str) -> bool:
         return model in self._demands_of
 
@@ -182,6 +186,33 @@ class RequestQueue:
 
     def of_door(self, front_door: str) -> list[str]:
         return list(self._of_door.get(front_door, ()))
+
+
+class Awaited:
+    """Whose end is waited for by whom: the slots of one that ends go to the first of them."""
+
+    def __init__(self, queue: RequestQueue) -> None:
+        self._queue = queue
+        self._of: dict[Demand, tuple[str, ...]] = {}
+        self._by_instance: dict[str, dict[Demand, None]] = {}
+
+    def set(self, demand: Demand, instances: tuple[str, ...]) -> None:
+        """`demand` waits for the ends of `instances`, and for no others."""
+        for instance_id in self._of.pop(demand, ()):
+            others = self._by_instance[instance_id]
+            del others[demand]
+            if not others:
+                del self._by_instance[instance_id]
+        if instances:
+            self._of[demand] = instances
+        for instance_id in instances:
+            self._by_instance.setdefault(instance_id, {})[demand] = None
+
+    def before(self, instance_id: str, request: RequestView) -> list[str]:
+        """The models that those wait for whose turn is before that of `request`, and who wait for the same end."""
+        turn, own = turn_of(request), demand_of(request)
+        others = self._by_instance.get(instance_id, ())
+        return [demand[0] for demand in others if demand != own and self._queue.turn(demand) < turn]
 
 
 class Claims:
