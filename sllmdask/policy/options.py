@@ -7,26 +7,27 @@ fastest: what it takes does not grow with the cluster.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
 from math import ceil, inf
 
 from sllmdask.policy.backoff import BackOff
-from sllmdask.policy.choice import Choice, Option, Way
+from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import rank
+from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.dispatch import takes_requests
 from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, move_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Awaited, Claims, RequestQueue, demand_of
+from sllmdask.policy.queue import RequestQueue, demand_of
+from sllmdask.policy.records import N_BEST, Ways
 from sllmdask.policy.state import ClusterState, Cohort, node_of
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
-from sllmdask.units import format_seconds
 
-#: Options that a record has, and workers without the checkpoint that are offered: more are no better.
-N_BEST, N_OFFERED = 16, 8
+#: Workers without the checkpoint that are offered: more are no better.
+N_OFFERED = 8
 #: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
 #: where they cannot move yet, for the record.
 N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
@@ -45,43 +46,6 @@ _COMING = "an instance is on its way: nobody is disturbed for another one"
 #: as to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
 _WAITED = "the request has waited for as long as it takes to load"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
-
-
-@dataclass
-class Ways:
-    """What there is for a request, the best first, and why some workers are none of it, by address."""
-
-    options: list[Option] = field(default_factory=list)
-    unfit: dict[str, str] = field(default_factory=dict)
-    #: Whether a worker was seen that can run the model, and of these one that may be asked to load it now.
-    any_fit: bool = False
-    any_allowed: bool = False
-
-    @property
-    def open(self) -> list[Option]:
-        """Those that can be taken."""
-        return [option for option in self.options if not option.lost]
-
-    def soonest(self, *ways: Way) -> Option | None:
-        return next((option for option in self.options if option.way in ways and not option.lost), None)
-
-
-def choice(request: str, model: str, chosen: Option | None, ways: Ways, reason: str, at: float) -> Choice:
-    """The record of a decision: the best options, each with why it lost."""
-    best = list(islice((option for option in ways.options if option is not chosen), N_BEST - (chosen is not None)))
-    told = [option if option.lost else replace(option, lost=_why_lost(option, chosen)) for option in best]
-    if chosen is not None:
-        told = sorted([chosen, *told], key=lambda option: option.ready_in_s)
-    return Choice(at, request, model, chosen, reason, tuple(told), len(ways.options) - len(told), dict(ways.unfit))
-
-
-def _why_lost(option: Option, chosen: Option | None) -> str:
-    if chosen is None:
-        return "not taken"
-    more_s = option.ready_in_s - chosen.ready_in_s
-    if more_s > 0:
-        return f"{format_seconds(more_s)} slower"
-    return "passed over" if more_s < 0 else "no faster"
 
 
 class WayFinder:
@@ -138,8 +102,8 @@ class WayFinder:
         return max(0.0, (instance.ready_at or 0.0) + self.min_residency_s - at) if self.min_residency_s else 0.0
 
     def frees_in(self, instance: InstanceView, request: RequestView | None, at: float) -> float:
-        """Seconds until the slots of an instance of another model are predicted to be those of `request`: who waits for them before
-        has them for as long as its requests run; ``inf`` if others keep it."""
+        """Seconds until the slots of an instance of another model are predicted to be those of `request`; ``inf`` if others keep
+        it. Who waits for them before has them for as long as its requests run."""
         before = self.awaited.before(instance.id, request) if request is not None else []
         turns_s = sum(self._service.get(model, _UNKNOWN).mean_s for model in before)
         return self.ends_in(instance, at) + turns_s
