@@ -9,9 +9,10 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choosers import Chooser
 from sllmdask.policy.decisions import Chose, Decision
 from sllmdask.policy.fleet import Fleet
-from sllmdask.policy.options import WayFinder, choice
+from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import unfit
 from sllmdask.policy.queue import RequestQueue
+from sllmdask.policy.records import choice
 from sllmdask.policy.scaling import desired_instances, fewest_first, leaves_at
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers

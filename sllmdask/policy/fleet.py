@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
+from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
-from sllmdask.policy.options import WayFinder, Ways
+from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import missing_nbytes
-from sllmdask.policy.queue import Claims, RequestQueue
+from sllmdask.policy.queue import RequestQueue
+from sllmdask.policy.records import Ways
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier

@@ -241,7 +241,7 @@ def test_random_traffic_with_faults_moves_and_preemptions_loses_nobody(seed):
     outcome = cluster.run(events, lambda controller, _: check_invariants(controller))
     assert len(outcome.ended) + len(outcome.refused) == 200
     assert {refuse.error.code for refuse in outcome.refused.values()} <= {"load_failed"}
-    assert not controller.waiting and not controller.running and not controller._expects and not controller._dirty
+    assert not controller.waiting and not controller.running and not controller.records._expects and not controller._dirty
     assert all(instance.state is InstanceState.READY for instance in controller.instances.values())
 
 
