@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sllmdask.cluster import observing
 from sllmdask.cluster.decision_log import N_DELETED, DecisionLog
 from sllmdask.cluster.explaining import explain_model, explain_request
 from sllmdask.cluster.happenings import Feed
@@ -386,3 +387,64 @@ def test_the_log_holds_what_the_controller_holds_and_counts_as_brute_force_does(
     outcomes = samples(log, "sllmdask_cold_starts_total")
     assert {model: sum(n for (name, *_), n in outcomes.items() if name == model) for model in tried} == tried
     assert len(log.requests) == 150 and all(record.state != "queued" for record in log.requests.values())
+
+
+class Door:
+    """A connection to a front door, whose answer, if it has one, comes at once."""
+
+    def __init__(self, name: str, rows: list[dict[str, Any]] | None) -> None:
+        self.name, self.rows, self.observer = name, rows, None
+        self.heard: list[list[Any]] = []
+
+    def put(self, message: list[Any]) -> None:
+        self.heard.append(message)
+        if message[0] == "rows" and self.rows is not None:
+            self.observer.answered(self.name, message[1], self.rows)
+
+
+@pytest.mark.asyncio
+async def test_front_doors_are_asked_for_their_requests_and_of_silent_ones_is_told_what_is_known(monkeypatch):
+    monkeypatch.setattr(observing, "ROWS_S", 0.01)
+    mine, other, silent = Door("mine", []), Door("other", [{"id": "o", "state": "finished"}]), Door("silent", None)
+    observer = Observer(Controller(ControllerSettings()), {each.name: each for each in (mine, other, silent)}, {})
+    other.observer = observer
+    for key, door in (("m:1", "mine"), ("o:1", "other"), ("s:1", "silent"), ("g:1", "gone")):
+        observer.log.told(key, {"id": f"id-{key}", "n_prompt_tokens": 3})
+        observer.saw(asked(key, "a", 1.0, door), [Dispatch(key, door, "a/1", "tcp://one", "0", 0.5)] if door == "silent" else [])
+    observer.saw(ev.FrontDoorLeft(2.0, "gone"), [])
+    rows = (await observer.requests("mine"))["requests"]
+    assert [(row["id"], row["state"]) for row in rows] == [("id-s:1", "running"), ("o", "finished"), ("id-g:1", "cancelled")]
+    assert rows[0] | {"seconds": 0.0} == {
+        "id": "id-s:1",
+        "model": "a",
+        "state": "running",
+        "node": "0",
+        "n_prompt_tokens": 3,
+        "n_tokens": 0,
+        "path": ["0"],
+        "seconds": 0.0,
+    }
+    assert mine.heard == []
+    assert await observer.cancel("id-s:1") == {"request": "id-s:1", "cancelled": True, "state": "cancelled"}
+    assert silent.heard[-1] == ["cancel", "s:1"]
+
+
+@pytest.mark.asyncio
+async def test_preemptions_tiers_and_the_kv_cache_are_read_from_the_accounts_of_the_workers():
+    controller = Controller(ControllerSettings())
+    accounts: dict[str, Any] = {}
+    observer = Observer(controller, {}, accounts)
+    for event in (ev.WorkerJoined(0.0, ONE), ev.ModelDeployed(0.0, A), asked("r", "a", 1.0)):
+        observer.saw(event, controller.handle(event))
+    stats = {"model": "a", "load": {}, "blocks_total": 100, "blocks_used": 20, "blocks_reserved": 5}
+    for n_preemptions in (0, 3, 3, 4):
+        account = {"instances": {"a/1": {**stats, "n_preemptions": n_preemptions}}, "tiers": {"host": {"used": 7, "capacity": 9}}}
+        accounts["tcp://one"] = account
+        observer.saw_account(account)
+    families = {each["name"]: each["samples"] for each in (await observer.metrics())["families"]}
+    assert families["vllm:num_preemptions_total"] == [[["a"], 4]]
+    assert families["vllm:kv_cache_usage_perc"] == [[["a"], 0.25]]
+    assert families["sllmdask_tier_used_bytes"] == [[["0", "host"], 7]]
+    assert families["sllmdask_tier_capacity_bytes"] == [[["0", "host"], 9]]
+    assert families["sllmdask_instances"] == [[["a", "loading"], 1.0]]
+    assert families["sllmdask_queue_depth"] == [[["a", "0"], 1.0]]
