@@ -424,7 +424,12 @@ class Controller:
         if not instances:
             return []
         instance = min(instances, key=lambda instance: instance.id)
-        self._end(request.id, at)
+        if request.holds:
+            del self.waiting[request.id]
+            self.running[request.id] = replace(request, instance=instance.id)
+            self.instances[instance.id] = replace(instance, n_requests=instance.n_requests + 1, idle_since=None)
+        else:
+            self._end(request.id, at)
         return [
             ReportLoaded(
                 request=request.id,

@@ -112,5 +112,7 @@ class RequestView:
     instance: str | None = None
     load_only: bool = False
     node: str = ""
-    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``.
+    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``; and whether the one
+    #: that fulfils it counts it as a request, until it ends, so that it does not leave as idle.
     replaces: str = ""
+    holds: bool = False
