@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -196,8 +197,12 @@ class Operations:
             raise NoWorker(view.name, "no worker is connected that could hold it")
         return found
 
-    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
-        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named."""
+    @asynccontextmanager
+    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> AsyncIterator[str]:
+        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named.
+
+        It does not leave as idle before the end of the block.
+        """
         view = self._controller.models.get(model)
         if view is None:
             raise ModelNotFound(model)
@@ -208,11 +213,15 @@ class Operations:
             raise misfit
         now = time.monotonic()
         name, report = self._wishes.make()
-        wish = RequestView(name, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces)
-        self._on(ev.LoadRequested(now, wish))
-        loaded = await report
-        await self._progress.until_read(loaded.instance)
-        return loaded.instance
+        wish = RequestView(name, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces, holds=True)
+        try:
+            self._on(ev.LoadRequested(now, wish))
+            loaded = await report
+            await self._progress.until_read(loaded.instance)
+            yield loaded.instance
+        finally:
+            self._wishes.forget(name)
+            self._on(ev.RequestEnded(time.monotonic(), name))
 
     async def until_gone(self, instance: str) -> None:
         """Until an instance that is to leave has left."""

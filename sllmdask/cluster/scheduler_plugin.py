@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import click
@@ -478,8 +479,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def ask(self, worker: str, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         return await self.deployments.ask(worker, op, timeout_s, **arguments)
 
-    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
-        return await self._operations.ready_there(model, where, replaces)
+    def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
+        return self._operations.ready_there(model, where, replaces)
 
     async def until_gone(self, instance: str) -> None:
         await self._operations.until_gone(instance)

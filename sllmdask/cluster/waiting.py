@@ -30,6 +30,10 @@ class Wishes:
         self._answers[name] = asyncio.get_running_loop().create_future()
         return name, self._answers[name]
 
+    def forget(self, name: str) -> None:
+        """Nobody waits for that answer any more."""
+        self._answers.pop(name, None)
+
     def answer(self, decision: Decision) -> bool:
         """Whether `decision` was about a wish; it is answered then."""
         wish = self._answers.pop(decision.request, None) if isinstance(decision, ReportLoaded | Refuse) else None

@@ -320,7 +320,7 @@ class Controller:
         if request.instance is None:
             self._forget(request)
             return request
-        if served and request.dispatched_at is not None:
+        if served and request.dispatched_at is not None and not request.load_only:
             known = self.service.get(request.model, ServiceTime())
             self.service[request.model] = known.after(at - request.dispatched_at)
         instance = self.instances.get(request.instance)
@@ -339,6 +339,7 @@ class Controller:
         if request is None or request.instance == instance_id:
             return
         self.queue.rebind(request, instance_id)
+        self.state.touch_model(request.model)
         for each, change in ((request.instance or "", -1), (instance_id, 1)):
             instance = self.instances.get(each)
             if instance is not None:
@@ -473,7 +474,13 @@ class Controller:
         if not ready:
             return []
         instance = min(ready, key=lambda instance: instance.id)
-        self._end(wish.id, at)
+        if wish.holds:
+            self.queue.dispatch(wish, instance.id, at)
+            self.timers.cancel("settled", instance.id)
+            self._forget(wish)
+            self.state.put_instance(replace(instance, n_requests=instance.n_requests + 1, idle_since=None))
+        else:
+            self._end(wish.id, at)
         return [
             ReportLoaded(
                 request=wish.id,
