@@ -77,14 +77,15 @@ class SllmWorkerPlugin(WorkerPlugin):
         self._worker = worker
         # A worker that waits in a spinning OpenMP barrier takes the core of its neighbour: 8-30x slower when oversubscribed.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from sllmdask.actors.instances import InstanceRegistry
+        from sllmdask.actors.instances import InstanceRegistry, open_ledger
 
         self.host_capacity = self.settings.worker.host_memory or MEMORY_LIMIT // 2
         slots = self.settings.worker.slots
         n_threads = self.settings.engine.n_threads or max(1, (psutil.cpu_count() or 1) // slots)
         engine_settings = self.settings.engine.model_copy(update={"n_threads": n_threads})
         store = await self._open_store(worker)
-        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source)
+        memory = open_ledger(engine_settings.device, self.settings.worker, MEMORY_LIMIT, self.host_capacity)
+        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source, memory)
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sllmdask.engine.construct import Filling, Piece
+from sllmdask.engine.shortage import is_shortage, not_enough
 from sllmdask.errors import Cancelled, EngineError, LoadFailed, SllmError
 
 #: Blocks until the tensors of these names in the checkpoint are there; raises what the load has failed of.
@@ -138,7 +139,10 @@ class ArrivalGate:
         except OSError as error:
             self._fail(LoadFailed(self._source, str(error)))
         except Exception as error:  # noqa: BLE001 - raised by whoever waits
-            self._fail(EngineError(f"{self._source!r} could not be built: {error!r}"))
+            if is_shortage(error):
+                self._fail(not_enough(self._source, error))
+            else:
+                self._fail(EngineError(f"{self._source!r} could not be built: {error!r}"))
         self._tell()
 
     def _fuse(self, stage: int) -> bool:
