@@ -441,9 +441,10 @@ class InsufficientMemory(Unavailable):
 
     @property
     def message(self) -> str:
-        needed = _bytes(self.needed) if self.needed else "more"
         advice = self.advice or "Add a larger worker, or raise worker.host_memory."
-        return f"Model {self.model!r} needs {needed} of memory, but a worker has {_bytes(self.available)}. {advice}"
+        if not self.needed:
+            return f"Model {self.model!r} needs more memory than a worker has: {_bytes(self.available)} are left. {advice}"
+        return f"Model {self.model!r} needs {_bytes(self.needed)} of memory, but a worker has {_bytes(self.available)}. {advice}"
 
 
 class HostPoolUnavailable(Unavailable):

@@ -539,8 +539,8 @@ class LLMEngine:
                 raise
             short = self._not_enough(error)
         if short is not None:
-            reason = f"no memory: it needs {format_bytes(short.needed)}, and {format_bytes(short.available)} are free"
-            raise StateRefused(request_id, reason)
+            needed = f"it needs {format_bytes(short.needed)}, and " if short.needed else ""
+            raise StateRefused(request_id, f"no memory: {needed}{format_bytes(short.available)} are free")
 
     def _not_enough(self, error: BaseException, advice: str = "") -> InsufficientMemory:
         return not_enough(self._runner.memory.model, error, self._runner.device, advice)
@@ -676,35 +676,30 @@ class LLMEngine:
             some = tuple(chunk for chunk in passes.popleft() if chunk.sequence.finish_reason is None)
             if not some:
                 continue
+            short = False
             try:
                 outputs += self._run(some)
-            except _STEP_FAILURES as error:
-                instead = self._instead_of(some, error)
-                if not instead:
-                    outputs.append(self._fail(some[0].sequence, error))
-            else:
-                instead = []
                 self._budget.passed()
-            if instead:  # only here, behind the error, are the tensors of the failed pass gone
+            except _STEP_FAILURES as error:
+                short = is_shortage(error) and self._has_less_to_try(some, error)
+                if not short and len(some) > 1:
+                    # Each alone, to find out whose fault it was.
+                    passes.extendleft((chunk,) for chunk in reversed(some))
+                elif not short:
+                    outputs.append(self._fail(some[0].sequence, error))
+            if short:  # only here, behind the error, are the tensors of the failed pass gone
                 self._runner.give_back()
-                passes.extendleft(reversed(instead))
+                passes = deque(self._budget.cut([*some, *(chunk for later in passes for chunk in later)]))
         return outputs
 
-    def _instead_of(self, chunks: tuple[Chunk, ...], error: Exception) -> list[tuple[Chunk, ...]]:
-        """Passes in place of one that failed: each chunk alone, to find out whose fault it was, or smaller ones for want of memory.
-
-        None, if it was the fault of its only chunk, or if nothing smaller fits.
-        """
-        if not is_shortage(error):
-            return [(chunk,) for chunk in chunks] if len(chunks) > 1 else []
-        n_tokens, cause = sum(chunk.n_tokens for chunk in chunks), str(error).partition("\n")[0]
-        log.warning("no memory for a pass: instance=%s tokens=%d cause=%s", self._runner.memory.holder, n_tokens, cause)
-        smaller = self._budget.short(chunks)
-        if not smaller and self._drop_parked():
-            return [chunks]
-        if not smaller:
-            self._budget.forgive()
-        return smaller
+    def _has_less_to_try(self, chunks: tuple[Chunk, ...], error: Exception) -> bool:
+        """Whether `chunks`, which found no memory, may find it in smaller passes, or with KV dropped that is parked."""
+        n_tokens = sum(chunk.n_tokens for chunk in chunks)
+        log.warning("no memory for a pass: instance=%s tokens=%d cause=%r", self._runner.memory.holder, n_tokens, error)
+        if self._budget.short(n_tokens) or self._drop_parked():
+            return True
+        self._budget.forgive()
+        return False
 
     def _drop_parked(self) -> bool:
         """Drop the parked KV of requests that wait to go on: they are computed again. Whether that gave memory back."""
@@ -750,7 +745,9 @@ class LLMEngine:
         self._finish(sequence.request_id, FinishReason.ERROR)
         error: SllmError = EngineError(f"The engine could not go on with this request: {cause}")
         if is_shortage(cause):
-            advice = f"A step of this request of {sequence.n_tokens} tokens does not fit: send less, or give the worker more memory."
+            advice = (
+                f"A step of this request of {sequence.n_tokens} tokens does not fit: send less, or give the worker more memory."
+            )
             error = self._not_enough(cause, advice)
         return _failure(sequence, error)
 

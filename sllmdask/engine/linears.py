@@ -135,9 +135,7 @@ class LinearPacker:
     :meth:`pack` may be called on another thread than the rest, for layers that do not run yet.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, packing: Packing, owned: set[int], memory: MemoryAccount | None = None
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, packing: Packing, owned: set[int], memory: MemoryAccount | None = None) -> None:
         """`owned`: addresses of plain weights that nobody else needs. Such a one is dropped when its layer has the packed one.
 
         `memory` is asked for each layer, and owned weights that are dropped are given back to it; by default, nobody is asked.
@@ -282,4 +280,3 @@ def _pack(layer: torch.nn.Module, invariant: bool) -> PackedLinear:
     assert weight is not None
     rows = weight.detach().t() if isinstance(layer, Conv1D) else weight
     return PackedLinear(rows, None if bias is None else bias.detach(), invariant=invariant)
-

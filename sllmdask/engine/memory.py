@@ -154,6 +154,7 @@ class MemoryAccount:
     def close(self) -> None:
         """Give everything back, for good. Again does nothing."""
         with self.ledger._lock:
-            self._closed = True
-            self._held.clear()
-            self.ledger._accounts.pop(self.holder, None)
+            if not self._closed:
+                self._closed = True
+                self._held.clear()
+                del self.ledger._accounts[self.holder]

@@ -36,13 +36,16 @@ class ParkedKV(Mapping[str, Tensor]):
     def put(self, request_id: str, nbytes: int, read: Callable[[], Tensor], *, instead_of: Kind | None = None) -> bool:
         """Keep the `nbytes` bytes that `read` gives; ``False`` if there is no room for them. Raises what `read` raises.
 
-        `instead_of`: they are the account's already, held for that.
+        `instead_of`: what they are taken from, as far as the account holds something for that. What several sequences share is
+        parked once for each of them, so all of it may be more than there was.
         """
         self.drop(request_id)
-        if self._counted and instead_of is not None:
-            self._account.move(instead_of, Kind.PARKED, nbytes)
-        elif self._counted and not self._account.offer(Kind.PARKED, nbytes):
-            return False
+        if self._counted:
+            n_held = 0 if instead_of is None else min(nbytes, self._account.held(instead_of))
+            if not self._account.offer(Kind.PARKED, nbytes - n_held):
+                return False
+            if instead_of is not None:
+                self._account.move(instead_of, Kind.PARKED, n_held)
         try:
             rows = read()
             assert rows.nbytes == nbytes

@@ -276,12 +276,12 @@ class ModelRunner:
             return kv_memory // nbytes - 1
         # Converted weights and activations are in the books, and not in use yet.
         asked = self.memory.held(Kind.CONVERTED) + self.memory.held(Kind.ACTIVATIONS)
-        free = max(0, min(self.memory.ledger.free, int(_USED_OF_FREE * (device_memory(self.device)[0] - asked))))
-        n_shares = self.memory.ledger.n_shares
+        there = max(0, int(_USED_OF_FREE * (device_memory(self.device)[0] - asked)))
+        free = min(self.memory.ledger.free, there)
         # Packed weights take the place of converted ones.
         fair = self.memory.fair - max(0, self._packer.expected_nbytes() - self.copied_nbytes)
         if self.device.type == "cpu":
-            fair = min(fair, free // n_shares // _KV_PART)
+            fair = min(fair, there // self.memory.ledger.n_shares // _KV_PART)
         n_blocks = kv_blocks(
             bytes_per_block=nbytes,
             block_size=self.block_size,
@@ -299,7 +299,6 @@ class ModelRunner:
             )
             raise InsufficientMemory(self.memory.model, needed, free, advice)
         return n_blocks
-
 
     def _convert(self, piece: Piece) -> None:
         converted = piece.tensor.to(self.device, piece.dtype)

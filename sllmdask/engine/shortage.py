@@ -1,7 +1,7 @@
 """Memory that a step asks for and does not get: how that is recognised, and how the step goes on with less.
 
-A forward pass that fails of it has changed no sequence, so its chunks run again in smaller passes: half of the sequences, then half
-of the tokens of one. Following steps are cut in the same way for a while. A single token that does not fit is its request's failure.
+A forward pass that fails of it has changed no sequence, so its chunks run again in passes of half as many tokens. Following steps
+are cut in the same way for a while. A single token that does not fit is its request's failure.
 """
 
 from __future__ import annotations
@@ -55,10 +55,20 @@ def not_enough(
 
 
 def cut(chunks: Sequence[Chunk], n_tokens: int) -> list[tuple[Chunk, ...]]:
-    """`chunks`, in their order, in passes of at most `n_tokens` tokens. A sequence is at most once in each pass."""
+    """`chunks`, in their order, in passes of at most `n_tokens` tokens. A sequence is at most once in each pass.
+
+    What was cut before, and follows one on the other, counts as one.
+    """
+    whole: list[Chunk] = []
+    for chunk in chunks:
+        if whole and whole[-1].sequence is chunk.sequence:
+            assert whole[-1].stop == chunk.start
+            whole[-1] = replace(whole[-1], n_tokens=whole[-1].n_tokens + chunk.n_tokens)
+        else:
+            whole.append(chunk)
     passes: list[list[Chunk]] = []
     room = 0
-    for chunk in chunks:
+    for chunk in whole:
         start = chunk.start
         while start < chunk.stop:
             if not room:
@@ -86,15 +96,13 @@ class PassBudget:
             return []
         return [tuple(chunks)] if self._n_tokens >= self._most else cut(chunks, self._n_tokens)
 
-    def short(self, chunks: Sequence[Chunk]) -> list[tuple[Chunk, ...]]:
-        """`chunks` found no memory: what to run instead; nothing if there is nothing smaller than this one token."""
+    def short(self, n_tokens: int) -> bool:
+        """A pass of `n_tokens` tokens found no memory; whether there is anything smaller to try."""
         self.n_shortages += 1
         self._n_good = 0
-        n_tokens = sum(chunk.n_tokens for chunk in chunks)
-        if n_tokens == 1:
-            return []
-        self._n_tokens = min(self._n_tokens, -(-n_tokens // 2))
-        return cut(chunks, -(-n_tokens // 2))
+        if n_tokens > 1:
+            self._n_tokens = min(self._n_tokens, -(-n_tokens // 2))
+        return n_tokens > 1
 
     def passed(self) -> None:
         """A pass found its memory."""

@@ -319,7 +319,9 @@ class Transfer:
         if n_needed <= n_free - self._scheduler.n_watermark:
             return f"busy: there is no room beside {self._scheduler.max_running} requests that are here, or on their way"
         needed, free = (format_bytes(n * self._runner.bytes_per_block) for n in (n_needed, n_free))
-        return f"no memory: there is no room for {n_tokens} tokens, {n_needed} blocks ({needed}) of KV; {n_free} ({free}) are free"
+        return (
+            f"no memory: there is no room for {n_tokens} tokens, {n_needed} blocks ({needed}) of KV; {n_free} ({free}) are free"
+        )
 
     # --- moves that are over -------------------------------------------------------------------------------------------
 

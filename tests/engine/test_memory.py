@@ -164,7 +164,10 @@ def test_a_cache_holds_one_long_request_and_no_more_than_can_be_used_and_fits(
 
 
 def test_what_a_step_makes_grows_with_its_tokens_and_the_widest_layer():
-    narrow, wide = torch.nn.Linear(8, 16), torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Linear(32, 8), torch.nn.LayerNorm(8))
+    narrow, wide = (
+        torch.nn.Linear(8, 16),
+        torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Linear(32, 8), torch.nn.LayerNorm(8)),
+    )
     sizes = [
         activation_nbytes(layers, n_tokens=n, n_logits=0, vocab_size=0, itemsize=4)
         for layers in ([narrow], [narrow, wide], [wide, narrow])
