@@ -212,8 +212,8 @@ class EngineSettings(Frozen):
     dtype: Dtype = "auto"
     #: Tokens per KV block.
     block_size: int = Field(default=16, ge=1, le=256)
-    #: Bytes of KV cache of one instance; ``auto``: what the instance's share of the worker's memory leaves beside its weights, and
-    #: no more than `max_running` requests of the model's full length can use.
+    #: Bytes of KV cache of one instance; ``auto``: what its share of the worker's memory leaves beside its weights, and no more
+    #: than `max_running` requests of the model's full length can use.
     kv_memory: BytesOrAuto = "auto"
     #: Sequences that decode together.
     max_running: int = Field(default=64, ge=1)
@@ -243,8 +243,8 @@ class EngineSettings(Frozen):
     pack_weights: Literal["auto", "always", "never"] = "auto"
     #: Steps with work after which a model is hot.
     pack_after: int = Field(default=32, ge=0, le=MAX_COUNT)
-    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then. In any case,
-    #: no more than is left of what the worker's instances may take.
+    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then. Never more
+    #: than is left of what the worker's instances may take.
     pack_memory: Bytes = Field(default=0, ge=0)
 
 
@@ -256,7 +256,7 @@ class WorkerSettings(Frozen):
     #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the host's memory, which the workers that ``up``
     #: starts share, and which a worker started by hand has alone.
     host_memory: Bytes = Field(default=0, ge=0)
-    #: Of a GPU's memory, the part that instances may take. On a CPU, of the host's memory, the part that a worker may take with its
+    #: Of a GPU's memory, the part that instances may take. On a CPU, of the host's memory, the part that a worker may take, for
     #: `host_memory` and its instances together; the workers that ``up`` starts share it, one started by hand has it alone.
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
     #: Whether the workers of a host have their host memory in common: one copy of a checkpoint for all, which outlives them.

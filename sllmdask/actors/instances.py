@@ -538,7 +538,9 @@ async def _why(lease: HostLease, failure: SllmError) -> SllmError:
 
 
 def open_ledger(device: str, settings: WorkerSettings, host_limit: int, host_pool: int) -> MemoryLedger:
-    """The memory that the instances of a worker share. `host_limit`: bytes that the host lets it have, `host_pool`: of checkpoints.
+    """The memory that the instances of a worker share.
+
+    `host_limit`: bytes that the host lets it have; `host_pool`: those that checkpoints may take of them.
 
     Raises :class:`ConfigError` if there is no such device.
     """

@@ -338,8 +338,8 @@ class LLMEngine:
     def settle(self) -> None:
         """Check what has arrived, if it has not been checked, and stop waiting for weights that are all there.
 
-        Raises what the load has failed of, :class:`UnsupportedArchitecture` or :class:`InsufficientMemory`: the engine is of no use
-        then.
+        Raises what the load has failed of, :class:`UnsupportedArchitecture`, or :class:`InsufficientMemory`: the engine is of no
+        use then.
         """
         if self._runner.settled or self._paused:
             return

@@ -166,12 +166,11 @@ class LinearPacker:
         """Nothing is being packed in the background, and nothing that was waits to be used."""
         return (self._thread is None or not self._thread.is_alive()) and self._ready.empty()
 
-    def expected_nbytes(self) -> int:
-        """Bytes that packing would take beside plain weights, if all of them were lent; the model need not have its weights."""
+    def expected_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes that packing takes beside plain weights in `dtype`, if all of them are lent; the model need not have them yet."""
         if self._packing.mode == "never":
             return 0
         every = self._packing.mode == "always"
-        dtype = self._model.config.dtype
         sizes = [_packed_nbytes(layer, dtype.itemsize) for layer in packable(self._model) if every or _pays(layer, dtype)]
         return min(sum(sizes), self._packing.memory or sys.maxsize)
 

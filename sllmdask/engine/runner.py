@@ -137,7 +137,8 @@ class ModelRunner:
             self.n_blocks = self._choose_n_blocks(kv_memory, max_running)
             self.make_cache()
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir), self._pack)
+                place = skeleton.place
+                self._gate = ArrivalGate(filling, wait, self._convert, place, str(checkpoint_dir), self._pack, device)
             else:
                 skeleton.place_all(filling, self._convert)
                 for module in filling.modules:
@@ -267,7 +268,7 @@ class ModelRunner:
         )
 
     def _choose_n_blocks(self, kv_memory: int | Literal["auto"], max_running: int) -> int:
-        """Raises :class:`ConfigError` for a `kv_memory` that holds no block, :class:`InsufficientMemory` if ``auto`` finds too little."""
+        """Raises :class:`ConfigError` if `kv_memory` holds no block, :class:`InsufficientMemory` if ``auto`` finds too little."""
         nbytes = self.bytes_per_block
         if kv_memory != "auto":
             if kv_memory < 2 * nbytes:
@@ -279,7 +280,7 @@ class ModelRunner:
         there = max(0, int(_USED_OF_FREE * (device_memory(self.device)[0] - asked)))
         free = min(self.memory.ledger.free, there)
         # Packed weights take the place of converted ones.
-        fair = self.memory.fair - max(0, self._packer.expected_nbytes() - self.copied_nbytes)
+        fair = self.memory.fair - max(0, self._packer.expected_nbytes(self.dtype) - self.copied_nbytes)
         if self.device.type == "cpu":
             fair = min(fair, there // self.memory.ledger.n_shares // _KV_PART)
         n_blocks = kv_blocks(
@@ -294,8 +295,8 @@ class ModelRunner:
             longest = self.family.max_model_len
             needed = (blocks_for(longest, self.block_size) + 1) * nbytes
             advice = (
-                f"The KV cache must hold one request of its {longest:,} tokens. For shorter ones set engine.kv_memory to what there "
-                "is; or unload another model of this worker."
+                f"Its KV cache must hold one request of {longest:,} tokens. For shorter ones set engine.kv_memory to what there "
+                "is, or unload another model of this worker."
             )
             raise InsufficientMemory(self.memory.model, needed, free, advice)
         return n_blocks

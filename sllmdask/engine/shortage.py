@@ -22,7 +22,7 @@ N_GOOD_PASSES = 64
 
 #: How torch, its libraries and CUDA say it, in errors that have no class of their own.
 _MESSAGES = re.compile(
-    r"can't allocate memory|not enough memory|failed to allocate|out of memory|ALLOC_FAILED|std::bad_alloc|Cannot allocate memory",
+    r"can't allocate|cannot allocate|not enough memory|failed to allocate|out of memory|ALLOC_FAILED|std::bad_alloc",
     re.IGNORECASE,
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?([KMGT]iB|bytes)|allocate (\d+) bytes", re.IGNORECASE)
@@ -47,11 +47,12 @@ def asked_nbytes(error: BaseException) -> int | None:
     return int(plain) if plain else int(float(number) * _UNITS[unit.lower()])
 
 
-def not_enough(
-    model: str, error: BaseException, device: torch.device = torch.device("cpu"), advice: str = ""
-) -> InsufficientMemory:
-    """`error` in numbers: what `model` asked for in vain (0 where the error does not tell), and what `device` still has."""
-    return InsufficientMemory(model, asked_nbytes(error) or 0, device_memory(device)[0], advice)
+def not_enough(model: str, error: BaseException, device: torch.device | None = None, advice: str = "") -> InsufficientMemory:
+    """`error` in numbers: what `model` asked for in vain (0 where the error does not tell), and what `device` still has.
+
+    No `device`: host memory.
+    """
+    return InsufficientMemory(model, asked_nbytes(error) or 0, device_memory(device or torch.device("cpu"))[0], advice)
 
 
 def cut(chunks: Sequence[Chunk], n_tokens: int) -> list[tuple[Chunk, ...]]:

@@ -134,8 +134,8 @@ def activation_nbytes(
     """Bytes that one step of `n_tokens` tokens makes and drops, at most, by the shapes of `layers`; an estimate.
 
     In the widest layer, what every matrix gives is there at once, twice: as it is and as it goes on. Then the logits: of
-    `n_logits` sequences, and of the tokens of prompts whose log probabilities are told; none without a vocabulary. `n_experts`: of
-    how many experts each token takes part in.
+    `n_logits` sequences, and of the tokens of prompts whose log probabilities are told; none without a vocabulary. `n_experts`:
+    how many experts compute each token.
     """
     widest = 0
     for layer in layers:

@@ -222,7 +222,7 @@ def test_instances_get_the_part_of_the_host_that_checkpoints_and_the_process_lea
 
 
 def test_instances_get_their_fraction_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GiB, 80 * GiB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GiB, 80 * GiB))
     gpu = torch.device("cuda", 0)
     assert worker_capacity(gpu, 0.75, 10 * GiB, 9 * GiB) == 60 * GiB
     assert sizing.device_memory(gpu) == (3 * GiB, 80 * GiB)
