@@ -105,7 +105,6 @@ class ModelRunner:
         self.vocab_size = skeleton.vocab_size
         #: Bytes of one block, keys and values of all layers.
         self.bytes_per_block = block_size * sum(layer.nbytes(self.dtype.itemsize) for layer in self.layers)
-        self.memory = own_ledger(device).account(checkpoint_dir.name) if memory is None else memory
         #: Blocks that sequences may have; there is one more, see :class:`~sllmdask.batching.blocks.BlockPool`.
         self.n_blocks = 0
         self._skeleton = skeleton
@@ -118,6 +117,7 @@ class ModelRunner:
         self._tables = SlotTables(block_size)
         self._deterministic = deterministic
         self._packing = self._choose_packing(packing or Packing())
+        self.memory = own_ledger(device).account(checkpoint_dir.name) if memory is None else memory
         #: Addresses of weights that were made here, for one name alone: nobody misses them when they are packed.
         self._owned: set[int] = set()
         self._packer = LinearPacker(self._model, self._packing, self._owned, self.memory)
