@@ -22,6 +22,7 @@ from distributed.comm import Comm
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.embeddings import InputLedger
 from sllmdask.actors.streams import Message, Outbox, messages
+from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings, WorkerSettings
@@ -36,7 +37,6 @@ from sllmdask.engine.embedding import (
 from sllmdask.engine.engine import EngineThread, LLMEngine, StepOutput, build_engine
 from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.lora import LoraAdapter, check_adapter, why_no_adapters
-from sllmdask.engine.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.engine.pooling import EmbeddingInfo
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.shortage import is_shortage, not_enough

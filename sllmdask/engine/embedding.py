@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
@@ -47,7 +48,6 @@ from sllmdask.engine.construct import (
 )
 from sllmdask.engine.engine import _STEP_FAILURES, StepOutput
 from sllmdask.engine.families import read_config
-from sllmdask.engine.memory import Kind, MemoryAccount
 from sllmdask.engine.pooling import EmbeddingInfo, inspect_embedding
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.shortage import is_shortage, not_enough

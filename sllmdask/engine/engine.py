@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import BlockPool
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.params import Grammar, TokenLogprobs
 from sllmdask.batching.scheduler import BatchScheduler, Chunk, Copy, Move, Park, ParkingCosts, StepPlan, Unpark
 from sllmdask.batching.sequence import FinishReason, Sequence
@@ -39,7 +40,6 @@ from sllmdask.engine.grammar import GrammarCompiler
 from sllmdask.engine.linears import Packing
 from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.lora import LoraAdapter, read_adapter
-from sllmdask.engine.memory import Kind, MemoryAccount
 from sllmdask.engine.parking import ParkedKV
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample

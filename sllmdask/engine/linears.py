@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from sllmdask.engine.memory import Kind, MemoryAccount, MemoryLedger
+from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.engine.sizing import available_memory
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from sllmdask.engine.memory import Kind, MemoryAccount
+from sllmdask.batching.memory import Kind, MemoryAccount
 
 
 class ParkedKV(Mapping[str, Tensor]):

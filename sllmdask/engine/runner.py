@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import blocks_for
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.scheduler import Chunk
 from sllmdask.engine.attention import NAME, Backend, LayerShape, PackedBatch, PagedBatch, Span, attending, make_backend
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
@@ -29,7 +30,6 @@ from sllmdask.engine.gating import ArrivalGate, Wait
 from sllmdask.engine.graphs import DecodeGraphs, DecodeInputs
 from sllmdask.engine.linears import LinearPacker, Packing, can_pack
 from sllmdask.engine.lora import AdapterSet, why_no_adapters
-from sllmdask.engine.memory import Kind, MemoryAccount
 from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
 from sllmdask.engine.sizing import activation_nbytes, device_memory, kv_blocks, own_ledger
 from sllmdask.engine.slots import SlotTables

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from sllmdask.batching.blocks import blocks_for
+from sllmdask.batching.memory import MemoryLedger
 from sllmdask.engine.logprobs import rows_at_once
-from sllmdask.engine.memory import MemoryLedger
 
 #: Of the memory that a worker may have by its limits: at least this part is for its instances, however much its pool may take.
 _LEAST_PART = 10

@@ -12,8 +12,8 @@ import torch
 
 from sllmdask.actors import instances
 from sllmdask.actors.instances import InstanceRegistry, open_ledger
+from sllmdask.batching.memory import MemoryLedger
 from sllmdask.config import EngineSettings, WorkerSettings
-from sllmdask.engine.memory import MemoryLedger
 from sllmdask.errors import InsufficientMemory
 from sllmdask.loader.private_pool import PrivatePool
 from sllmdask.loader.store import CheckpointStore

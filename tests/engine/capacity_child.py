@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from sllmdask.batching.memory import MemoryLedger
 from sllmdask.engine.construct import Skeleton, build_skeleton
 from sllmdask.engine.engine import LLMEngine, build_engine
-from sllmdask.engine.memory import MemoryLedger
 from sllmdask.engine.sizing import _status, private_memory
 from sllmdask.errors import InsufficientMemory
 from tests.engine.models import TinyModel, drain, make_model, prompts, request, settings

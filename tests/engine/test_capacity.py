@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from sllmdask.batching.memory import Kind, MemoryLedger
 from sllmdask.engine import runner as runner_module
 from sllmdask.engine.embedding import build_embedding_engine
 from sllmdask.engine.engine import build_engine
 from sllmdask.engine.linears import can_pack
-from sllmdask.engine.memory import Kind, MemoryLedger
 from sllmdask.errors import InsufficientMemory
 from tests.engine.adapters import make_adapter
 from tests.engine.encoders import make_encoder

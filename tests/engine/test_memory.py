@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllmdask.batching.memory import Kind, MemoryLedger
 from sllmdask.engine import sizing
-from sllmdask.engine.memory import Kind, MemoryLedger
 from sllmdask.engine.sizing import activation_nbytes, available_memory, kv_blocks, worker_capacity
 from sllmdask.errors import InsufficientMemory
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.scheduler import Chunk
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
-from sllmdask.engine.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.engine.parking import ParkedKV
 from sllmdask.engine.shortage import N_GOOD_PASSES, PassBudget, asked_nbytes, cut, is_shortage
 from sllmdask.errors import InsufficientMemory, StateRefused
