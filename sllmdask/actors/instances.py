@@ -172,6 +172,7 @@ class Instance:
                 logger.exception("build failed model=%s instance=%s", self.model, self.id)
                 failure = EngineError(f"{self.model!r} could not be built: {error!r}")
         if failure is not None:  # raised here, since the traceback of the first one holds on to the tensors
+            self._close_account()
             lease.release()
             raise failure
         assert self._engine is not None

@@ -330,6 +330,7 @@ def _read_small_files(directory: Path) -> dict[str, bytes]:
 @click.command()
 @click.option("--slots", type=int, help="instances' worth of compute on this worker (worker.slots)")
 @click.option("--host-memory", help="host memory for checkpoints, for example 16GiB (worker.host_memory)")
+@click.option("--memory-fraction", type=float, help="part of the memory that this worker may take (worker.memory_fraction)")
 @click.option("--store-dir", help="where downloaded checkpoints are kept (worker.store_dir)")
 @click.option("--threads-per-instance", type=int, help="threads of one engine (engine.n_threads)")
 @click.option("--kv-memory", help="KV cache of one instance, for example 1GiB (engine.kv_memory)")
@@ -337,6 +338,7 @@ async def dask_setup(
     worker: Worker,
     slots: int | None,
     host_memory: str | None,
+    memory_fraction: float | None,
     store_dir: str | None,
     threads_per_instance: int | None,
     kv_memory: str | None,
@@ -349,7 +351,12 @@ async def dask_setup(
     try:
         settings = read_settings(
             {
-                "worker": {"slots": slots, "host_memory": host_memory, "store_dir": store_dir},
+                "worker": {
+                    "slots": slots,
+                    "host_memory": host_memory,
+                    "memory_fraction": memory_fraction,
+                    "store_dir": store_dir,
+                },
                 "engine": {"n_threads": threads_per_instance, "kv_memory": kv_memory},
             }
         )

@@ -426,7 +426,9 @@ class ModelRunner:
             cut = torch.cat([self._run_alone(ids, start, stop, list(range(stop - start))) for start, stop in pairwise(cuts)])
             alone = torch.cat([self._run_alone(ids, row, row + 1, [0]) for row in range(n_rows)])
         if self._packer.full:
-            raise DeterminismUnavailable("not all packed weights fit into engine.pack_memory beside the plain ones")
+            raise DeterminismUnavailable(
+                "not all packed weights fit into engine.pack_memory beside the plain ones, or into what the worker's models leave"
+            )
         one, others = together.view(torch.uint8), (cut.view(torch.uint8), alone.view(torch.uint8))
         n_different = max(int((one != other).any(dim=-1).sum()) for other in others)
         if n_different:

@@ -358,3 +358,73 @@ def test_where_the_books_have_no_room_nothing_is_parked(model: TinyModel):
     engine.resume("a")
     drain(engine, outputs)
     assert tokens_of(outputs) == {"a": model.generate(prompt, 24)}
+
+
+@pytest.mark.parametrize("room", [0, 40])
+def test_what_several_answers_share_is_parked_for_each_of_them_where_there_is_room(model: TinyModel, room: int):
+    [prompt] = prompts(1, 60, 60)
+    ledger = MemoryLedger(1000 * MiB)
+    engine = an_engine(model, ledger.account("a"), 9, block_size=8)
+    stats = engine.stats()
+    assert stats.blocks_total == 19
+    ledger.capacity = ledger.used + room * stats.bytes_per_block
+    outputs: list[StepOutput] = []
+    for sequence in request("a", prompt, 12).choices(4):
+        engine.add(sequence)
+    for _ in range(3):
+        outputs += engine.step()
+    engine.park_all()
+    # Eight blocks each, seven of which are the same ones.
+    n_parked = engine.stats().parked_nbytes // stats.bytes_per_block
+    assert n_parked == 32 if room else 16 <= n_parked <= 20
+    assert engine.stats().parked_nbytes == engine._runner.memory.held(Kind.PARKED)
+    ledger.capacity += stats.kv_nbytes
+    engine.resume_all()
+    drain(engine, outputs)
+    assert tokens_of(outputs) == {name: model.generate(prompt, 12) for name in ("a", "a#1", "a#2", "a#3")}
+
+
+def test_through_a_random_life_the_books_say_what_the_engine_holds(model: TinyModel):
+    rng = random.Random(2)
+    ledger = MemoryLedger(1000 * MiB)
+    engine = an_engine(model, ledger.account("a"), 12, block_size=8, max_batch_tokens=48)
+    memory = engine._runner.memory
+    ledger.capacity = ledger.used + 30 * engine.stats().bytes_per_block
+    asked = prompts(14, 5, 80, seed=3)
+    outputs: list[StepOutput] = []
+    left, held = list(enumerate(asked)), set()
+    while left or engine.sequences:
+        match rng.choice(["add", "step", "step", "step", "park", "resume", "recompute", "all"]):
+            case "add" if left:
+                i, prompt = left.pop()
+                engine.add(request(str(i), prompt, 10, priority=rng.randint(0, 1)))
+            case "step" if not engine.paused:
+                outputs += engine.step()
+            case "park" if not engine.paused and engine.sequences:
+                held.add(rng.choice(engine.sequences).request_id)
+                for request_id in held:
+                    engine.park(request_id)
+            case "resume":
+                while held:
+                    engine.resume(held.pop())
+            case "recompute" if engine.sequences:
+                request_id = rng.choice(engine.sequences).request_id
+                engine.recompute(request_id)
+                held.discard(request_id)
+            case "all":
+                if not engine.paused:
+                    engine.park_all()
+                else:
+                    try:
+                        engine.resume_all()
+                    except InsufficientMemory:
+                        # What is parked is in the way.
+                        for sequence in engine.sequences:
+                            if sequence.request_id not in held:
+                                engine.recompute(sequence.request_id)
+        stats = engine.stats()
+        assert stats.kv_nbytes == memory.held(Kind.KV) == (0 if engine.paused else 26 * stats.bytes_per_block)
+        assert stats.parked_nbytes == memory.held(Kind.PARKED) == sum(rows.nbytes for rows in engine._parked.values())
+        assert ledger.used == memory.held(Kind.KV) + memory.held(Kind.PARKED) + memory.held(Kind.ACTIVATIONS) <= ledger.capacity
+    assert tokens_of(outputs) == {str(i): model.generate(prompt, 10) for i, prompt in enumerate(asked)}
+    assert ledger.used - memory.held(Kind.ACTIVATIONS) in (0, engine.stats().kv_nbytes)
