@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_engine_contenders import OurEngine
-from scripts.bench_engine_measure import Work, n_open_files, resident_of_mapping
+from scripts.bench_engine_measure import Work, n_open_files, resident_of_range
 from scripts.bench_engine_model import checkpoint, n_vocab
 from scripts.bench_engine_run import OurVariant, Scenario
 from scripts.bench_load_measure import estimate
@@ -39,7 +39,8 @@ class Held:
         engine, rng = self._engine, random.Random(seed)
         stats = engine.stats()
         address = engine.watched._runner.caches[0][0].data_ptr()
-        before = resident_of_mapping(address)
+        nbytes = stats["kv_nbytes"]
+        before = resident_of_range(address, nbytes)
         n_tokens = int(stats["blocks_total"] * _FILLED) * stats["block_size"]
         # Whole blocks: a request's last token has no KV yet when it ends, so two are drawn, and one is computed.
         length = min(256, engine.watched.max_model_len - 2) // stats["block_size"] * stats["block_size"]
@@ -60,7 +61,7 @@ class Held:
             engine.watched._scheduler.plan = plan
         return {
             "reported_nbytes": len(blocks) * stats["bytes_per_block"],
-            "resident_nbytes": resident_of_mapping(address) - before,
+            "resident_nbytes": resident_of_range(address, nbytes) - before,
             "n_requests": len(prompts),
         }
 

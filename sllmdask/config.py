@@ -22,6 +22,17 @@ from sllmdask.errors import ConfigError
 from sllmdask.units import parse_bytes, parse_rate, parse_seconds
 
 Bytes = Annotated[int, BeforeValidator(lambda value: value if value is None else parse_bytes(value))]
+
+
+def _some_bytes_or_auto(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if (nbytes := parse_bytes(value)) < 1:
+        raise ValueError("write 'auto', or a size of 1 byte or more")
+    return nbytes
+
+
+BytesOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_some_bytes_or_auto)]
 BytesPerSecond = Annotated[float, BeforeValidator(parse_rate)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 
@@ -198,8 +209,9 @@ class EngineSettings(Frozen):
     dtype: Dtype = "auto"
     #: Tokens per KV block.
     block_size: int = Field(default=16, ge=1, le=256)
-    #: Bytes of KV cache of one instance.
-    kv_memory: Bytes = Field(default=256 * 1024**2, ge=1)
+    #: Bytes of KV cache of one instance; ``auto``: what its share of the worker's memory leaves beside its weights, and no more
+    #: than `max_running` requests of the model's full length can use.
+    kv_memory: BytesOrAuto = "auto"
     #: Sequences that decode together.
     max_running: int = Field(default=64, ge=1)
     #: Tokens in one forward pass: prefill is cut into chunks so that decoding never waits for longer.
@@ -230,7 +242,8 @@ class EngineSettings(Frozen):
     pack_weights: Literal["auto", "always", "never"] = "auto"
     #: Steps with work after which a model is hot.
     pack_after: int = Field(default=32, ge=0, le=MAX_COUNT)
-    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then.
+    #: Bytes of one instance's rearranged weights beside the plain ones; 0: half of the memory that is available then. Never more
+    #: than is left of what the worker's instances may take.
     pack_memory: Bytes = Field(default=0, ge=0)
 
 
@@ -242,6 +255,9 @@ class WorkerSettings(Frozen):
     #: Bytes of host memory for checkpoints, loaded ones included; 0: half of the host's memory, which the workers that ``up``
     #: starts share, and which a worker started by hand has alone.
     host_memory: Bytes = Field(default=0, ge=0)
+    #: Of a GPU's memory, the part that instances may take. On a CPU, of the host's memory, the part that a worker may take, for
+    #: `host_memory` and its instances together; the workers that ``up`` starts share it, one started by hand has it alone.
+    memory_fraction: float = Field(default=0.9, gt=0, le=1)
     #: Whether the workers of a host have their host memory in common: one copy of a checkpoint for all, which outlives them.
     shared_memory: bool = True
     #: Seconds that shared host memory is kept when no worker of the host is left, for one that is restarted.

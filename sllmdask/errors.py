@@ -464,21 +464,24 @@ class NoWorker(Unavailable):
 
 
 class InsufficientMemory(Unavailable):
-    """``InsufficientMemory(model, needed, available)`` in bytes: the model is larger than the memory it may use."""
+    """``InsufficientMemory(model, needed, available, advice="")`` in bytes: what the model asks for is not free where it runs.
+
+    `needed` is 0 where nobody knows. `advice` says what to do, where it is not a matter of a worker's host memory.
+    """
 
     code = "insufficient_memory"
     retry_after_s = None
 
-    def __init__(self, model: str, needed: int, available: int) -> None:
-        super().__init__(model, needed, available)
-        self.model, self.needed, self.available = model, needed, available
+    def __init__(self, model: str, needed: int, available: int, advice: str = "") -> None:
+        super().__init__(model, needed, available, advice)
+        self.model, self.needed, self.available, self.advice = model, needed, available, advice
 
     @property
     def message(self) -> str:
-        return (
-            f"Model {self.model!r} needs {_bytes(self.needed)} of memory, but a worker has {_bytes(self.available)}. "
-            "Add a larger worker, or raise worker.host_memory."
-        )
+        advice = self.advice or "Add a larger worker, or raise worker.host_memory."
+        if not self.needed:
+            return f"Model {self.model!r} needs more memory than a worker has: {_bytes(self.available)} are left. {advice}"
+        return f"Model {self.model!r} needs {_bytes(self.needed)} of memory, but a worker has {_bytes(self.available)}. {advice}"
 
 
 class HostPoolUnavailable(Unavailable):

@@ -278,13 +278,14 @@ class FakeGateway:
                 "state": model.state,
                 "n_requests": 0,
                 "progress": model.progress,
-                "engine": None,
+                "engine": {"model": name, "blocks_used": 64, "blocks_total": 4096, "bytes_per_block": 16384},
             }
             for name, model in self.deployed.items()
         ]
         worker["estimate"] = {"n": 5, "error_ratio": 0.08}
         warnings = ["the hardware file names node '7', which is not connected"]
-        return {"workers": [{**worker, "tiers": {"host": {"used": 4 * 1024**2, "capacity": 1024**3}}}], "warnings": warnings}
+        device, host = {"used": 80 * 1024**2, "capacity": 1024**3}, {"used": 4 * 1024**2, "capacity": 1024**3}
+        return {"workers": [{**worker, "tiers": {"device": device, "host": host}}], "warnings": warnings}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
         journal = self._journals[request.id] = Journal(request)

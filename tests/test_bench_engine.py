@@ -22,7 +22,7 @@ from scripts.bench_engine_measure import (
     cpu_seconds_of_tree,
     first_difference,
     make_work,
-    resident_of_mapping,
+    resident_of_range,
 )
 from scripts.bench_engine_model import SHAPES, checkpoint, load_tensors, n_vocab
 from scripts.bench_engine_run import Variant, parse_variant
@@ -180,16 +180,18 @@ def test_seconds_of_a_process_tree_hold_those_of_its_children():
         process.communicate()
 
 
-def test_of_a_mapping_the_pages_count_that_were_touched():
+def test_of_some_memory_the_pages_count_that_were_touched_and_no_neighbours():
     area = mmap.mmap(-1, 64 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_NOHUGEPAGE)
     address = torch.frombuffer(area, dtype=torch.uint8).data_ptr()
-    before = resident_of_mapping(address)
+    assert resident_of_range(address, len(area)) == 0
 
     for page in range(10):
         area[page * mmap.PAGESIZE] = 1
 
-    assert resident_of_mapping(address) - before == 10 * mmap.PAGESIZE
+    assert resident_of_range(address, len(area)) == 10 * mmap.PAGESIZE
+    assert resident_of_range(address + mmap.PAGESIZE, 1) == mmap.PAGESIZE
+    assert resident_of_range(address + 10 * mmap.PAGESIZE, 54 * mmap.PAGESIZE) == 0
 
 
 # --- the command ---

@@ -96,7 +96,8 @@ def test_models_are_a_table_on_a_terminal(serve: Serve):
 def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
     server = serve(m=FakeModel())
     lines = [line.split("\t") for line in run("status").output.splitlines()]
-    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", "4.0 MiB of 1.0 GiB", "8% off (5 loads)", "m (ready)"]
+    memory = ["4.0 MiB of 1.0 GiB", "80.0 MiB of 1.0 GiB", "m 1.0 MiB of 64.0 MiB"]
+    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", *memory, "8% off (5 loads)", "m (ready)"]
     assert "the hardware file names node '7'" in run("status").stderr
     server.gateway.ready = False
     status = json.loads(run("status", "--json").output)

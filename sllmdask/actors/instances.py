@@ -24,9 +24,10 @@ from sllmdask.actors.embeddings import InputLedger
 from sllmdask.actors.migration import Moves
 from sllmdask.actors.movable import Movable
 from sllmdask.actors.streams import Message, Outbox, messages
+from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
-from sllmdask.config import EngineSettings
+from sllmdask.config import EngineSettings, WorkerSettings
 from sllmdask.engine.construct import Skeleton, SkeletonShelf
 from sllmdask.engine.embedding import (
     EmbeddingEngine,
@@ -40,6 +41,8 @@ from sllmdask.engine.families import FamilyInfo
 from sllmdask.engine.lora import LoraAdapter, check_adapter, why_no_adapters
 from sllmdask.engine.pooling import EmbeddingInfo
 from sllmdask.engine.runner import pick_device
+from sllmdask.engine.shortage import is_shortage, not_enough
+from sllmdask.engine.sizing import own_ledger, worker_capacity
 from sllmdask.engine.warm import warm_up
 from sllmdask.errors import (
     AdapterUnsupported,
@@ -53,11 +56,12 @@ from sllmdask.errors import (
     Unavailable,
     WrongTask,
 )
-from sllmdask.loader.device import CudaDevice, DeviceCopy
+from sllmdask.loader.device import CudaDevice, DeviceCopy, lay_out
 from sllmdask.loader.format import read_index
 from sllmdask.loader.records import HostLease
 from sllmdask.loader.store import CheckpointStore
 from sllmdask.policy.views import Tier
+from sllmdask.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +106,8 @@ class Instance(Movable):
         self.skeleton: Skeleton | None = None
         #: What brings the weights to a GPU.
         self.copying: DeviceCopy | None = None
+        #: What it holds of the worker's memory.
+        self.memory: MemoryAccount | None = None
         self._loading: asyncio.Task[dict[str, Any]] | None = None
         self._building = False
         #: Why the engine ended while it was still being loaded.
@@ -165,9 +171,13 @@ class Instance(Movable):
         except SllmError as error:
             failure = type(error)(*error.args)
         except Exception as error:
-            logger.exception("build failed model=%s instance=%s", self.model, self.id)
-            failure = EngineError(f"{self.model!r} could not be built: {error!r}")
+            if is_shortage(error):
+                failure = not_enough(self.model, error)
+            else:
+                logger.exception("build failed model=%s instance=%s", self.model, self.id)
+                failure = EngineError(f"{self.model!r} could not be built: {error!r}")
         if failure is not None:  # raised here, since the traceback of the first one holds on to the tensors
+            self._close_account()
             lease.release()
             raise failure
         assert self._engine is not None
@@ -180,6 +190,7 @@ class Instance(Movable):
             if copying is not None:
                 await asyncio.to_thread(copying.close)
             await asyncio.to_thread(engine.close)
+            self._close_account()
             raise failure or InstanceGone(self.id)
         self._lease = lease
         if self.read_adapter is not None:
@@ -281,10 +292,16 @@ class Instance(Movable):
         adapters, self._adapters = self._adapters, None
         if adapters is not None:
             await adapters.close()
+        self._close_account()
         for request_id in list(self._requests):
             if not self._hold_back(request_id, error or InstanceGone(self.id)):
                 self._answer_error(request_id, error or InstanceGone(self.id))
         self._let_go()
+
+    def _close_account(self) -> None:
+        memory, self.memory = self.memory, None
+        if memory is not None:
+            memory.close()
 
     def _let_go(self) -> None:
         lease, self._lease = self._lease, None
@@ -302,6 +319,7 @@ class Instance(Movable):
             "n_requests": len(self._requests),
             "load": self.times,
             **self._engine_stats(),
+            "memory": {} if self.memory is None else self.memory.snapshot(),
             **({} if self._adapters is None else {"adapters": self._adapters.snapshot()}),
         }
 
@@ -552,8 +570,22 @@ async def _why(lease: HostLease, failure: SllmError) -> SllmError:
     return failure
 
 
+def open_ledger(device: str, settings: WorkerSettings, host_limit: int, host_pool: int) -> MemoryLedger:
+    """The memory that the instances of a worker share.
+
+    `host_limit`: bytes that the host lets it have; `host_pool`: those that checkpoints may take of them.
+
+    Raises :class:`ConfigError` if there is no such device.
+    """
+    capacity = worker_capacity(pick_device(device), settings.memory_fraction, host_limit, host_pool)
+    return MemoryLedger(capacity, settings.slots)
+
+
 class InstanceRegistry:
-    """What one worker runs. `report` reaches the scheduler; `resolve` turns a deployment's source into a directory or hub id."""
+    """What one worker runs. `report` reaches the scheduler; `resolve` turns a deployment's source into a directory or hub id.
+
+    It owns the ledger of what its instances hold: by default, one of most of what is free now.
+    """
 
     def __init__(
         self,
@@ -562,9 +594,11 @@ class InstanceRegistry:
         report: Report,
         resolve: Callable[[str], str],
         move_bytes_per_s: float = 0.0,
+        memory: MemoryLedger | None = None,
     ) -> None:
         self.store, self.report, self.resolve = store, report, resolve
         self.settings = engine_settings
+        self.memory = own_ledger(pick_device(engine_settings.device)) if memory is None else memory
         self._shelf = SkeletonShelf()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
@@ -655,29 +689,33 @@ class InstanceRegistry:
         path = Path(lease.path)
         device = pick_device(settings.device)
         copying: DeviceCopy | None = None
-        if device.type == "cuda":
-            copying = DeviceCopy(instance.model, lease.index, lease.plan, lease.buffer, CudaDevice(device), lease.arrivals)
-            tensors, wait = copying.tensors, copying.arrived.wait
+        memory = self.memory.account(instance.id, instance.model)
         try:
+            if device.type == "cuda":
+                memory.reserve(Kind.WEIGHTS, lay_out(lease.index, lease.plan).nbytes, "Unload another model of this worker.")
+                copying = DeviceCopy(instance.model, lease.index, lease.plan, lease.buffer, CudaDevice(device), lease.arrivals)
+                tensors, wait = copying.tensors, copying.arrived.wait
             skeleton = self._skeleton(path, instance.embedding)
             engine: LLMEngine | EmbeddingEngine
             if isinstance(skeleton, EmbeddingSkeleton):
                 if wait is not None:
                     wait(tuple(tensors))
-                engine = build_embedding_engine(path, tensors, settings, skeleton=skeleton)
+                engine = build_embedding_engine(path, tensors, settings, skeleton=skeleton, memory=memory)
             else:
-                engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait)
+                engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait, memory=memory)
                 instance.read_adapter = engine.read_adapter
+                _log_kv(instance, engine)
         except BaseException as error:
             if copying is not None:
                 copying.close()
+            memory.close()
             if not isinstance(error, CheckpointNotFound):
                 raise
             if path == Path(lease.path):
                 raise
             # The directory has its final name only now, because a fetch was completed.
             return self._build(lease, instance, loop)
-        instance.skeleton, instance.copying = skeleton, copying
+        instance.skeleton, instance.copying, instance.memory = skeleton, copying, memory
         instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 
@@ -791,4 +829,18 @@ class InstanceRegistry:
         stats: dict[str, Any] = defaultdict(dict)
         for instance in self._instances.values():
             stats[instance.id] = instance.stats()
-        return {**self.store.snapshot(), "instances": dict(stats)}
+        snapshot = self.store.snapshot()
+        tiers = {str(Tier.DEVICE): self.memory.snapshot(), **snapshot["tiers"]}
+        return {**snapshot, "tiers": tiers, "instances": dict(stats)}
+
+
+def _log_kv(instance: Instance, engine: LLMEngine) -> None:
+    stats = engine.stats()
+    logger.info(
+        "KV cache: %s blocks of %d tokens, %s model=%s instance=%s",
+        f"{stats.blocks_total:,}",
+        stats.block_size,
+        format_bytes(stats.kv_nbytes),
+        instance.model,
+        instance.id,
+    )

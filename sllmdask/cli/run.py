@@ -226,8 +226,8 @@ def _wait_until_ready(client: Client, timeout_s: float) -> dict[str, Any]:
 def _worker_columns() -> list[Column]:
     from sllmdask.units import format_bytes
 
-    def host(row: Mapping[str, Any]) -> str:
-        tier = row["tiers"].get("host")
+    def memory(row: Mapping[str, Any], name: str) -> str:
+        tier = row["tiers"].get(name)
         return f"{format_bytes(tier['used'])} of {format_bytes(tier['capacity'])}" if tier else "-"
 
     def estimate(row: Mapping[str, Any]) -> str:
@@ -238,12 +238,24 @@ def _worker_columns() -> list[Column]:
     def model(held: Mapping[str, Any]) -> str:
         return f"{held['model']} ({held['state']}{', pinned' if held.get('pinned') else ''})"
 
+    def kv(row: Mapping[str, Any]) -> str:
+        """Of each model that generates text, how much of its KV cache requests have."""
+        engines = [each["engine"] for each in row.get("instances", ()) if (each["engine"] or {}).get("blocks_total")]
+        shown = [
+            f"{engine['model']} {format_bytes(engine['blocks_used'] * engine['bytes_per_block'])} of "
+            f"{format_bytes(engine['blocks_total'] * engine['bytes_per_block'])}"
+            for engine in engines
+        ]
+        return ", ".join(shown) or "-"
+
     return [
         ("WORKER", lambda row: row["name"]),
         ("ADDRESS", lambda row: row["address"]),
         ("PID", lambda row: row["pid"]),
         ("SLOTS", lambda row: f"{row['slots_used']}/{row['slots']}"),
-        ("HOST MEMORY", host),
+        ("HOST MEMORY", lambda row: memory(row, "host")),
+        ("DEVICE MEMORY", lambda row: memory(row, "device")),
+        ("KV CACHE", kv),
         ("ESTIMATE", estimate),
         ("MODELS", lambda row: ", ".join(map(model, row["models"])) or "-"),
     ]

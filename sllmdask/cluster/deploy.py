@@ -28,7 +28,10 @@ async def local_cluster(n_workers: int, settings: Settings) -> AsyncIterator[Loc
     shared = settings.model_copy(
         update={
             "worker": settings.worker.model_copy(
-                update={"host_memory": settings.worker.host_memory or MEMORY_LIMIT // 2 // n_workers}
+                update={
+                    "host_memory": settings.worker.host_memory or MEMORY_LIMIT // 2 // n_workers,
+                    "memory_fraction": settings.worker.memory_fraction / n_workers,
+                }
             ),
             "engine": settings.engine.model_copy(
                 update={

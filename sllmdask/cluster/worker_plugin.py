@@ -77,15 +77,17 @@ class SllmWorkerPlugin(WorkerPlugin):
         self._worker = worker
         # A worker that waits in a spinning OpenMP barrier takes the core of its neighbour: 8-30x slower when oversubscribed.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from sllmdask.actors.instances import InstanceRegistry
+        from sllmdask.actors.instances import InstanceRegistry, open_ledger
 
         self.host_capacity = self.settings.worker.host_memory or MEMORY_LIMIT // 2
         slots = self.settings.worker.slots
         n_threads = self.settings.engine.n_threads or max(1, (psutil.cpu_count() or 1) // slots)
         engine_settings = self.settings.engine.model_copy(update={"n_threads": n_threads})
         store = await self._open_store(worker)
-        move_bytes_per_s = self.settings.worker.migration_bandwidth
-        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source, move_bytes_per_s)
+        memory = open_ledger(engine_settings.device, self.settings.worker, MEMORY_LIMIT, self.host_capacity)
+        self.registry = InstanceRegistry(
+            store, engine_settings, self.report, resolve_source, self.settings.worker.migration_bandwidth, memory
+        )
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect
@@ -389,6 +391,7 @@ def _read_small_files(directory: Path) -> dict[str, bytes]:
 @click.command()
 @click.option("--slots", type=int, help="instances' worth of compute on this worker (worker.slots)")
 @click.option("--host-memory", help="host memory for checkpoints, for example 16GiB (worker.host_memory)")
+@click.option("--memory-fraction", type=float, help="part of the memory that this worker may take (worker.memory_fraction)")
 @click.option("--store-dir", help="where downloaded checkpoints are kept (worker.store_dir)")
 @click.option("--threads-per-instance", type=int, help="threads of one engine (engine.n_threads)")
 @click.option("--kv-memory", help="KV cache of one instance, for example 1GiB (engine.kv_memory)")
@@ -396,6 +399,7 @@ async def dask_setup(
     worker: Worker,
     slots: int | None,
     host_memory: str | None,
+    memory_fraction: float | None,
     store_dir: str | None,
     threads_per_instance: int | None,
     kv_memory: str | None,
@@ -408,7 +412,12 @@ async def dask_setup(
     try:
         settings = read_settings(
             {
-                "worker": {"slots": slots, "host_memory": host_memory, "store_dir": store_dir},
+                "worker": {
+                    "slots": slots,
+                    "host_memory": host_memory,
+                    "memory_fraction": memory_fraction,
+                    "store_dir": store_dir,
+                },
                 "engine": {"n_threads": threads_per_instance, "kv_memory": kv_memory},
             }
         )

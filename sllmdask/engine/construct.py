@@ -224,6 +224,10 @@ class Skeleton:
         for piece in (piece for pieces in filling.pieces for piece in pieces):
             convert(piece)
 
+    @property
+    def decoder_layers(self) -> tuple[torch.nn.Module, ...]:
+        return tuple(self._layers)
+
     def empty(self) -> None:
         """Let go of every tensor that it was given; it can be filled again."""
         for place in self._places.values():

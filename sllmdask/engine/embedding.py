@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
@@ -49,7 +50,9 @@ from sllmdask.engine.engine import _STEP_FAILURES, StepOutput
 from sllmdask.engine.families import read_config
 from sllmdask.engine.pooling import EmbeddingInfo, inspect_embedding
 from sllmdask.engine.runner import pick_device
-from sllmdask.errors import ContextTooLong, EngineError, InvalidRequest, UnsupportedArchitecture
+from sllmdask.engine.shortage import is_shortage, not_enough
+from sllmdask.engine.sizing import activation_nbytes, own_ledger
+from sllmdask.errors import ContextTooLong, EngineError, InvalidRequest, SllmError, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 
@@ -258,13 +261,19 @@ class EmbeddingRunner:
         device: torch.device,
         dtype: str = "auto",
         construct_s: float = 0.0,
+        max_batch_tokens: int = 512,
+        memory: MemoryAccount | None = None,
     ) -> None:
-        """Raises :class:`CheckpointError` if the model cannot be run."""
+        """Raises :class:`CheckpointError` if the model cannot be run, :class:`InsufficientMemory`.
+
+        `memory`: where all memory is asked for that the runner takes; by default, most of what is free now.
+        """
         started = time.perf_counter()
         self.info = skeleton.info
         self.device = device
         self.dtype = serving_dtype(checkpoint_dir, tensors, device, dtype)
         self.vocab_size = skeleton.vocab_size
+        self.memory = own_ledger(device).account(checkpoint_dir.name) if memory is None else memory
         self._skeleton = skeleton
         self._model = skeleton.model
         # RoBERTa's way: a padding token among the ids keeps the padding's position and is not counted.
@@ -274,6 +283,15 @@ class EmbeddingRunner:
             filling = skeleton.fill(
                 checkpoint_dir, {_modern(name): tensor for name, tensor in tensors.items()}, self.dtype, device
             )
+            self.memory.reserve(Kind.CONVERTED, filling.copied_nbytes, "Serve it in the dtype that its checkpoint is in.")
+            step = activation_nbytes(
+                skeleton.decoder_layers or (self._model,),
+                n_tokens=max_batch_tokens,
+                n_logits=0,
+                vocab_size=0,
+                itemsize=self.dtype.itemsize,
+            )
+            self.memory.reserve(Kind.ACTIVATIONS, step, "Lower engine.max_batch_tokens, or unload another model of this worker.")
             skeleton.place_all(filling, lambda piece: skeleton.place(piece.tensor.to(device, piece.dtype), piece.names))
             assigned = time.perf_counter()
             if self.info.packs:
@@ -307,6 +325,7 @@ class EmbeddingRunner:
         self._skeleton.empty()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.memory.clear(Kind.CONVERTED, Kind.ACTIVATIONS)
 
     def _run_packed(self, inputs: Seq[Seq[int]]) -> Tensor:
         ids = torch.tensor([[token for one in inputs for token in one]], device=self.device)
@@ -411,12 +430,14 @@ def build_embedding_engine(
     pooling: str | None = None,
     normalize: bool | None = None,
     skeleton: EmbeddingSkeleton | None = None,
+    memory: MemoryAccount | None = None,
 ) -> EmbeddingEngine:
     """The embedding engine of the model in `checkpoint_dir`, with `tensors`, all of them there, by their names in it.
 
     `pooling` and `normalize` as in :func:`~sllmdask.engine.pooling.inspect_embedding`. On the CPU the parameters are `tensors`
     themselves where the dtype agrees: their memory must stay until :meth:`EmbeddingEngine.close`. Raises
-    :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`.
+    :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture`, :class:`ConfigError` or
+    :class:`InsufficientMemory`. `memory` as in :func:`~sllmdask.engine.engine.build_engine`.
     """
     started = time.perf_counter()
     made = skeleton or build_embedding_skeleton(checkpoint_dir, pooling, normalize)
@@ -427,6 +448,8 @@ def build_embedding_engine(
         device=pick_device(settings.device),
         dtype=settings.dtype,
         construct_s=time.perf_counter() - started if skeleton is None else 0.0,
+        max_batch_tokens=settings.max_batch_tokens,
+        memory=memory,
     )
     return EmbeddingEngine(runner, settings)
 
@@ -585,7 +608,10 @@ class EmbeddingEngine:
 
     def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
-        error = EngineError(f"The engine could not make an embedding of this input: {cause}")
+        error: SllmError = EngineError(f"The engine could not make an embedding of this input: {cause}")
+        if is_shortage(cause):
+            advice = f"An input of {sequence.n_tokens} tokens does not fit: send a shorter one, or give the worker more memory."
+            error = not_enough(self._runner.memory.model, cause, self._runner.device, advice)
         return StepOutput(sequence.request_id, 0, None, FinishReason.ERROR, error)
 
 

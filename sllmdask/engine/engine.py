@@ -10,10 +10,12 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import BlockPool
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.params import Grammar, TokenLogprobs
 from sllmdask.batching.scheduler import BatchScheduler, Chunk, Copy, Move, Park, ParkingCosts, StepPlan, Unpark
 from sllmdask.batching.sequence import FinishReason, Sequence
@@ -38,10 +41,21 @@ from sllmdask.engine.identity import weights_id
 from sllmdask.engine.linears import Packing
 from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.lora import LoraAdapter, read_adapter
+from sllmdask.engine.parking import ParkedKV
 from sllmdask.engine.runner import ModelRunner, pick_device
 from sllmdask.engine.sampler import Draw, sample
+from sllmdask.engine.shortage import PassBudget, is_shortage, not_enough
 from sllmdask.engine.transfer import Transfer
-from sllmdask.errors import Cancelled, EngineError, InstanceGone, InvalidRequest, SllmError, StateRefused
+from sllmdask.errors import (
+    Cancelled,
+    EngineError,
+    InstanceGone,
+    InsufficientMemory,
+    InvalidRequest,
+    SllmError,
+    StateRefused,
+)
+from sllmdask.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +130,10 @@ class EngineStats:
     n_held: int = 0
     #: Bytes of KV that are in host memory while their requests wait.
     parked_nbytes: int = 0
+    #: Bytes of the KV cache; 0 while it is given away.
+    kv_nbytes: int = 0
+    #: Forward passes that found no memory, and were made in smaller ones.
+    n_shortages: int = 0
 
     def as_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,6 +146,7 @@ def build_engine(
     *,
     skeleton: Skeleton | None = None,
     wait: Wait | None = None,
+    memory: MemoryAccount | None = None,
 ) -> LLMEngine:
     """The engine of the model in `checkpoint_dir` (HF ``config.json``), with `tensors` under their names in the checkpoint.
 
@@ -140,29 +159,42 @@ def build_engine(
     forward pass needs them; who closes the engine ends the load, too, so that it returns. The engine takes requests at once; its
     first pass follows the bytes layer by layer. Tensors of another dtype are converted as they come. A load that fails makes
     :meth:`LLMEngine.step` raise its error.
+    `memory`: where everything is asked for that the engine takes, the caller's to close; by default, of most of what is free now.
 
     Raises :class:`CheckpointNotFound`, :class:`CheckpointCorrupt`, :class:`UnsupportedArchitecture` or :class:`ConfigError`
-    (:class:`DeterminismUnavailable` where ``settings.deterministic`` cannot be promised);
+    (:class:`DeterminismUnavailable` where ``settings.deterministic`` cannot be promised), :class:`InsufficientMemory`;
     with `wait` given, what only shows when the first layers run is raised by the first step.
     """
     config = read_config(checkpoint_dir)
     started = time.perf_counter()
     made = skeleton or build_skeleton(checkpoint_dir, config)
-    runner = make_runner(
-        made,
-        checkpoint_dir,
-        tensors,
-        device=pick_device(settings.device),
-        dtype=settings.dtype,
-        block_size=settings.block_size,
-        kv_memory=settings.kv_memory,
-        wait=wait,
-        construct_s=time.perf_counter() - started if skeleton is None else 0.0,
-        attention=settings.attention,
-        max_graph_batch=min(settings.max_running, settings.max_batch_tokens) if settings.cuda_graphs else 0,
-        packing=Packing(settings.pack_weights, settings.pack_after, settings.pack_memory),
-        deterministic=settings.deterministic,
-    )
+    device = pick_device(settings.device)
+    failure: InsufficientMemory | None = None
+    try:
+        runner = make_runner(
+            made,
+            checkpoint_dir,
+            tensors,
+            device=device,
+            dtype=settings.dtype,
+            block_size=settings.block_size,
+            kv_memory=settings.kv_memory,
+            wait=wait,
+            construct_s=time.perf_counter() - started if skeleton is None else 0.0,
+            attention=settings.attention,
+            max_graph_batch=min(settings.max_running, settings.max_batch_tokens) if settings.cuda_graphs else 0,
+            packing=Packing(settings.pack_weights, settings.pack_after, settings.pack_memory),
+            deterministic=settings.deterministic,
+            max_running=min(settings.max_running, settings.max_batch_tokens),
+            max_batch_tokens=settings.max_batch_tokens,
+            memory=memory,
+        )
+    except _STEP_FAILURES as error:
+        if not is_shortage(error):
+            raise
+        failure = not_enough(checkpoint_dir.name if memory is None else memory.model, error, device)
+    if failure is not None:  # raised here, since the traceback of the first one holds on to the tensors
+        raise failure
     eos_token_ids = read_eos_token_ids(checkpoint_dir, config)
     grammars = GrammarCompiler(checkpoint_dir, runner.vocab_size, eos_token_ids)
     return LLMEngine(runner, settings, eos_token_ids, grammars)
@@ -193,8 +225,8 @@ class LLMEngine:
             ageing=settings.ageing,
             n_parking_blocks=settings.parking_memory // runner.bytes_per_block,
         )
-        #: KV of parked sequences, (n_blocks, bytes_per_block) each, by request.
-        self._parked: dict[str, Tensor] = {}
+        self._parked = ParkedKV(runner.memory, counted=runner.device.type == "cpu")
+        self._budget = PassBudget(settings.max_batch_tokens)
         self._transfer = Transfer(self._scheduler, runner, self._parked, self._check)
         self._paused = False
         self._stalled = False
@@ -282,16 +314,23 @@ class LLMEngine:
     def add_adapter(self, adapter: LoraAdapter) -> None:
         """From now on requests may have `adapter`, by its salt; its tensors must stay until :meth:`remove_adapter`.
 
-        Raises :class:`AdapterUnsupported` where the engine takes none.
+        Raises :class:`AdapterUnsupported` where the engine takes none, or :class:`InsufficientMemory`.
         """
-        self._runner.adapters.add(adapter)
+        runner = self._runner
+        runner.adapters.refuse(adapter.name)
+        runner.memory.reserve(Kind.ADAPTERS, adapter.copied_nbytes, "Lower engine.max_adapters, so that others leave first.")
+        replaced = runner.adapters.add(adapter)
+        if replaced is not None:
+            runner.memory.release(Kind.ADAPTERS, replaced.copied_nbytes)
 
     def remove_adapter(self, salt: bytes) -> None:
         """Let go of an adapter, and drop the requests that still have it: nothing says so."""
         for sequence in self.sequences:
             if sequence.salt == salt:
                 self.abort(sequence.request_id)
-        self._runner.adapters.remove(salt)
+        removed = self._runner.adapters.remove(salt)
+        if removed is not None:
+            self._runner.memory.release(Kind.ADAPTERS, removed.copied_nbytes)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request, wherever it is; ``False`` if it is not here. No output says so."""
@@ -304,10 +343,20 @@ class LLMEngine:
     def settle(self) -> None:
         """Check what has arrived, if it has not been checked, and stop waiting for weights that are all there.
 
-        Raises what the load has failed of, or :class:`UnsupportedArchitecture`: the engine is of no use then.
+        Raises what the load has failed of, :class:`UnsupportedArchitecture`, or :class:`InsufficientMemory`: the engine is of no
+        use then.
         """
-        if not self._runner.settled and not self._paused:
+        if self._runner.settled or self._paused:
+            return
+        short: InsufficientMemory | None = None
+        try:
             self._runner.settle()
+        except _STEP_FAILURES as error:
+            if not is_shortage(error):
+                raise
+            short = self._not_enough(error)
+        if short is not None:
+            raise short
 
     def on_arrival(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, on any thread, when weights that were on their way are there, or have failed to come."""
@@ -327,17 +376,11 @@ class LLMEngine:
             return []
         started = time.perf_counter()
         plan = self._plan(started)
-        outputs: list[StepOutput] = []
-        chunks = self._within_memory(plan.chunks)
-        self._make_moves(plan.moves)
-        if chunks:
-            try:
-                outputs = self._run(chunks)
-            except _STEP_FAILURES as error:
-                if len(chunks) == 1:
-                    outputs = [self._fail(chunks[0].sequence, error)]
-                else:
-                    outputs = self._run_one_by_one(chunks)
+        chunks = self._within_rows(plan.chunks)
+        if self._make_moves(plan.moves):
+            # Who has lost his blocks is computed again in a later step.
+            chunks = tuple(chunk for chunk in chunks if chunk.sequence.block_table)
+        outputs = self._run_passes(chunks)
         self._n_steps += 1
         self._step_s += time.perf_counter() - started
         if chunks and self._first_step_s is None:
@@ -366,7 +409,9 @@ class LLMEngine:
             blocks_cached=self._pool.n_cached,
             n_reused_tokens=self._scheduler.n_reused_tokens,
             n_held=len(self._scheduler.held),
-            parked_nbytes=sum(rows.nbytes for rows in self._parked.values()),
+            parked_nbytes=self._parked.nbytes,
+            kv_nbytes=self._runner.kv_nbytes,
+            n_shortages=self._budget.n_shortages,
         )
 
     def close(self) -> None:
@@ -374,6 +419,7 @@ class LLMEngine:
         for sequence in self.sequences:
             self.abort(sequence.request_id)
         self._transfer.close()
+        self._parked.clear()
         self._runner.close()
 
     @property
@@ -418,24 +464,28 @@ class LLMEngine:
         """Drop a request's KV, wherever it is; its tokens are computed again. ``False`` if it is not here."""
         self._refuse_frozen(request_id)
         self._scheduler.recompute(request_id)
-        self._parked.pop(request_id, None)
+        self._parked.drop(request_id)
         self._stalled = False
         return self.find(request_id) is not None
 
     def park_all(self) -> None:
         """Stop between two steps and give the KV memory away: that of all requests is in host memory until :meth:`resume_all`.
 
-        Requests may come and end meanwhile; nothing runs. Raises :class:`StateRefused` while a request leaves or enters.
+        Whoever shares the ledger may have it, but for what is parked where host memory is the device's own. Requests may come
+        and end meanwhile; nothing runs. Raises :class:`StateRefused` while a request leaves or enters.
         """
         if self._transfer.under_way:
             raise StateRefused(self._transfer.under_way[0], "its move must end before the engine stops")
         if not self._paused:
-            self._make_moves(self._scheduler.yield_all())
+            self._make_moves(self._scheduler.yield_all(), instead_of=Kind.KV)
             self._runner.drop_cache()
             self._paused = True
 
     def resume_all(self) -> None:
-        """Take KV memory again, and let all requests that ran before :meth:`park_all` go on, exactly where they stopped."""
+        """Take KV memory again, and let all requests that ran before :meth:`park_all` go on, exactly where they stopped.
+
+        Raises :class:`InsufficientMemory` while somebody else has it; the engine waits on, and may be asked again.
+        """
         if self._paused:
             self._runner.make_cache()
             self._paused = self._stalled = False
@@ -446,18 +496,20 @@ class LLMEngine:
         return self._transfer.export_open(request_id, epoch)
 
     def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
-        return self._transfer.export_read(request_id, epoch, since_block, max_blocks)
+        with self._refusing_for_memory(request_id):
+            return self._transfer.export_read(request_id, epoch, since_block, max_blocks)
 
     def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
         sequence = self.find(request_id)
         if sequence is not None and self._chooser(sequence).prompt is not None:
             raise StateRefused(request_id, "log probabilities of its prompt come with its first token; move it after that")
-        return self._transfer.export_freeze(request_id, epoch, since_block)
+        with self._refusing_for_memory(request_id):
+            return self._transfer.export_freeze(request_id, epoch, since_block)
 
     def export_commit(self, request_id: str, epoch: int) -> bool:
         committed = self._transfer.export_commit(request_id, epoch)
         if self.find(request_id) is None:
-            self._parked.pop(request_id, None)
+            self._parked.drop(request_id)
         self._stalled = False
         return committed
 
@@ -472,7 +524,8 @@ class LLMEngine:
         return self._transfer.import_open(manifest, n_tokens, tokens_will_do=tokens_will_do)
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
-        return self._transfer.import_write(request_id, epoch, chunk)
+        with self._refusing_for_memory(request_id):
+            return self._transfer.import_write(request_id, epoch, chunk)
 
     def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
         self._transfer.import_extend(request_id, epoch, n_tokens)
@@ -483,7 +536,8 @@ class LLMEngine:
 
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
         self._stalled = False
-        return self._transfer.import_commit(request_id, epoch, state, kv)
+        with self._refusing_for_memory(request_id):
+            return self._transfer.import_commit(request_id, epoch, state, kv)
 
     def import_abort(self, request_id: str, epoch: int) -> bool:
         self._stalled = False
@@ -497,8 +551,25 @@ class LLMEngine:
         if self._paused:
             raise StateRefused(request_id, "the engine has given its memory away")
 
+    @contextmanager
+    def _refusing_for_memory(self, request_id: str) -> Iterator[None]:
+        """Inside the block, want of memory is a refusal: the engine goes on, and the move may be tried again."""
+        short: InsufficientMemory | None = None
+        try:
+            yield
+        except _STEP_FAILURES as error:
+            if not is_shortage(error):
+                raise
+            short = self._not_enough(error)
+        if short is not None:
+            needed = f"it needs {format_bytes(short.needed)}, and " if short.needed else ""
+            raise StateRefused(request_id, f"no memory: {needed}{format_bytes(short.available)} are free")
+
+    def _not_enough(self, error: BaseException, advice: str = "") -> InsufficientMemory:
+        return not_enough(self._runner.memory.model, error, self._runner.device, advice)
+
     def _finish(self, request_id: str, reason: FinishReason) -> bool:
-        self._parked.pop(request_id, None)
+        self._parked.drop(request_id)
         self._stalled = False
         return self._scheduler.finish(request_id, reason) is not None
 
@@ -514,25 +585,57 @@ class LLMEngine:
         self._stalled = idle and self._scheduler.has_work
         return plan
 
-    def _make_moves(self, moves: Iterable[Move]) -> None:
+    def _make_moves(self, moves: Iterable[Move], instead_of: Kind | None = None) -> bool:
+        """Whether there was no memory for one of them: who was to have that KV has lost his blocks, and waits.
+
+        `instead_of`: what the memory that is parked was held for until now.
+        """
+        lost: set[int] = set()
         for move in moves:
             match move:
                 case Copy(source, target):
-                    self._runner.copy_blocks([source], [target])
+                    if source in lost or not self._moved(partial(self._runner.copy_blocks, [source], [target])):
+                        lost.add(target)
                 case Park(sequence, blocks):
-                    started = time.perf_counter()
-                    try:
-                        rows = self._runner.read_blocks(blocks)
-                    except _STEP_FAILURES as error:
-                        log.warning("not parked, to be computed again: request=%s cause=%r", sequence.request_id, error)
+                    if not self._park(sequence, blocks, instead_of):
                         sequence.n_parked = 0
-                    else:
-                        self._parked[sequence.request_id] = rows
-                        self._learn_parking(rows.nbytes, time.perf_counter() - started)
                 case Unpark(sequence, first, blocks):
-                    rows = self._parked.pop(sequence.request_id)
-                    if blocks:
-                        self._runner.write_blocks(blocks, rows[first : first + len(blocks)])
+                    rows = self._parked[sequence.request_id][first : first + len(blocks)]
+                    if blocks and not self._moved(partial(self._runner.write_blocks, blocks, rows)):
+                        lost.update(blocks)
+                    self._parked.drop(sequence.request_id)
+        if lost:
+            # Others may have begun with these blocks already.
+            self._pool.forget(lost)
+            for sequence in self._scheduler.running:
+                if not lost.isdisjoint(sequence.block_table):
+                    self._scheduler.recompute(sequence.request_id)
+        return bool(lost)
+
+    def _moved(self, move: Callable[[], None]) -> bool:
+        """Make `move`; ``False`` if there was no memory for it."""
+        try:
+            move()
+        except _STEP_FAILURES as error:
+            if not is_shortage(error):
+                raise
+            log.warning("no memory to move KV, to be computed again: instance=%s cause=%s", self._runner.memory.holder, error)
+            return False
+        return True
+
+    def _park(self, sequence: Sequence, blocks: tuple[int, ...], instead_of: Kind | None) -> bool:
+        """Whether the KV in `blocks` is in host memory now; otherwise it is to be computed again."""
+        started = time.perf_counter()
+        nbytes = len(blocks) * self._runner.bytes_per_block
+        read = partial(self._runner.read_blocks, blocks)
+        try:
+            parked = self._parked.put(sequence.request_id, nbytes, read, instead_of=instead_of)
+        except _STEP_FAILURES as error:
+            log.warning("not parked, to be computed again: request=%s cause=%r", sequence.request_id, error)
+            return False
+        if parked:
+            self._learn_parking(nbytes, time.perf_counter() - started)
+        return parked
 
     def _learn_parking(self, nbytes: int, seconds: float) -> None:
         if nbytes >= _MIN_MEASURED_NBYTES:
@@ -564,7 +667,7 @@ class LLMEngine:
         drawn = zip(sampling, tokens, logprobs, strict=True)
         return [self._accept(chunk.sequence, token, told) for chunk, token, told in drawn]
 
-    def _within_memory(self, chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    def _within_rows(self, chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
         """`chunks`, cut where the log probabilities of prompts need more logits than one step may make; the rest comes later."""
         left = rows_at_once(self._runner.vocab_size)
         kept = []
@@ -587,15 +690,48 @@ class LLMEngine:
                 told[row] = each.likeliest(asked[row])
         return told
 
-    def _run_one_by_one(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
-        """Run each chunk alone, to find out whose fault it was."""
+    def _run_passes(self, chunks: tuple[Chunk, ...]) -> list[StepOutput]:
+        """Run `chunks` in one forward pass, or in as many as it takes."""
         outputs: list[StepOutput] = []
-        for chunk in chunks:
+        passes = deque(self._budget.cut(chunks))
+        while passes:
+            # What is left of a request that has failed in an earlier pass does not run.
+            some = tuple(chunk for chunk in passes.popleft() if chunk.sequence.finish_reason is None)
+            if not some:
+                continue
+            short = False
             try:
-                outputs += self._run((chunk,))
+                outputs += self._run(some)
+                self._budget.passed()
             except _STEP_FAILURES as error:
-                outputs.append(self._fail(chunk.sequence, error))
+                short = is_shortage(error) and self._has_less_to_try(some, error)
+                if not short and len(some) > 1:
+                    # Each alone, to find out whose fault it was.
+                    passes.extendleft((chunk,) for chunk in reversed(some))
+                elif not short:
+                    outputs.append(self._fail(some[0].sequence, error))
+            if short:  # only here, behind the error, are the tensors of the failed pass gone
+                self._runner.give_back()
+                passes = deque(self._budget.cut([*some, *(chunk for later in passes for chunk in later)]))
         return outputs
+
+    def _has_less_to_try(self, chunks: tuple[Chunk, ...], error: Exception) -> bool:
+        """Whether `chunks`, which found no memory, may find it in smaller passes, or with KV dropped that is parked."""
+        n_tokens = sum(chunk.n_tokens for chunk in chunks)
+        log.warning("no memory for a pass: instance=%s tokens=%d cause=%r", self._runner.memory.holder, n_tokens, error)
+        if self._budget.short(n_tokens) or self._drop_parked():
+            return True
+        self._budget.forgive()
+        return False
+
+    def _drop_parked(self) -> bool:
+        """Drop the parked KV of requests that wait to go on: they are computed again. Whether that gave memory back."""
+        if self._runner.device.type != "cpu":
+            return False
+        waiting = [sequence for sequence in self._scheduler.waiting if sequence.n_parked]
+        for sequence in waiting:
+            self.recompute(sequence.request_id)
+        return bool(waiting)
 
     def _draw(self, sequence: Sequence) -> Draw:
         early = len(sequence.output_ids) < sequence.params.min_tokens
@@ -631,7 +767,12 @@ class LLMEngine:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
         self._transfer.import_failed(sequence)
         self._finish(sequence.request_id, FinishReason.ERROR)
-        error = EngineError(f"The engine could not go on with this request: {cause}")
+        error: SllmError = EngineError(f"The engine could not go on with this request: {cause}")
+        if is_shortage(cause):
+            advice = (
+                f"A step of this request of {sequence.n_tokens} tokens does not fit: send less, or give the worker more memory."
+            )
+            error = self._not_enough(cause, advice)
         return _failure(sequence, error)
 
 

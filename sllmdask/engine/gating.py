@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sllmdask.engine.construct import Filling, Piece
+from sllmdask.engine.shortage import is_shortage, not_enough
 from sllmdask.errors import Cancelled, EngineError, LoadFailed, SllmError
 
 #: Blocks until the tensors of these names in the checkpoint are there; raises what the load has failed of.
@@ -36,6 +37,7 @@ class ArrivalGate:
     :param place: puts a parameter that was fused into the model, in the same way
     :param source: names the checkpoint in errors
     :param prepare: does what is left to do for a module, on that thread, before its stage opens
+    :param device: where the weights go, for those who are told that there is no room; ``None``: host memory
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class ArrivalGate:
         place: Callable[[Tensor, Sequence[str]], None],
         source: str,
         prepare: Prepare | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._wait = wait
         self._convert = convert
         self._place = place
         self._source = source
         self._prepare = prepare
+        self._device = device
         self._modules = filling.modules
         self._awaited = filling.awaited
         self._pieces = list(filling.pieces)
@@ -138,7 +142,10 @@ class ArrivalGate:
         except OSError as error:
             self._fail(LoadFailed(self._source, str(error)))
         except Exception as error:  # noqa: BLE001 - raised by whoever waits
-            self._fail(EngineError(f"{self._source!r} could not be built: {error!r}"))
+            if is_shortage(error):
+                self._fail(not_enough(self._source, error, self._device))
+            else:
+                self._fail(EngineError(f"{self._source!r} could not be built: {error!r}"))
         self._tell()
 
     def _fuse(self, stage: int) -> bool:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from queue import Empty, Queue
 from typing import Literal
 
@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
+
+from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
+from sllmdask.engine.sizing import available_memory
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ class Packing:
     mode: Literal["auto", "always", "never"] = "auto"
     #: Steps with work after which a model is hot.
     after_steps: int = 32
-    #: Bytes that packed copies beside plain ones may take; 0: half of what is available when packing begins.
+    #: Bytes that packed copies beside plain ones may take; 0: half of what is available when packing begins. In any case, no more
+    #: than the packer is given of the memory that it shares with others.
     memory: int = 0
     #: Whether a row's bits shall be the same alone and among others.
     invariant: bool = False
@@ -131,11 +135,15 @@ class LinearPacker:
     :meth:`pack` may be called on another thread than the rest, for layers that do not run yet.
     """
 
-    def __init__(self, model: torch.nn.Module, packing: Packing, owned: set[int]) -> None:
-        """`owned`: addresses of plain weights that nobody else needs. Such a one is dropped when its layer has the packed one."""
+    def __init__(self, model: torch.nn.Module, packing: Packing, owned: set[int], memory: MemoryAccount | None = None) -> None:
+        """`owned`: addresses of plain weights that nobody else needs. Such a one is dropped when its layer has the packed one.
+
+        `memory` is asked for each layer, and owned weights that are dropped are given back to it; by default, nobody is asked.
+        """
         self._model = model
         self._packing = packing
         self._owned = owned
+        self._memory = MemoryLedger(sys.maxsize).account("packing") if memory is None else memory
         #: Bytes of packed weights in use.
         self.nbytes = 0
         #: Of these, and of those that are ready, bytes beside a plain copy that stays.
@@ -157,6 +165,14 @@ class LinearPacker:
     def ended(self) -> bool:
         """Nothing is being packed in the background, and nothing that was waits to be used."""
         return (self._thread is None or not self._thread.is_alive()) and self._ready.empty()
+
+    def expected_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes that packing takes beside plain weights in `dtype`, if all of them are lent; the model need not have them yet."""
+        if self._packing.mode == "never":
+            return 0
+        every = self._packing.mode == "always"
+        sizes = [_packed_nbytes(layer, dtype.itemsize) for layer in packable(self._model) if every or _pays(layer, dtype)]
+        return min(sum(sizes), self._packing.memory or sys.maxsize)
 
     def pack(self, module: torch.nn.Module) -> None:
         """Pack the layers of `module` at once and use them, as far as they may take memory."""
@@ -192,6 +208,7 @@ class LinearPacker:
             layer.__dict__.pop("forward", None)
         self._installed.clear()
         self._ready = Queue(_N_READY)
+        self._memory.clear(Kind.PACKED)
         self.nbytes = self._n_beside = 0
 
     def _use(self, layer: torch.nn.Module, packed: PackedLinear) -> None:
@@ -200,8 +217,14 @@ class LinearPacker:
         self.nbytes += packed.nbytes
         weight = layer._parameters["weight"]
         assert weight is not None
+        expected = _packed_nbytes(layer, weight.itemsize)
+        if packed.nbytes <= expected:
+            self._memory.release(Kind.PACKED, expected - packed.nbytes)
+        else:
+            self._memory.take(Kind.PACKED, packed.nbytes - expected)
         if weight.data_ptr() in self._owned:
             self._owned.discard(weight.data_ptr())
+            self._memory.release(Kind.CONVERTED, min(weight.nbytes, self._memory.held(Kind.CONVERTED)))
             # Of the same dtype: models ask for it.
             hollow = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             layer._parameters["weight"] = torch.nn.Parameter(hollow, requires_grad=False)
@@ -209,18 +232,17 @@ class LinearPacker:
     def _reserve(self, layer: torch.nn.Module) -> bool:
         weight = layer._parameters["weight"]
         assert weight is not None
-        if weight.data_ptr() in self._owned:
-            return True
-        # oneDNN fills up what is not a multiple of its blocks.
-        nbytes = math.prod(-(-size // _BLOCK) * _BLOCK for size in weight.shape) * weight.itemsize
+        nbytes = _packed_nbytes(layer, weight.itemsize)
+        beside = 0 if weight.data_ptr() in self._owned else nbytes
         if self._limit is None:
-            self._limit = self._packing.memory or _available_memory() // 2
-        if self._n_beside + nbytes > self._limit:
+            self._limit = self._packing.memory or available_memory() // 2
+        if (beside and self._n_beside + beside > self._limit) or not self._memory.offer(Kind.PACKED, nbytes):
             if not self.full:
-                log.info("some layers stay plain: packed=%d limit=%d", self._n_beside, self._limit)
+                free = self._memory.ledger.free
+                log.info("some layers stay plain: packed=%d limit=%d free=%d", self._n_beside, self._limit, free)
             self.full = True
             return False
-        self._n_beside += nbytes
+        self._n_beside += beside
         return True
 
     def _pack_all(self, layers: list[torch.nn.Module]) -> None:
@@ -233,14 +255,23 @@ class LinearPacker:
                 self._ready.put((layer, _pack(layer, self._packing.invariant)))
             except (MemoryError, RuntimeError) as error:
                 log.warning("packing stopped: packed=%d plain=%d cause=%s", number, len(layers) - number, error)
+                weight = layer._parameters["weight"]
+                self._memory.release(Kind.PACKED, 0 if weight is None else _packed_nbytes(layer, weight.itemsize))
                 return
 
 
-def _pays(layer: torch.nn.Module) -> bool:
-    """Whether a single row is not slower over the packed weight."""
+def _pays(layer: torch.nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether a single row is not slower over the packed weight. `dtype`: what it will be in."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    return weight.numel() >= LEAST_NUMEL[weight.dtype]
+    return weight.numel() >= LEAST_NUMEL[dtype or weight.dtype]
+
+
+def _packed_nbytes(layer: torch.nn.Module, itemsize: int) -> int:
+    """Bytes of the packed weight: oneDNN fills up what is not a multiple of its blocks."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return math.prod(-(-size // _BLOCK) * _BLOCK for size in weight.shape) * itemsize
 
 
 def _pack(layer: torch.nn.Module, invariant: bool) -> PackedLinear:
@@ -248,11 +279,3 @@ def _pack(layer: torch.nn.Module, invariant: bool) -> PackedLinear:
     assert weight is not None
     rows = weight.detach().t() if isinstance(layer, Conv1D) else weight
     return PackedLinear(rows, None if bias is None else bias.detach(), invariant=invariant)
-
-
-def _available_memory() -> int:
-    """Bytes that the host could give without swapping."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -66,6 +66,8 @@ class LoraAdapter:
     #: Says which weights these are, and under which name: the same in every process. It keeps the KV of requests with different
     #: adapters apart (``Sequence.salt``), and finds the adapter of a request.
     salt: bytes
+    #: Bytes of its matrices that are copies: in another dtype, or on another device, than its file's.
+    copied_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -176,14 +178,16 @@ def read_adapter(
     Matrices that are in `dtype` on `device` already are views of `tensors`.
     """
     pairs: dict[str, LoraPair] = {}
+    copied_nbytes = 0
     digest = hashlib.blake2b(name.encode(), digest_size=16)
     for planned in check_adapter(name, directory, {key: tensor.shape for key, tensor in tensors.items()}, model):
         a, b = tensors[planned.a], tensors[planned.b]
-        pairs[planned.where] = LoraPair(a.to(device, dtype), b.to(device, dtype), planned.scale)
+        pair = pairs[planned.where] = LoraPair(a.to(device, dtype), b.to(device, dtype), planned.scale)
+        copied_nbytes += sum(part.nbytes for part, given in ((pair.a, a), (pair.b, b)) if part.data_ptr() != given.data_ptr())
         digest.update(f"{planned.where} {planned.scale!r} {list(a.shape)} {a.dtype}".encode())
         for part in (a, b):
             digest.update(part.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-    return LoraAdapter(name, pairs, digest.digest())
+    return LoraAdapter(name, pairs, digest.digest(), copied_nbytes)
 
 
 def _rank_and_alpha(config: Mapping[str, Any], path: str) -> tuple[int, float]:
@@ -240,16 +244,22 @@ class AdapterSet:
         if self._why_none is not None:
             raise AdapterUnsupported(name, self._why_none)
 
-    def add(self, adapter: LoraAdapter) -> None:
-        """From now on requests may have it. Its tensors must stay until :meth:`remove`. Raises as :meth:`refuse`."""
+    def add(self, adapter: LoraAdapter) -> LoraAdapter | None:
+        """From now on requests may have it. Its tensors must stay until :meth:`remove`. Raises as :meth:`refuse`.
+
+        Returns the one of the same weights and name whose place it takes, if there is one.
+        """
         self.refuse(adapter.name)
+        replaced = self._adapters.get(adapter.salt)
         self._adapters[adapter.salt] = adapter
         self._hook()
+        return replaced
 
-    def remove(self, salt: bytes) -> None:
-        """Let go of an adapter that no request has any more; nothing if it is not here."""
-        self._adapters.pop(salt, None)
+    def remove(self, salt: bytes) -> LoraAdapter | None:
+        """Let go of an adapter that no request has any more, and return it; nothing if it is not here."""
+        removed = self._adapters.pop(salt, None)
         self._hook()
+        return removed
 
     def close(self) -> None:
         """Let go of all."""

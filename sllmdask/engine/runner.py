@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import blocks_for
+from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.scheduler import Chunk
 from sllmdask.engine.attention import NAME, Backend, LayerShape, PackedBatch, PagedBatch, Span, attending, make_backend
 from sllmdask.engine.construct import BuildTimes, Piece, Skeleton, serving_dtype
@@ -30,14 +31,20 @@ from sllmdask.engine.graphs import DecodeGraphs, DecodeInputs
 from sllmdask.engine.linears import LinearPacker, Packing, can_pack
 from sllmdask.engine.lora import AdapterSet, why_no_adapters
 from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
+from sllmdask.engine.sizing import activation_nbytes, device_memory, kv_blocks, own_ledger
 from sllmdask.engine.slots import SlotTables
-from sllmdask.errors import ConfigError, DeterminismUnavailable, UnsupportedArchitecture
+from sllmdask.errors import ConfigError, DeterminismUnavailable, InsufficientMemory, UnsupportedArchitecture
 from sllmdask.units import format_bytes
 
 #: What the check after loading runs and compares. Where kinds of attention alternate, two are seen.
 _N_CHECKED_TOKENS, _N_CHECKED_KINDS = 8, 2
 #: Rows that the check of the deterministic mode computes together and one by one: more than one register block, and odd.
 _N_COMPARED_ROWS = 17
+_SMALLER_STEPS = "Lower engine.max_batch_tokens or engine.max_running, or unload another model of this worker."
+_SMALLER_KV = "Lower engine.kv_memory, or leave it to auto, or unload another model of this worker."
+#: Of the memory that a device has left now, what a KV cache may take by itself for one long request; and on a CPU, where others
+#: live, too, which part all caches of a worker take.
+_USED_OF_FREE, _KV_PART = 0.9, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +67,9 @@ class ModelRunner:
     :param max_graph_batch: sequences of the largest decode step that is recorded as a CUDA graph; 0: none is
     :param packing: whether, and when, linear layers run over packed weights
     :param deterministic: a row's bits shall not depend on what else is in the batch, nor on how its sequence was cut
+    :param kv_memory: bytes of the KV cache; ``auto``: by what is free, see :func:`~sllmdask.engine.sizing.kv_blocks`
+    :param max_running: sequences that decode together, at most, and `max_batch_tokens` of one step: what memory is needed for
+    :param memory: where all memory is asked for that the runner takes; by default, most of what is free now
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class ModelRunner:
         *,
         device: torch.device,
         block_size: int,
-        kv_memory: int,
+        kv_memory: int | Literal["auto"],
         dtype: str = "auto",
         wait: Wait | None = None,
         construct_s: float = 0.0,
@@ -78,10 +88,13 @@ class ModelRunner:
         max_graph_batch: int = 0,
         packing: Packing | None = None,
         deterministic: bool = False,
+        max_running: int = 64,
+        max_batch_tokens: int = 512,
+        memory: MemoryAccount | None = None,
     ) -> None:
         """Raises :class:`CheckpointError` if the model cannot be run, :class:`ConfigError` if `kv_memory` is too small.
 
-        :class:`DeterminismUnavailable` if `deterministic` cannot be promised here.
+        :class:`DeterminismUnavailable` if `deterministic` cannot be promised here, :class:`InsufficientMemory`.
         """
         started = time.perf_counter()
         self.family: FamilyInfo = skeleton.family
@@ -92,12 +105,8 @@ class ModelRunner:
         self.vocab_size = skeleton.vocab_size
         #: Bytes of one block, keys and values of all layers.
         self.bytes_per_block = block_size * sum(layer.nbytes(self.dtype.itemsize) for layer in self.layers)
-        self.n_blocks = kv_memory // self.bytes_per_block - 1
-        if self.n_blocks < 1:
-            needed = format_bytes(2 * self.bytes_per_block)
-            raise ConfigError(
-                f"engine.kv_memory is {format_bytes(kv_memory)}, but this model needs {needed} at least", "kv_memory"
-            )
+        #: Blocks that sequences may have; there is one more, see :class:`~sllmdask.batching.blocks.BlockPool`.
+        self.n_blocks = 0
         self._skeleton = skeleton
         self._model = skeleton.model
         #: LoRA adapters that requests may have.
@@ -108,9 +117,10 @@ class ModelRunner:
         self._tables = SlotTables(block_size)
         self._deterministic = deterministic
         self._packing = self._choose_packing(packing or Packing())
+        self.memory = own_ledger(device).account(checkpoint_dir.name) if memory is None else memory
         #: Addresses of weights that were made here, for one name alone: nobody misses them when they are packed.
         self._owned: set[int] = set()
-        self._packer = LinearPacker(self._model, self._packing, self._owned)
+        self._packer = LinearPacker(self._model, self._packing, self._owned, self.memory)
         self._even = EvenActivations(self._model) if deterministic else None
         self._n_steps = 0
         self.backend: Backend = make_backend("numba" if deterministic else attention, device)
@@ -122,10 +132,13 @@ class ModelRunner:
             filling = skeleton.fill(checkpoint_dir, tensors, self.dtype, device)
             #: Bytes of weights that are not the given tensors but copies of them: in another dtype, or fused.
             self.copied_nbytes = filling.copied_nbytes
-            self.caches = _make_caches(self.layers, (self.n_blocks + 1, block_size), self.dtype, device)
-            self.graphs = self._make_graphs()
+            self.memory.reserve(Kind.CONVERTED, self.copied_nbytes, "Serve it in the dtype that its checkpoint is in.")
+            self.memory.reserve(Kind.ACTIVATIONS, self._activation_nbytes(max_running, max_batch_tokens), _SMALLER_STEPS)
+            self.n_blocks = self._choose_n_blocks(kv_memory, max_running)
+            self.make_cache()
             if wait is not None:
-                self._gate = ArrivalGate(filling, wait, self._convert, skeleton.place, str(checkpoint_dir), self._pack)
+                place = skeleton.place
+                self._gate = ArrivalGate(filling, wait, self._convert, place, str(checkpoint_dir), self._pack, device)
             else:
                 skeleton.place_all(filling, self._convert)
                 for module in filling.modules:
@@ -141,6 +154,11 @@ class ModelRunner:
     def packed_nbytes(self) -> int:
         """Bytes of packed weights."""
         return self._packer.nbytes
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache that is there, the block that belongs to nobody included."""
+        return (self.n_blocks + 1) * self.bytes_per_block if self.caches else 0
 
     @property
     def model(self) -> torch.nn.Module:
@@ -229,8 +247,59 @@ class ModelRunner:
         self.caches.clear()
         self._tables.clear()
         self._owned.clear()
+        self.give_back()
+        # What else there is belongs to whoever opened the account.
+        self.memory.clear(Kind.CONVERTED, Kind.PACKED, Kind.ADAPTERS, Kind.KV, Kind.ACTIVATIONS)
+
+    def give_back(self) -> None:
+        """Let others have the memory that torch keeps for later."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _activation_nbytes(self, max_running: int, max_batch_tokens: int) -> int:
+        text_config = self._model.config.get_text_config()
+        return activation_nbytes(
+            self._skeleton.decoder_layers,
+            n_tokens=max_batch_tokens,
+            n_logits=max_running,
+            vocab_size=self.vocab_size,
+            itemsize=self.dtype.itemsize,
+            n_experts=getattr(text_config, "num_experts_per_tok", None) or 1,
+        )
+
+    def _choose_n_blocks(self, kv_memory: int | Literal["auto"], max_running: int) -> int:
+        """Raises :class:`ConfigError` if `kv_memory` holds no block, :class:`InsufficientMemory` if ``auto`` finds too little."""
+        nbytes = self.bytes_per_block
+        if kv_memory != "auto":
+            if kv_memory < 2 * nbytes:
+                least = f"this model needs {format_bytes(2 * nbytes)} at least"
+                raise ConfigError(f"engine.kv_memory is {format_bytes(kv_memory)}, but {least}", "kv_memory")
+            return kv_memory // nbytes - 1
+        # Converted weights and activations are in the books, and not in use yet.
+        asked = self.memory.held(Kind.CONVERTED) + self.memory.held(Kind.ACTIVATIONS)
+        there = max(0, int(_USED_OF_FREE * (device_memory(self.device)[0] - asked)))
+        free = min(self.memory.ledger.free, there)
+        # Packed weights take the place of converted ones.
+        fair = self.memory.fair - max(0, self._packer.expected_nbytes(self.dtype) - self.copied_nbytes)
+        if self.device.type == "cpu":
+            fair = min(fair, there // self.memory.ledger.n_shares // _KV_PART)
+        n_blocks = kv_blocks(
+            bytes_per_block=nbytes,
+            block_size=self.block_size,
+            max_model_len=self.family.max_model_len,
+            max_running=max_running,
+            fair_nbytes=fair,
+            free_nbytes=free,
+        )
+        if not n_blocks:
+            longest = self.family.max_model_len
+            needed = (blocks_for(longest, self.block_size) + 1) * nbytes
+            advice = (
+                f"Its KV cache must hold one request of {longest:,} tokens. For shorter ones set engine.kv_memory to what there "
+                "is, or unload another model of this worker."
+            )
+            raise InsufficientMemory(self.memory.model, needed, free, advice)
+        return n_blocks
 
     def _convert(self, piece: Piece) -> None:
         converted = piece.tensor.to(self.device, piece.dtype)
@@ -357,7 +426,9 @@ class ModelRunner:
             cut = torch.cat([self._run_alone(ids, start, stop, list(range(stop - start))) for start, stop in pairwise(cuts)])
             alone = torch.cat([self._run_alone(ids, row, row + 1, [0]) for row in range(n_rows)])
         if self._packer.full:
-            raise DeterminismUnavailable("not all packed weights fit into engine.pack_memory beside the plain ones")
+            raise DeterminismUnavailable(
+                "not all packed weights fit into engine.pack_memory beside the plain ones, or into what the worker's models leave"
+            )
         one, others = together.view(torch.uint8), (cut.view(torch.uint8), alone.view(torch.uint8))
         n_different = max(int((one != other).any(dim=-1).sum()) for other in others)
         if n_different:
@@ -427,14 +498,23 @@ class ModelRunner:
         # Their kernels were recorded with its addresses.
         self._close_graphs()
         self.caches.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.give_back()
+        self.memory.clear(Kind.KV)
 
     def make_cache(self) -> None:
-        """A cache of the same size, of zeros, after :meth:`drop_cache`."""
-        if not self.caches:
+        """A cache of `n_blocks`, of zeros; again after :meth:`drop_cache`. Raises :class:`InsufficientMemory`."""
+        if self.caches:
+            return
+        nbytes = (self.n_blocks + 1) * self.bytes_per_block
+        self.memory.reserve(Kind.KV, nbytes, _SMALLER_KV)
+        there = False
+        with suppress(MemoryError, OSError, torch.OutOfMemoryError):
             self.caches += _make_caches(self.layers, (self.n_blocks + 1, self.block_size), self.dtype, self.device)
-            self.graphs = self._make_graphs()
+            there = True
+        if not there:
+            self.memory.release(Kind.KV, nbytes)
+            raise InsufficientMemory(self.memory.model, nbytes, device_memory(self.device)[0], _SMALLER_KV)
+        self.graphs = self._make_graphs()
 
     def _parts(self) -> Iterator[Tensor]:
         """(n_blocks + 1, block_size, n_kv_heads, dim) for each layer, keys, then values."""

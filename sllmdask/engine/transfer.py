@@ -27,6 +27,7 @@ from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.engine.runner import ModelRunner
 from sllmdask.engine.state import KVChunk, KVLayout, Manifest, RequestState
 from sllmdask.errors import StateRefused
+from sllmdask.units import format_bytes
 
 #: Moves that are over, and still known, of each kind: a repeated call comes soon or never.
 _N_REMEMBERED = 4096
@@ -238,11 +239,10 @@ class Transfer:
             known = Sequence(
                 request_id, offered.token_ids, SamplingParams(), salt=offered.salt, from_scratch=offered.from_scratch
             )
-            incoming = self._scheduler.expect(known, n_tokens or known.n_tokens + self._layout.block_size)
+            expected = n_tokens or known.n_tokens + self._layout.block_size
+            incoming = self._scheduler.expect(known, expected)
             if incoming is None:
-                n_free = self._pool.n_free
-                reason = f"there is no room for {known.n_tokens} tokens: {n_free} blocks of {self._layout.block_size} are free"
-                raise StateRefused(request_id, reason)
+                raise StateRefused(request_id, self._no_room(expected))
             entry = _Import(offered, incoming, incoming.n_shared * self._layout.block_size, kv_refused)
             self._imports[request_id] = entry
         return {
@@ -268,7 +268,7 @@ class Transfer:
         if first > entry.n_tokens:
             raise StateRefused(request_id, f"the KV of tokens {entry.n_tokens} to {first} is missing")
         if not self._scheduler.extend(entry.incoming, stop):
-            raise StateRefused(request_id, f"there is no room for the KV of {stop} tokens")
+            raise StateRefused(request_id, self._no_room(stop))
         # Blocks that are shared are never written.
         start = max(first, entry.incoming.n_shared * self._layout.block_size)
         if start < stop:
@@ -338,7 +338,7 @@ class Transfer:
             self.import_write(request_id, epoch, kv)
         n_computed = max(entry.n_tokens, 0 if computing is None else computing.n_computed)
         if not self._scheduler.accept(entry.incoming, sequence, min(n_computed, sequence.n_tokens - 1)):
-            raise StateRefused(request_id, f"there is no room for its {sequence.n_tokens} tokens")
+            raise StateRefused(request_id, self._no_room(sequence.n_tokens))
         del self._imports[request_id]
         self._remember("import", request_id, epoch, committed=True)
         return True
@@ -360,6 +360,16 @@ class Transfer:
         if entry is None or entry.manifest.epoch != epoch:
             raise StateRefused(request_id, f"move {epoch} is not under way here")
         return entry
+
+    def _no_room(self, n_tokens: int) -> str:
+        """Why a request of `n_tokens` tokens cannot come."""
+        n_needed, n_free = blocks_for(n_tokens, self._layout.block_size), self._pool.n_free
+        if n_needed <= n_free - self._scheduler.n_watermark:
+            return f"busy: there is no room beside {self._scheduler.max_running} requests that are here, or on their way"
+        needed, free = (format_bytes(n * self._runner.bytes_per_block) for n in (n_needed, n_free))
+        return (
+            f"no memory: there is no room for {n_tokens} tokens, {n_needed} blocks ({needed}) of KV; {n_free} ({free}) are free"
+        )
 
     # --- moves that are over -------------------------------------------------------------------------------------------
 
