@@ -696,7 +696,8 @@ class LLMEngine:
         passes = deque(self._budget.cut(chunks))
         while passes:
             # What is left of a request that has failed in an earlier pass does not run.
-            some = tuple(chunk for chunk in passes.popleft() if chunk.sequence.finish_reason is None)
+            left = (chunk for chunk in passes.popleft() if chunk.sequence.finish_reason is None)
+            some = tuple(chunk for chunk in left if chunk.start == chunk.sequence.n_computed)
             if not some:
                 continue
             short = False

@@ -111,6 +111,24 @@ def test_a_fixed_size_is_taken_as_it_is_or_refused(model: TinyModel):
     assert ledger.used == 0
 
 
+def test_weights_that_find_no_room_while_they_arrive_end_the_engine_with_numbers(
+    model: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. Error code 12")
+
+    monkeypatch.setattr(runner_module.ModelRunner, "_convert", fail)
+    ledger = MemoryLedger(10**10)
+    made = settings(dtype="bfloat16")
+    engine = build_engine(model.directory, model.tensors, made, wait=lambda _: None, memory=ledger.account("a", "llama"))
+    engine.add(request("a", [1, 2, 3]))
+    with pytest.raises(InsufficientMemory) as refused:
+        engine.step()
+    assert refused.value.needed == 123
+    engine.close()
+    assert ledger.used == 0
+
+
 # --- packing, adapters -----------------------------------------------------------------------------------------------
 
 
