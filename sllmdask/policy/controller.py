@@ -40,7 +40,7 @@ from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
-_MAX_LOOKS = 4
+_MAX_LOOKS = 2
 #: Seconds before a request that waits for a predicted end looks again, at the least.
 _LOOK_AGAIN_S = 0.25
 

@@ -31,6 +31,8 @@ class Fleet:
         self._state, self._queue, self._claims = state, queue, claims
         self._back_off, self._ways, self._timers = back_off, ways, timers
         self._n_instances = 0
+        #: When the newest instance became ready.
+        self.last_ready_at = 0.0
         #: Who has to leave by a move or a preemption for an instance that is planned.
         self._victims: dict[str, tuple[str, ...]] = {}
         #: What is being moved, by its successor.
@@ -118,6 +120,7 @@ class Fleet:
             moved_from="",
         )
         self._state.put_instance(ready)
+        self.last_ready_at = at
         self.may_settle(ready, at)
 
     def may_settle(self, instance: InstanceView, at: float) -> None:
