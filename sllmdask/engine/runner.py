@@ -31,7 +31,7 @@ from sllmdask.engine.graphs import DecodeGraphs, DecodeInputs
 from sllmdask.engine.linears import LinearPacker, Packing, can_pack
 from sllmdask.engine.lora import AdapterSet, why_no_adapters
 from sllmdask.engine.numerics import EvenActivations, numerics_id, refuse_batch_dependence
-from sllmdask.engine.sizing import activation_nbytes, device_memory, kv_blocks, own_ledger
+from sllmdask.engine.sizing import activation_nbytes, device_memory, kv_blocks, least_window, own_ledger
 from sllmdask.engine.slots import SlotTables
 from sllmdask.errors import ConfigError, DeterminismUnavailable, InsufficientMemory, UnsupportedArchitecture
 from sllmdask.units import format_bytes
@@ -292,10 +292,10 @@ class ModelRunner:
             free_nbytes=free,
         )
         if not n_blocks:
-            longest = self.family.max_model_len
-            needed = (blocks_for(longest, self.block_size) + 1) * nbytes
+            least = least_window(self.family.max_model_len)
+            needed = (blocks_for(least, self.block_size) + 1) * nbytes
             advice = (
-                f"Its KV cache must hold one request of {longest:,} tokens. For shorter ones set engine.kv_memory to what there "
+                f"Its KV cache must hold one request of {least:,} tokens. For shorter ones set engine.kv_memory to what there "
                 "is, or unload another model of this worker."
             )
             raise InsufficientMemory(self.memory.model, needed, free, advice)

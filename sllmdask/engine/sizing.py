@@ -22,6 +22,8 @@ from sllmdask.engine.logprobs import rows_at_once
 _LEAST_PART = 10
 #: Copies of a step's logits in float32 that sampling makes: converted, filtered, and what is drawn from.
 _N_LOGITS = 3
+#: Tokens of a window that a cache which is sized by itself holds in any case, or the instance does not start.
+_LEAST_WINDOW = 8192
 #: Bytes that count for a limit although they are given back at once when somebody needs them, by the version of cgroups.
 _RECLAIMABLE = {1: "total_inactive_file", 2: "inactive_file"}
 
@@ -112,20 +114,25 @@ def _status(name: str) -> int:
 # --- what an instance takes ------------------------------------------------------------------------------------------
 
 
+def least_window(max_model_len: int) -> int:
+    """Tokens of one request that a cache holds at least which is sized by itself; longer windows are as long as memory allows."""
+    return min(max_model_len, _LEAST_WINDOW)
+
+
 def kv_blocks(
     *, bytes_per_block: int, block_size: int, max_model_len: int, max_running: int, fair_nbytes: int, free_nbytes: int
 ) -> int:
-    """Blocks of a KV cache that is sized by itself; 0 if not even one request of `max_model_len` tokens would fit.
+    """Blocks of a KV cache that is sized by itself; 0 if not even one request of :func:`least_window` tokens would fit.
 
-    No more than `max_running` of the longest requests can use. Of memory, what `fair_nbytes` hold; where that is less than one of
-    the longest requests needs, as much as that one needs, if it is in `free_nbytes`. One block belongs to nobody, and is counted
+    No more than `max_running` requests of `max_model_len` tokens can use. Of memory, what `fair_nbytes` hold; where that is less
+    than the least window needs, as much as that one needs, if it is in `free_nbytes`. One block belongs to nobody, and is counted
     with their bytes, see :class:`~sllmdask.batching.blocks.BlockPool`.
     """
-    least = blocks_for(max_model_len, block_size)
+    least = blocks_for(least_window(max_model_len), block_size)
     n_fair, n_free = (nbytes // bytes_per_block - 1 for nbytes in (fair_nbytes, free_nbytes))
     if n_free < least:
         return 0
-    return min(max(n_fair, least), n_free, max_running * least)
+    return min(max(n_fair, least), n_free, max_running * blocks_for(max_model_len, block_size))
 
 
 def activation_nbytes(
