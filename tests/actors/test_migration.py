@@ -440,8 +440,15 @@ async def test_who_does_not_know_the_token_moves_nothing(model: TinyModel):
     async with workers(model) as there:
         address = there.registries["2"].moves.server_address
         assert address is not None
+        other = "another token of 20 b"
         with pytest.raises(Refused):
-            await asyncio.to_thread(dial, address, b"another token of 20 b", None, connect_s=5, idle_s=5)
+            await asyncio.to_thread(dial, address, other.encode(), None, connect_s=5, idle_s=5)
+        for worker, registry in there.registries.items():
+            await registry.moves.serve("127.0.0.1", worker, other)
+        assert there.registries["2"].moves.server_address == address
+        there.door.submit("a", "1", [1, 2, 3], max_tokens=60)
+        await until_token(there, "a", 3)
+        assert (await there.move("a", "2")).outcome == "moved"
 
 
 async def test_a_request_moves_over_tls_where_the_cluster_has_it(model: TinyModel, tmp_path: Any):
