@@ -12,7 +12,7 @@ import json
 import click
 
 from sllmdask import __version__
-from sllmdask.cli import changes, checkpoints, measure, models, requests, run
+from sllmdask.cli import changes, checkpoints, measure, models, moves, requests, run, simulate
 from sllmdask.cli.shell import command, json_option
 
 
@@ -45,9 +45,11 @@ for each in (
     checkpoints.convert,
     checkpoints.verify,
     measure.bench,
+    simulate.simulate,
     requests.generate,
     requests.chat,
     requests.encode,
+    moves.migrate,
     version,
 ):
     main.add_command(each)
