@@ -432,6 +432,24 @@ class AsyncClient:
         """
         return dict(await self._work("/admin/pull", {"source": source, "node": node, "wait": wait}))
 
+    async def migrate(
+        self,
+        to: str,
+        *,
+        request: str | None = None,
+        instance: str | None = None,
+        kind: str = "auto",
+        wait: bool = True,
+    ) -> dict[str, Any]:
+        """Move a running `request`, by its id, or an `instance` with all of its requests, to node `to`, while they are answered.
+
+        `kind`: ``"kv"``, ``"tokens"``, or what is cheaper. Returns when that is done, or at once with ``wait=False``: ``state``,
+        ``to`` and ``moves``, what became of each request. Raises :class:`InvalidRequest` for what is not there, and
+        :class:`MoveFailed` if the request stays where it was.
+        """
+        body = {"request": request, "instance": instance, "to": to, "kind": kind, "wait": wait}
+        return dict(await self._work("/admin/migrate", body))
+
     async def status(self) -> dict[str, Any]:
         """``url``, ``ready``, ``reason`` (why not ready), ``workers``, ``models`` and ``requests``, as operators see them."""
         reason = None
@@ -695,6 +713,18 @@ class Client:
     def pull(self, source: str, node: str | None = None, *, wait: bool = True) -> dict[str, Any]:
         """See :meth:`AsyncClient.pull`."""
         return self._wait(self._client.pull(source, node, wait=wait))
+
+    def migrate(
+        self,
+        to: str,
+        *,
+        request: str | None = None,
+        instance: str | None = None,
+        kind: str = "auto",
+        wait: bool = True,
+    ) -> dict[str, Any]:
+        """See :meth:`AsyncClient.migrate`."""
+        return self._wait(self._client.migrate(to, request=request, instance=instance, kind=kind, wait=wait))
 
     def status(self) -> dict[str, Any]:
         """See :meth:`AsyncClient.status`."""

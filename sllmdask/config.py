@@ -183,10 +183,6 @@ class Deployment(Frozen):
             found.append("backend_config.device_map has no effect: an instance runs on one device, which engine.device names")
         if self.backend_config.enable_lora and not self.backend_config.lora_adapters:
             found.append("backend_config.enable_lora has no effect without lora_adapters, which names the adapters")
-        if "router_config" in self.model_fields_set:
-            found.append("router_config.migration_delta has no effect: running requests do not move between workers yet")
-        if "scheduler_config" in self.model_fields_set:
-            found.append("scheduler_config.alpha and .beta have no effect: running requests do not move between workers yet")
         return found
 
 
@@ -258,6 +254,8 @@ class WorkerSettings(Frozen):
     remote_hosts: tuple[str, ...] = ("https://*",)
     #: Whether workers supply each other with checkpoints.
     peers: bool = True
+    #: Bytes of KV per second that requests which leave a worker may send together; 0: what the network carries.
+    migration_bandwidth: BytesPerSecond = Field(default=0.0, ge=0)
     #: Bytes per read.
     chunk_size: Bytes = Field(default=2 * 1024**2, ge=4096)
     #: Threads that read one checkpoint.
@@ -283,6 +281,8 @@ class SchedulerSettings(Frozen):
     patience: Seconds = Field(default=10.0, ge=0)
     #: A file with the hardware of nodes, which estimates begin with; empty: none.
     hardware_config: str = ""
+    #: A file to which every event and decision is appended, for ``sllmdask simulate replay``; empty: none is written.
+    event_log: str = ""
 
 
 class ServerSettings(Frozen):
@@ -330,6 +330,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Names that would have been right at the place where `path` ends."""
     for part in path[:-1]:
+        if isinstance(part, int):  # a place in a list
+            continue
         models = _models_in(cls.model_fields[str(part)].annotation) if str(part) in cls.model_fields else []
         if not models:
             return []

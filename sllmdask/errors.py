@@ -37,6 +37,7 @@
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left before the request reached it
     ├── StateRefused                the cluster: a request cannot move with its KV, but it can with its tokens
+    ├── MoveFailed                  the cluster: a request or an instance could not go where an operator wanted it
     ├── Cancelled                   the caller went away
     ├── EngineError                 the engine failed this one request
     └── ServerError                 client.py: what a server answered; each is also of the class that its code names
@@ -584,6 +585,20 @@ class StateRefused(SllmError):
     @property
     def message(self) -> str:
         return f"The state of request {self.request!r} cannot move: {self.reason}. Its tokens can, and are computed again."
+
+
+class MoveFailed(SllmError):
+    """``MoveFailed(what, node, reason)``: it goes on where it was."""
+
+    http_status, type, code = 409, "invalid_request_error", "move_failed"
+
+    def __init__(self, what: str, node: str, reason: str) -> None:
+        super().__init__(what, node, reason)
+        self.what, self.node, self.reason = what, node, reason
+
+    @property
+    def message(self) -> str:
+        return f"{self.what} could not be moved to node {self.node}: {self.reason}. It goes on where it was."
 
 
 class EngineError(SllmError):

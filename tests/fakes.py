@@ -31,7 +31,9 @@ from sllmdask.engine.text import Tokenizer
 from sllmdask.errors import (
     AdapterNotFound,
     CheckpointNotFound,
+    InvalidRequest,
     ModelNotFound,
+    MoveFailed,
     RecordNotFound,
     SchedulerUnreachable,
     SllmError,
@@ -228,6 +230,18 @@ class FakeGateway:
             if wait
             else {"state": "fetching", "nbytes": None, "seconds": None}
         )
+
+    async def migrate(self, request: str | None, instance: str | None, to: str, kind: str | None, wait: bool) -> dict[str, Any]:
+        self.operated.append(("migrate", request, instance, to, kind, wait))
+        if request == "gone":
+            raise InvalidRequest("The request 'gone' has ended.", "request")
+        if request == "stuck":
+            raise MoveFailed("The request 'stuck'", to, "there is no room")
+        if not wait:
+            return {"state": "moving", "to": to, "moves": []}
+        move = {"request": request or "r-1", "source": "0", "destination": to, "outcome": "moved", "reason": None}
+        move |= {"kind": kind or "kv", "steps": [65536, 4096], "nbytes": 69632, "n_tokens": 512, "stop_ms": 1.25}
+        return {"state": "moved", "to": to, "instance": "m/2", "left": 0, "moves": [move]}
 
     def requests(self) -> list[dict[str, Any]]:
         return [journal.as_row() for journal in self._journals.values()]

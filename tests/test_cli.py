@@ -58,9 +58,9 @@ def test_help_is_quick_and_lists_only_what_exists():
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
-    commands |= {"requests", "explain", "events", "cancel"}
+    commands |= {"migrate", "requests", "explain", "events", "cancel", "simulate"}
     assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
-    for command in set(main.commands) - {"bench"}:
+    for command in set(main.commands) - {"bench", "simulate"}:
         assert "--debug" in run(command, "--help").output
     assert "--debug" in run("bench", "load", "--help").output
 
@@ -146,11 +146,11 @@ def test_deploy_takes_files_and_flags_go_over_them(serve: Serve, tmp_path: Path,
 
     monkeypatch.setattr(server.gateway, "register", spy)
     (tmp_path / "a.json").write_text('{"model": "a", "auto_scaling_config": {"target": 2, "min_instances": 1}}')
-    (tmp_path / "b.yaml").write_text("model: b\nrouter_config: {migration_delta: 3}\n")
+    (tmp_path / "b.yaml").write_text("model: b\nbackend_config: {device_map: cpu}\n")
     files = ["--config", str(tmp_path / "a.json"), "--config", str(tmp_path / "b.yaml")]
     result = run("deploy", *files, "--target", "9", "--source", str(tmp_path))
     assert result.stdout == "deployed a\ndeployed b\n"
-    assert "migration_delta has no effect" in result.stderr
+    assert "device_map has no effect" in result.stderr
     assert [(d.model, d.auto_scaling_config.target, d.source) for d in seen] == [("a", 9, str(tmp_path)), ("b", 9, str(tmp_path))]
     assert seen[0].auto_scaling_config.min_instances == 1
     run("deploy", "renamed", *files[:2])
@@ -377,6 +377,25 @@ def test_unload_names_the_nodes_and_says_so_when_there_was_nothing(serve: Serve)
     assert run("unload", "m", "--node", "3").output == "m is not loaded on node 3\n"
     assert json.loads(run("unload", "m", "--json").output)["instances"] == []
     assert server.gateway.operated[0] == ("unload", "m", "3", True)
+
+
+def test_migrate_takes_a_request_or_an_instance_and_says_what_became_of_it(serve: Serve):
+    server = serve(m=FakeModel())
+    moved = "r-1 moved from node 0 to 1: 68.0 KiB of KV in 2 stages, stopped for 1.2 ms\n"
+    assert run("migrate", "r-1", "--to", "1").stdout == moved
+    assert run("migrate", "m/1", "--to", "1").stdout == moved + "m/1 is m/2 on node 1 now\n"
+    tokens = run("migrate", "r-1", "--to", "1", "--kind", "tokens").stdout
+    assert tokens == "r-1 moved from node 0 to 1: 512 tokens in 2 rounds, stopped for 1.2 ms\n"
+    assert run("migrate", "r-1", "--to", "1", "--no-wait").stdout == "moving r-1 to node 1\n"
+    assert json.loads(run("migrate", "r-1", "--to", "1", "--json").stdout)["moves"][0]["n_tokens"] == 512
+    assert server.gateway.operated[:3] == [
+        ("migrate", "r-1", None, "1", None, True),
+        ("migrate", None, "m/1", "1", None, True),
+        ("migrate", "r-1", None, "1", "tokens", True),
+    ]
+    assert "has ended" in run("migrate", "gone", "--to", "1", code=1).stderr
+    assert "no room" in run("migrate", "stuck", "--to", "1", code=1).stderr
+    run("migrate", "r-1", code=2)
 
 
 def test_pull_takes_a_model_or_a_source_and_a_directory_by_its_whole_path(serve: Serve, tmp_path: Path):

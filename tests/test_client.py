@@ -209,7 +209,7 @@ def test_errors_reach_the_caller_before_and_in_the_middle_of_an_answer(serve: Se
 def test_deployments_come_and_go(serve: Serve):
     server = serve()
     with Client(server.url) as client:
-        deployed = client.deploy("qwen", source="/models/qwen", num_gpus=2, router_config={"migration_delta": 3})
+        deployed = client.deploy("qwen", source="/models/qwen", num_gpus=2, backend_config={"device_map": "cpu"})
         assert deployed["model"] == "qwen" and len(deployed["warnings"]) == 1
         assert [model["id"] for model in client.models()] == ["qwen"]
         client.delete("qwen")

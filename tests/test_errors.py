@@ -58,6 +58,7 @@ EXAMPLES: list[SllmError] = [
     errors.WorkerLost("tcp://10.0.0.2:40000"),
     errors.InstanceGone("qwen/7"),
     errors.StateRefused("r1", "its KV is in bfloat16, here it is in float32"),
+    errors.MoveFailed("The request 'r1'", "1", "there is no room"),
     errors.Cancelled(),
     errors.Cancelled("an operator cancelled it"),
     errors.EngineError("not enough memory for the step"),

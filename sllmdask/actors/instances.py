@@ -21,6 +21,8 @@ from distributed.comm import Comm
 
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.embeddings import InputLedger
+from sllmdask.actors.migration import Moves
+from sllmdask.actors.movable import Movable
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.sequence import Sequence as TokenSequence
@@ -71,7 +73,7 @@ UNLOAD_GRACE_S = 600.0
 REPORT_EVERY_S = 0.1
 
 
-class Instance:
+class Instance(Movable):
     """One model on this worker: its lease on the host copy, its engine, and who waits for which answer."""
 
     def __init__(
@@ -83,6 +85,7 @@ class Instance:
         registry: InstanceRegistry,
         embedding: EmbeddingChoice | None = None,
     ) -> None:
+        super().__init__()
         self.id, self.model, self.source, self.dtype = instance_id, model, source, dtype
         #: ``None``: it generates text.
         self.embedding = embedding
@@ -279,7 +282,8 @@ class Instance:
         if adapters is not None:
             await adapters.close()
         for request_id in list(self._requests):
-            self._answer_error(request_id, error or InstanceGone(self.id))
+            if not self._hold_back(request_id, error or InstanceGone(self.id)):
+                self._answer_error(request_id, error or InstanceGone(self.id))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -328,6 +332,8 @@ class Instance:
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
         self._requests[request_id] = (front_door, epoch)
+        if adapter is not None:
+            self._adapter_of[request_id] = adapter
         self._idle.clear()
         if adapter is None:
             self._begin(sequence, self._engine, (front_door, epoch))
@@ -347,6 +353,7 @@ class Instance:
     def _hand_over(self, sequence: TokenSequence, engine: EngineThread) -> None:
         try:
             engine.submit(sequence)
+            self._handed_over.add(sequence.request_id)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._answer_error(sequence.request_id, error)
 
@@ -447,6 +454,8 @@ class Instance:
             waiting = self._requests.get(output.request_id)
             if waiting is None:
                 continue
+            if output.error is not None and self._hold_back(output.request_id, output.error):
+                continue
             front_door, epoch = waiting
             if output.error is not None:
                 # A load that failed is no fault of the request: it goes back to the queue, or hears why nobody can serve it.
@@ -513,7 +522,9 @@ class Instance:
         use = self._uses.pop(request_id, None)
         if use is not None and self._adapters is not None:
             self._adapters.release(use)
-        if not self._requests:
+        self._handed_over.discard(request_id)
+        self._adapter_of.pop(request_id, None)
+        if not self._requests and not self._expected:
             self._idle.set()
         return known
 
@@ -545,13 +556,19 @@ class InstanceRegistry:
     """What one worker runs. `report` reaches the scheduler; `resolve` turns a deployment's source into a directory or hub id."""
 
     def __init__(
-        self, store: CheckpointStore, engine_settings: EngineSettings, report: Report, resolve: Callable[[str], str]
+        self,
+        store: CheckpointStore,
+        engine_settings: EngineSettings,
+        report: Report,
+        resolve: Callable[[str], str],
+        move_bytes_per_s: float = 0.0,
     ) -> None:
         self.store, self.report, self.resolve = store, report, resolve
         self.settings = engine_settings
         self._shelf = SkeletonShelf()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
+        self.moves = Moves(self, move_bytes_per_s)
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
@@ -563,6 +580,14 @@ class InstanceRegistry:
         if instance is None:
             instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self, embedding)
         return instance
+
+    def instance(self, instance_id: str) -> Instance | None:
+        """The instance of that id; in any thread."""
+        return self._instances.get(instance_id)
+
+    def has_door(self, front_door: str) -> bool:
+        """Whether a front door is connected; in any thread."""
+        return front_door in self._outboxes
 
     async def warm_up(self) -> None:
         """Import torch and the modelling code, and run it once, before the worker joins rather than in its first load."""
@@ -706,6 +731,7 @@ class InstanceRegistry:
 
     async def close(self) -> None:
         """Stop everything."""
+        await self.moves.close()
         await self.drain(0)
         for outbox in list(self._outboxes.values()):
             await outbox.close()

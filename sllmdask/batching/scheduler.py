@@ -104,6 +104,12 @@ class Incoming:
     blocks: list[int]
     n_shared: int
     n_reserved: int
+    #: Tokens whose KV is computed here, but for the last: nothing is drawn. Its block table is `blocks`.
+    sequence: Sequence | None = None
+
+    @property
+    def n_to_compute(self) -> int:
+        return 0 if self.sequence is None else max(0, self.sequence.n_uncomputed - 1)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ class BatchScheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting) or any(incoming.n_to_compute for incoming in self._incoming.values())
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._by_id.values()))
@@ -272,6 +278,11 @@ class BatchScheduler:
             n_tokens = min(sequence.n_uncomputed, budget)
             if sequence.n_uncomputed > 1 and n_tokens:
                 draft.chunks.append(Chunk(sequence, sequence.n_computed, n_tokens))
+                budget -= n_tokens
+        for incoming in self._incoming.values():
+            n_tokens = min(incoming.n_to_compute, budget)
+            if n_tokens and incoming.sequence is not None:
+                draft.chunks.append(Chunk(incoming.sequence, incoming.sequence.n_computed, n_tokens))
                 budget -= n_tokens
         while budget and self._waiting:
             sequence = self._waiting[0]
@@ -391,6 +402,18 @@ class BatchScheduler:
         incoming.blocks += self.pool.allocate_reserved(n_promised)
         incoming.n_reserved -= n_promised
         incoming.blocks += self.pool.allocate(n_missing - n_promised)
+        return True
+
+    def compute(self, incoming: Incoming, sequence: Sequence) -> bool:
+        """Compute the KV of the tokens of `sequence`, but for the last, in the blocks of `incoming`, beside what runs.
+
+        ``sequence.n_computed`` says how many of the first tokens' KV is there. More tokens may be added to it later, and this be
+        called again. ``False``: there are too few blocks, and nothing has changed.
+        """
+        if not self.extend(incoming, sequence.n_tokens):
+            return False
+        sequence.block_table = incoming.blocks
+        incoming.sequence = sequence
         return True
 
     def accept(self, incoming: Incoming, sequence: Sequence, n_computed: int) -> bool:

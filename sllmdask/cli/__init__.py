@@ -12,7 +12,7 @@ import json
 import click
 
 from sllmdask import __version__
-from sllmdask.cli import changes, checkpoints, measure, models, observe, requests, run
+from sllmdask.cli import changes, checkpoints, measure, models, moves, observe, requests, run, simulate
 from sllmdask.cli.shell import command, json_option
 
 
@@ -45,6 +45,7 @@ for each in (
     checkpoints.convert,
     checkpoints.verify,
     measure.bench,
+    simulate.simulate,
     requests.generate,
     requests.chat,
     requests.encode,
@@ -52,6 +53,7 @@ for each in (
     observe.explain,
     observe.events,
     observe.cancel,
+    moves.migrate,
     version,
 ):
     main.add_command(each)

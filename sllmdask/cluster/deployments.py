@@ -137,6 +137,8 @@ class Deployments:
             variant=backend.variant,
             nodes=asked.placement_config.nodes,
             pinned=bool(self.pins.get(asked.model)),
+            alpha=asked.scheduler_config.alpha,
+            beta=asked.scheduler_config.beta,
         )
         misfit = self._controller.feasible(view)
         if misfit is not None:

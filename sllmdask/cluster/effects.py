@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from distributed import Client, Scheduler, wait
@@ -45,14 +47,17 @@ class Effects:
         doors: Mapping[str, Outbox],
         deployment_of: Callable[[str], Deployment],
         peers_of: Callable[[str, str], list[str]],
+        evacuate: Callable[[Migrate], Awaitable[str | None]],
     ) -> None:
         self._scheduler, self._on, self._doors = scheduler, on, doors
         self._deployment_of, self._peers_of = deployment_of, peers_of
+        self._evacuate = evacuate
         self._client: Client | None = None
         self._client_lock = asyncio.Lock()
         #: Dask's future of each instance's actor, and the load under way for it, with the worker's address.
         self._futures: dict[str, tuple[str, Any]] = {}
         self._loads: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._migrations: dict[str, tuple[Migrate, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         #: Calls to workers: replies are ours to decode, unlike on the scheduler's own pool.
@@ -110,7 +115,20 @@ class Effects:
                 self._tell(decision.front_door, ["refuse", decision.request, decision.error.as_wire()])
             case Chose():
                 pass
-            case Migrate() | Preempt():
+            case Migrate():
+                logger.info(
+                    "migrate model=%s instance=%s from=%s to=%s successor=%s moved_in_s=%.3f cause=%s",
+                    decision.model,
+                    decision.instance,
+                    decision.worker,
+                    decision.destination,
+                    decision.successor,
+                    decision.moved_in_s,
+                    decision.cause,
+                )
+                work = self._migrate(decision, self._deployment_of(decision.model))
+                self._migrations[decision.successor] = decision, self.start(work)
+            case Preempt():
                 raise NotImplementedError(f"no worker can do that yet: {decision!r}")
             case WakeAt(at=at):
                 if self._timer:
@@ -178,6 +196,11 @@ class Effects:
         for where, task in list(self._loads.values()):
             if where == worker:
                 task.cancel()
+        for migrate, task in list(self._migrations.values()):
+            if migrate.destination == worker:
+                task.cancel()
+                reason = f"the worker {worker} has left"
+                self._on(ev.MigrationFailed(time.monotonic(), migrate.instance, migrate.successor, reason))
 
     async def _own_client(self) -> Client:
         async with self._client_lock:
@@ -192,28 +215,33 @@ class Effects:
                 )
             return self._client
 
+    async def _make_ready(self, instance: str, model: str, worker: str, deployment: Deployment) -> Tier:
+        """Create an instance's actor and load it; returns the tier that it was loaded from."""
+        client = await self._own_client()
+        future = client.submit(
+            ModelActor,
+            instance,
+            model,
+            deployment.source,
+            deployment.backend_config.torch_dtype,
+            deployment.backend_config.embedding,
+            key=actor_key(instance),
+            workers=[worker],
+            actor=True,
+        )
+        self._futures[instance] = worker, future
+        with client.as_current():
+            await wait(future)
+        if future.status != "finished":
+            raise WorkerLost(worker)
+        async with asyncio.timeout(LOAD_LIMIT_S):
+            peers = self._peers_of(deployment.source, worker)
+            done = await ModelHandle(instance, worker, self.pool).load(peers)
+        return Tier(done["loaded_from"])
+
     async def _load(self, load: Load, deployment: Deployment) -> None:
         try:
-            client = await self._own_client()
-            future = client.submit(
-                ModelActor,
-                load.instance,
-                load.model,
-                deployment.source,
-                deployment.backend_config.torch_dtype,
-                deployment.backend_config.embedding,
-                key=actor_key(load.instance),
-                workers=[load.worker],
-                actor=True,
-            )
-            self._futures[load.instance] = load.worker, future
-            with client.as_current():
-                await wait(future)
-            if future.status != "finished":
-                raise WorkerLost(load.worker)
-            async with asyncio.timeout(LOAD_LIMIT_S):
-                peers = self._peers_of(deployment.source, load.worker)
-                done = await ModelHandle(load.instance, load.worker, self.pool).load(peers)
+            loaded_from = await self._make_ready(load.instance, load.model, load.worker, deployment)
         except WorkerLost:
             # Most likely it has died, and Dask is about to say so, which ends this task: a load has not failed by that.
             await asyncio.sleep(NOTICE_S)
@@ -229,7 +257,7 @@ class Effects:
             self._release(load.instance)
             self._on(ev.LoadFailed(time.monotonic(), load.instance, f"internal error: {error!r}"))
         else:
-            self._on(ev.LoadFinished(time.monotonic(), load.instance, Tier(done["loaded_from"])))
+            self._on(ev.LoadFinished(time.monotonic(), load.instance, loaded_from))
         finally:
             self._loads.pop(load.instance, None)
 
@@ -238,21 +266,58 @@ class Effects:
         if loading is not None:  # called off
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
+        await self._close_instance(unload.instance, unload.worker, unload.forget)
+        self._on(ev.UnloadFinished(time.monotonic(), unload.instance))
+
+    async def _close_instance(self, instance: str, worker: str, forget: bool) -> None:
         try:
-            _, future = self._futures.get(unload.instance, (None, None))
+            _, future = self._futures.get(instance, (None, None))
             if future is not None:
                 client = await self._own_client()
                 with client.as_current():
                     await wait(future)  # an actor that is being created cannot be told anything yet
                 async with asyncio.timeout(UNLOAD_LIMIT_S):
-                    await ModelHandle(unload.instance, unload.worker, self.pool).unload(unload.forget)
+                    await ModelHandle(instance, worker, self.pool).unload(forget)
         except WorkerLost:
-            logger.info("unload instance=%s: its worker or its actor is gone", unload.instance)
+            logger.info("unload instance=%s: its worker or its actor is gone", instance)
         except Exception:
             # An instance that never left "unloading" would hold its slots for ever; what stays is found by the reconciliation.
-            logger.exception("unload failed instance=%s", unload.instance)
-        self._release(unload.instance)
-        self._on(ev.UnloadFinished(time.monotonic(), unload.instance))
+            logger.exception("unload failed instance=%s", instance)
+        self._release(instance)
+
+    async def _migrate(self, migrate: Migrate, deployment: Deployment) -> None:
+        """Load there, move every request, leave here; or stay, with whatever had gone already brought back."""
+        reason: str | None = "internal error"
+        loaded_from: Tier | None = None
+        try:
+            loaded_from = await self._make_ready(migrate.successor, migrate.model, migrate.destination, deployment)
+            reason = await self._evacuate(migrate)
+        except SllmError as error:
+            reason = error.message
+        except Exception as error:
+            # A migration that never ended would hold the slots of both ends for ever.
+            logger.exception("migration failed instance=%s", migrate.instance)
+            reason = f"internal error: {error!r}"
+        finally:
+            self._migrations.pop(migrate.successor, None)
+        if reason is None and loaded_from is not None:
+            await self._close_instance(migrate.instance, migrate.worker, False)
+            self._on(ev.InstanceMigrated(time.monotonic(), migrate.instance, migrate.successor, loaded_from))
+            return
+        logger.warning("migration failed instance=%s to=%s cause=%s", migrate.instance, migrate.destination, reason)
+        if loaded_from is not None:
+            back = replace(
+                migrate,
+                instance=migrate.successor,
+                successor=migrate.instance,
+                worker=migrate.destination,
+                destination=migrate.worker,
+                cause="migration failed",
+            )
+            with suppress(SllmError):
+                await self._evacuate(back)
+        await self._close_instance(migrate.successor, migrate.destination, False)
+        self._on(ev.MigrationFailed(time.monotonic(), migrate.instance, migrate.successor, reason or "unknown"))
 
     def _release(self, instance: str) -> None:
         _, future = self._futures.pop(instance, (None, None))

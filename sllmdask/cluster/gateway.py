@@ -27,6 +27,7 @@ from distributed.security import Security
 from sllmdask.actors.streams import Message, Outbox, messages, open_stream
 from sllmdask.batching.params import TokenLogprobs
 from sllmdask.batching.sequence import FinishReason
+from sllmdask.cluster.following import Following, Stop
 from sllmdask.cluster.journal import (
     Delta,
     EmbedRequest,
@@ -63,6 +64,8 @@ MAX_RETURNS = 5
 #: Seconds between pings of a worker, and without any word from it after which it counts as lost.
 PING_EVERY_S = 2.0
 SILENCE_S = 20.0
+#: Seconds that a request may be nowhere because it moves: its source has died, or its destination has not spoken yet.
+MOVING_S = 5.0
 #: Seconds beyond a request's deadline, or beyond the last news of it, after which it is given up without the scheduler.
 DEADLINE_MARGIN_S = 30.0
 #: Seconds between attempts to reach a scheduler that went away, from the first to the longest.
@@ -76,6 +79,7 @@ class _Active:
         #: What the cluster calls the request. Clients repeat their ids, at once and at several front doors; this one is unique.
         self.key = key
         self.journal = Journal(request)
+        self.following = Following(self.journal)
         self.text = text
         self.inbox: asyncio.Queue[Message | SllmError] = asyncio.Queue()
         self.n_returns = 0
@@ -355,6 +359,23 @@ class Gateway(Lookout):
         """Bring the files of a model, or of a source that is not deployed, to a node's disk."""
         return await self._ask("sllm_pull", model=model, source=source, node=node, wait=wait)
 
+    async def migrate(self, request: str | None, instance: str | None, to: str, kind: str | None, wait: bool) -> dict[str, Any]:
+        """Move a request, by its id, or all requests of an instance, to node `to`; see ``POST /admin/migrate``.
+
+        Raises :class:`InvalidRequest` if there is no such request, instance or node, :class:`LoadFailed`, :class:`NoWorker`...
+        """
+        ids = {key: active.journal.request.id for key, active in self._active.items()}
+        keys = None
+        if request is not None:
+            keys = [key for key, known in ids.items() if request in (key, known)]
+            if not keys and any(row["id"] == request for row in self._recent):
+                raise InvalidRequest(f"The request {request!r} has ended.", "request")
+            keys = keys or [request]
+        named = None if keys is None else {key: ids.get(key, key) for key in keys}
+        reply = await self._ask("sllm_migrate", requests=named, instance=instance, to=to, kind=kind, wait=wait)
+        moves = [{**move, "request": ids.get(key, key)} for key, move in reply["moves"].items()]
+        return {**reply, "moves": moves}
+
     async def tokenizer(self, model: str) -> Tokenizer:
         """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""
         key = (model, int(self._row(model)["revision"]))
@@ -464,13 +485,50 @@ class Gateway(Lookout):
                 journal.state = "refused"
                 raise from_wire(error)
             case ["tokens", _, epoch, index, token_ids, reason, *scores] if epoch == journal.epoch:
-                return self._accept(active, index, list(token_ids), reason, *scores)
+                return [*self._accept(active, index, list(token_ids), reason, *scores), *self._go_over(active)]
+            case ["moving", _, epoch, worker]:
+                self._link(worker)
+                active.following.moving(epoch, worker)
+            case ["tokens" | "error" | "stayed" | "left", *_] if active.following.hold(message):
+                return []
+            case ["moved", *_]:
+                self._stop(active.key, active.following.moved(message))
+                if active.following.waits and journal.worker not in self._links:
+                    self._say_lost(active, journal.worker, journal.epoch)
+                return self._go_over(active)
+            case ["stayed", *_]:
+                self._stop(active.key, active.following.stayed(message))
+            case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
+                # If it cannot speak to us, nobody does.
+                loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
+                loop.call_later(MOVING_S if worker in self._links else 0, active.inbox.put_nowait, lost)
+            case ["missing", _, epoch, worker] if epoch > journal.epoch and not active.following.waits:
+                self._fail(active, WorkerLost(worker))
+                return [Progress("queued", f"waiting for {journal.request.model}")]
             case ["embeddings", _, epoch, vectors]:
                 return self._accept_vectors(active, epoch, vectors)
             case ["error", _, epoch, error] if epoch == journal.epoch:
+                if active.following.waits and not _wants_logprobs(journal):
+                    # The instance that it came from has died with its last words, which are known.
+                    rest = self._accept(active, len(journal.output_ids), active.following.rest(), None)
+                    return [*rest, *self._go_over(active)]
                 self._fail(active, from_wire(error))
                 return [Progress("queued", f"waiting for {journal.request.model}")]
         return []
+
+    def _go_over(self, active: _Active) -> list[GatewayEvent]:
+        """Follow what the instance has said that the request went to, once nothing is missing from the one before."""
+        if active.journal.state == "finished":
+            return []
+        epoch = active.journal.epoch
+        held = active.following.settled()
+        if active.journal.epoch != epoch and active.journal.worker not in self._links:
+            self._say_lost(active, active.journal.worker, active.journal.epoch)
+        return [event for message in held for event in self._follow(active, message)]
+
+    def _stop(self, key: str, stops: list[Stop]) -> None:
+        for stop in stops:
+            self._link(stop.worker).send(["cancel", key, stop.instance])
 
     def _tell_reading(self, active: _Active) -> list[GatewayEvent]:
         """How far the instance is that will give the first token, and once that it is all there."""
@@ -496,6 +554,8 @@ class Gateway(Lookout):
         journal = active.journal
         n_before = len(journal.output_ids)
         accepted = journal.accept(journal.epoch, index, token_ids)
+        if accepted:
+            active.following.told()
         text = active.text.push(accepted)
         if active.text.stopped:
             del journal.output_ids[active.text.n_accepted :]
@@ -532,9 +592,9 @@ class Gateway(Lookout):
             active.error = error.message
             raise error
         active.n_returns += 1
-        journal.epoch += 1
-        journal.worker = journal.instance = journal.node = None
-        journal.state = "queued"
+        self._stop(active.key, active.following.elsewhere())
+        active.following = Following(journal)
+        journal.begin_anew()
         self._ask_for_place(active, "returned")
 
     def _close(self, active: _Active) -> None:
@@ -546,6 +606,7 @@ class Gateway(Lookout):
         link = self._links.get(journal.worker) if journal.worker else None
         if link is not None and (journal.state != "finished" or active.text.stopped):
             link.send(["cancel", active.key, journal.instance])
+        self._stop(active.key, active.following.elsewhere())
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
@@ -620,8 +681,17 @@ class Gateway(Lookout):
                 active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
+                    if message[0] == "tokens":
+                        active.following.heard(message[2], asyncio.get_running_loop().time())
                     if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
+            case ["moving" | "moved" | "stayed" | "left", key, *_]:
+                active = self._active.get(key)
+                if active is not None:
+                    active.inbox.put_nowait(message)
+                elif message[0] == "moved":
+                    # Its client left while it was on its way.
+                    self._stop(key, [Stop(message[5], message[4])])
             case ["pong", _]:
                 pass
             case _:
@@ -632,8 +702,15 @@ class Gateway(Lookout):
         if self._links.get(link.worker) is link:
             del self._links[link.worker]
         for active in self._active.values():
-            if active.journal.worker == link.worker:
-                active.inbox.put_nowait(["error", active.key, active.journal.epoch, WorkerLost(link.worker).as_wire()])
+            journal, following = active.journal, active.following
+            if journal.worker == link.worker and (following.going_to in (None, link.worker) or following.waits):
+                self._say_lost(active, link.worker, journal.epoch)
+            elif journal.worker == link.worker:  # the request may be elsewhere already, and is about to say so
+                asyncio.get_running_loop().call_later(MOVING_S, self._say_lost, active, link.worker, journal.epoch)
+
+    def _say_lost(self, active: _Active, worker: str | None, epoch: int) -> None:
+        if worker is not None and active.journal.epoch == epoch:
+            active.inbox.put_nowait(["error", active.key, epoch, WorkerLost(worker).as_wire()])
 
     def _link(self, worker: str) -> WorkerLink:
         link = self._links.get(worker)
@@ -648,3 +725,7 @@ def _loading(model: str, told: dict[str, Any]) -> Progress:
     percent = f" {100 * done // total}%" if total else ""
     rate = f" {told['tier']} {format_bytes(told['bytes_per_s'])}/s" if told["bytes_per_s"] else ""
     return Progress("loading", f"loading {model}{percent}{rate}", done, total)
+
+
+def _wants_logprobs(journal: Journal) -> bool:
+    return isinstance(journal.request, GenerateRequest) and journal.request.params.logprobs is not None

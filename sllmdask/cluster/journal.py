@@ -102,6 +102,9 @@ class Embedded:
     vector: bytes
 
 
+#: Epochs from one dispatch of a request to its next: moves in between take the next one each.
+EPOCHS_PER_DISPATCH = 1 << 32
+
 GatewayEvent = Progress | Started | Delta | Embedded | Finished
 
 
@@ -123,6 +126,14 @@ class Journal:
     state: str = "queued"
     #: Nodes the request ran on, in order.
     path: list[str] = field(default_factory=list)
+    #: What became of each of its moves, in order: a ``MoveRecord`` and ``pause_ms``, what its client waited for the next token.
+    moves: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_anew(self) -> None:
+        """The request goes back to the queue: nothing that anybody says of it from before counts any more."""
+        self.epoch = (self.epoch // EPOCHS_PER_DISPATCH + 1) * EPOCHS_PER_DISPATCH
+        self.worker = self.instance = self.node = None
+        self.state = "queued"
 
     def accept(self, epoch: int, index: int, token_ids: list[int]) -> list[int]:
         """Accept what of `token_ids`, which begin at `index`, comes next; returns that part (empty for a stale epoch).
@@ -162,4 +173,5 @@ class Journal:
             "n_prompt_tokens": self.request.n_prompt_tokens,
             "n_tokens": len(self.output_ids),
             "path": list(self.path),
+            "moves": [dict(move) for move in self.moves],
         }

@@ -40,7 +40,7 @@ class Operations:
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         """Make an instance of a model ready, or bring its checkpoint to host memory; on `node`, or where it is best placed."""
         deployed = self._deployments.find(model)
-        where = self._node(node)
+        where = self.node(node)
         view = self._controller.models[model]
         if where is not None and view.nodes and where.name not in view.nodes:
             raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "node")
@@ -99,7 +99,7 @@ class Operations:
     async def unload(self, model: str, node: str | None, wait: bool) -> dict[str, Any]:
         """Take a model's instances from their devices, on `node` or everywhere; those that work finish first."""
         deployed = self._deployments.find(model)
-        where = self._node(node)
+        where = self.node(node)
         leaving = {
             instance.id: self._controller.workers[instance.worker].name
             for instance in self._controller.instances_of(model)
@@ -126,7 +126,7 @@ class Operations:
         """Bring a checkpoint's files to the disk of `node`, or of one that may run it. `source` may name a deployed model too."""
         by_name = self._deployments.by_name
         deployed = self._deployments.find(model) if model is not None else by_name.get(source or "")
-        where = self._node(node)
+        where = self.node(node)
         view = ModelView(source or "", nbytes=0) if deployed is None else self._controller.models[deployed.deployment.model]
         source = (source or "") if deployed is None else deployed.deployment.source
         if where is None:
@@ -172,7 +172,7 @@ class Operations:
             nodes = [worker.name for worker in where]
         else:
             if node is not None and node not in kept:
-                self._node(node)
+                self.node(node)
             nodes = sorted(kept if node is None else kept & {node})
             logger.info("unpin asked for model=%s nodes=%s", model, nodes)
             await self._deployments.unpin(model, nodes)
@@ -185,7 +185,7 @@ class Operations:
         }
 
     def _where_to_pin(self, view: ModelView, node: str | None) -> list[WorkerView]:
-        where = self._node(node)
+        where = self.node(node)
         if where is not None:
             return [where]
         allowed = [worker for worker in self._controller.workers.values() if not view.nodes or worker.name in view.nodes]
@@ -196,7 +196,7 @@ class Operations:
             raise NoWorker(view.name, "no worker is connected that could hold it")
         return found
 
-    def _node(self, name: str | None) -> WorkerView | None:
+    def node(self, name: str | None, param: str = "node") -> WorkerView | None:
         """The worker of that name; raises :class:`InvalidRequest` with near ones."""
         if name is None:
             return None
@@ -205,7 +205,7 @@ class Operations:
             return by_name[name]
         near = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:10]
         known = f"Connected are {', '.join(map(repr, near))}." if near else "None is connected."
-        raise InvalidRequest(f"There is no node {name!r}. {known}", "node")
+        raise InvalidRequest(f"There is no node {name!r}. {known}", param)
 
 
 async def _log_fetch(source: str, worker: str, fetching: Awaitable[dict[str, Any]]) -> None:

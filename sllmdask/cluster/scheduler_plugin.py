@@ -12,7 +12,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -24,15 +25,17 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.deployments import Deployments
-from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
+from sllmdask.cluster.effects import FETCH_S, UNLOAD_LIMIT_S, Effects
 from sllmdask.cluster.estimates import Estimates
+from sllmdask.cluster.event_log import Recorder
+from sllmdask.cluster.moving import Moving
 from sllmdask.cluster.observing import Observer
 from sllmdask.cluster.operations import Operations
 from sllmdask.cluster.rows import Rows
 from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
 from sllmdask.cluster.worker_plugin import PROTOCOL
-from sllmdask.config import Settings, read_hardware
-from sllmdask.errors import ConfigError, EngineError, SllmError
+from sllmdask.config import Deployment, Settings, read_hardware
+from sllmdask.errors import ConfigError, EngineError, InvalidRequest, ModelNotFound, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Decision, Dispatch, Load
@@ -82,6 +85,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 max_requests=settings.engine.max_running,
             )
         )
+        self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
         self.events: deque[ev.Event] = deque(maxlen=N_EVENTS)
         self._doors: dict[str, Outbox] = {}
         #: What the front doors were told last.
@@ -101,9 +105,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._token = secrets.token_hex(16)
         path = settings.scheduler.hardware_config
         self._estimates = Estimates(read_hardware(path) if path else {})
-        self.effects = Effects(
-            scheduler, self.on, self._doors, lambda model: self.deployments.by_name[model].deployment, self.peers
-        )
+        self.moving = Moving(self)
+        self.effects = Effects(scheduler, self.on, self._doors, self.deployment, self.peers, self.moving.evacuate)
         self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers, self._fold_account)
         self.deployed = self.deployments.by_name
         self._wishes, self._departures = Wishes(), Departures()
@@ -132,6 +135,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_pull"] = answer(self._operations.pull)
         scheduler.handlers["sllm_pin"] = self.pin
         scheduler.handlers["sllm_update"] = self.update
+        scheduler.handlers["sllm_migrate"] = self.migrate
         scheduler.stream_handlers["sllm-report"] = self.worker_report
 
     def on(self, event: ev.Event) -> None:
@@ -147,6 +151,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             # Dask swallows what a hook raises; without the event nobody could find out why.
             logger.exception("the controller failed on %r", event)
             raise
+        self._recorder.saw(event, decisions)
         self.observer.saw(event, decisions)
         for decision in decisions:
             if isinstance(decision, Load):
@@ -185,6 +190,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         await self.effects.close()
         for outbox in list(self._doors.values()):
             await outbox.close()
+        self._recorder.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         state = scheduler.workers[worker]
@@ -217,6 +223,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002
         self._accounts.pop(worker, None)
         self.effects.worker_left(worker)
+        self.moving.worker_left(worker)
         if worker in self.controller.workers:
             self.on(ev.WorkerLeft(time.monotonic(), worker))
 
@@ -446,6 +453,61 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         reply = await self.deployments.delete(model, adapters, force)
         self._tell()
         return reply if adapters is None else reply | {"row": self._rows[model]}
+
+    # --- moves ---
+
+    @answer
+    async def migrate(
+        self, requests: dict[str, str] | None, instance: str | None, to: str, kind: str | None, wait: bool
+    ) -> dict[str, Any]:
+        """Move running requests, of which the ids are told by their keys, or an instance with all that it has, to node `to`."""
+        where = self._operations.node(to, "to")
+        assert where is not None
+        logger.info("migrate asked for requests=%s instance=%s to=%s kind=%s", [*(requests or ())], instance, to, kind)
+        if instance is not None:
+            return await self.moving.instance(instance, where, kind, wait)
+        return await self.moving.requests(requests or {}, where, kind, wait)
+
+    def deployment(self, model: str) -> Deployment:
+        return self.deployments.find(model).deployment
+
+    def move_address(self, worker: str) -> str | None:
+        """``host:port`` where a worker takes requests."""
+        address: str | None = self._accounts.get(worker, {}).get("moves")
+        return address
+
+    async def ask(self, worker: str, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        return await self.effects.ask(worker, op, timeout_s, **arguments)
+
+    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
+        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named."""
+        view = self.controller.models.get(model)
+        if view is None:
+            raise ModelNotFound(model)
+        if view.nodes and where.name not in view.nodes:
+            raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "to")
+        misfit = self.controller.feasible(replace(view, nodes=(where.name,)))
+        if misfit is not None:
+            raise misfit
+        now = time.monotonic()
+        name, report = self._wishes.make("move")
+        wish = RequestView(name, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces)
+        self.on(ev.LoadRequested(now, wish))
+        loaded = await report
+        await self._progress.until_read(loaded.instance)
+        return loaded.instance
+
+    async def until_gone(self, instance: str) -> None:
+        """Until an instance that is to leave has left."""
+        if instance in self.controller.instances:
+            gone = self._departures.begin({instance})
+            try:
+                await gone
+            finally:
+                self._departures.forget(gone)
+
+    def in_background(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self.effects.start(coroutine)
 
     @answer
     async def cluster(self) -> dict[str, Any]:

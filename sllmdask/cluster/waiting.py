@@ -24,9 +24,9 @@ class Wishes:
         self._answers: dict[str, asyncio.Future[ReportLoaded]] = {}
         self._numbers = itertools.count(1)
 
-    def make(self) -> tuple[str, asyncio.Future[ReportLoaded]]:
-        """A name for one more wish, and the answer to it, which raises what the controller refuses it with."""
-        name = f"load-{next(self._numbers)}"
+    def make(self, kind: str = "load") -> tuple[str, asyncio.Future[ReportLoaded]]:
+        """A name for one more wish of that `kind`, and the answer to it, which raises what the controller refuses it with."""
+        name = f"{kind}-{next(self._numbers)}"
         self._answers[name] = asyncio.get_running_loop().create_future()
         return name, self._answers[name]
 

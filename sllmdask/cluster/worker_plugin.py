@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # torch is imported after the threads' environment is set, se
 logger = logging.getLogger(__name__)
 
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
-PROTOCOL = 2
+PROTOCOL = 3
 DEMO = "demo:"
 #: Files of a checkpoint that a front door needs: all that is neither weights nor code.
 _FRONT_DOOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -84,7 +84,8 @@ class SllmWorkerPlugin(WorkerPlugin):
         n_threads = self.settings.engine.n_threads or max(1, (psutil.cpu_count() or 1) // slots)
         engine_settings = self.settings.engine.model_copy(update={"n_threads": n_threads})
         store = await self._open_store(worker)
-        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source)
+        move_bytes_per_s = self.settings.worker.migration_bandwidth
+        self.registry = InstanceRegistry(store, engine_settings, self.report, resolve_source, move_bytes_per_s)
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
         worker.handlers["sllm_inspect"] = self.inspect
@@ -97,6 +98,9 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm_unload"] = self.unload
         worker.handlers["sllm_abort"] = self.abort
         worker.handlers["sllm_pin"] = self.pin
+        worker.handlers["sllm_move"] = self.move
+        worker.handlers["sllm_evacuate"] = self.evacuate
+        worker.handlers["sllm_gone"] = self.gone
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
@@ -160,6 +164,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             "pinned": [key for key, facts in snapshot["keys"].items() if facts["pinned"]],
             "node": self.node,
             "data": self.registry.store.data_address,
+            "moves": self.registry.moves.server_address,
         }
 
     def report(self, message: dict[str, Any]) -> None:
@@ -243,22 +248,21 @@ class SllmWorkerPlugin(WorkerPlugin):
             return error.as_wire()
 
     async def welcome(self, token: str, disk_size: int | None = None) -> dict[str, Any]:
-        """Supply the other workers with checkpoints, and be supplied by them: all who know `token`.
+        """Take requests from the other workers, and supply them with checkpoints, and be supplied: all who know `token`.
 
         `disk_size`: bytes of the disk that copies of checkpoints may take, by the hardware file.
         """
         assert self.registry is not None
         if disk_size is not None:
             self.registry.store.bound_disk(disk_size)
+        host = get_address_host(self._worker.address)
+        security = self._worker.security
+        listen_tls = security.get_listen_args("worker").get("ssl_context")
+        connect_tls = security.get_connection_args("worker").get("ssl_context")
         if self.settings.worker.peers:
-            host = get_address_host(self._worker.address)
-            security = self._worker.security
-            await self.registry.store.serve(
-                host,
-                token,
-                listen_tls=security.get_listen_args("worker").get("ssl_context"),
-                connect_tls=security.get_connection_args("worker").get("ssl_context"),
-            )
+            await self.registry.store.serve(host, token, listen_tls=listen_tls, connect_tls=connect_tls)
+        await self.registry.moves.serve(host, self._worker.address, token, listen_tls, connect_tls)
+        self.report({"kind": "account", "account": self.account()})
         return {}
 
     async def preload(self, source: str, peers: list[str] | None = None) -> dict[str, Any]:
@@ -299,6 +303,33 @@ class SllmWorkerPlugin(WorkerPlugin):
         """Close an instance that the scheduler does not know."""
         assert self.registry is not None
         await self.registry.unload(instance, forget=False)
+        return {}
+
+    async def move(self, instance: str, order: dict[str, Any]) -> dict[str, Any]:
+        """Move a request of `instance`; what became of it, a ``MoveRecord``, or ``{"error": ...}`` if it could not begin."""
+        from sllmdask.actors.migration import order_from_wire
+
+        assert self.registry is not None
+        try:
+            record = await self.registry.moves.move(instance, order_from_wire(order))
+        except SllmError as error:
+            return error.as_wire()
+        return record.as_wire()
+
+    async def evacuate(self, instance: str, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Move all requests of `instance`: ``{"moves": {request: record}, "left": n}``."""
+        from sllmdask.actors.migration import order_from_wire
+
+        assert self.registry is not None
+        try:
+            return await self.registry.moves.evacuate(instance, order_from_wire(order), limit_s)
+        except SllmError as error:
+            return error.as_wire()
+
+    async def gone(self, address: str) -> dict[str, Any]:
+        """The worker at that address has ended: nobody need wait for its answer."""
+        assert self.registry is not None
+        self.registry.moves.worker_gone(address)
         return {}
 
     async def abort(self, instance: str, error: dict[str, Any]) -> dict[str, Any]:

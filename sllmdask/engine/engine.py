@@ -34,6 +34,7 @@ from sllmdask.engine.construct import BuildTimes, Skeleton, build_skeleton
 from sllmdask.engine.families import read_config, read_eos_token_ids
 from sllmdask.engine.gating import Wait
 from sllmdask.engine.grammar import GrammarCompiler
+from sllmdask.engine.identity import weights_id
 from sllmdask.engine.linears import Packing
 from sllmdask.engine.logprobs import rows_at_once, token_logprobs
 from sllmdask.engine.lora import LoraAdapter, read_adapter
@@ -371,6 +372,11 @@ class LLMEngine:
         self._transfer.close()
         self._runner.close()
 
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast prompts were computed so far; ``None``: none was."""
+        return self._prefill_tokens_per_s
+
     # --- requests that stop, leave or enter -----------------------------------------------------------------------------
 
     @property
@@ -381,6 +387,10 @@ class LLMEngine:
     @model_id.setter
     def model_id(self, model_id: str) -> None:
         self._transfer.model_id = model_id
+
+    def identify(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set :attr:`model_id` by the weights, of which `tensors` are those of the checkpoint, all of them arrived."""
+        self.model_id = weights_id(tensors, str(self._runner.dtype))
 
     def park(self, request_id: str) -> bool:
         """Stop a request until :meth:`resume`, with its KV in host memory; ``False`` if it is not here.
@@ -451,12 +461,21 @@ class LLMEngine:
         self._stalled = False
         return self._transfer.export_abort(request_id, epoch)
 
-    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
+    def import_open(
+        self, manifest: Mapping[str, Any], n_tokens: int | None = None, *, tokens_will_do: bool = False
+    ) -> dict[str, Any]:
         self._refuse_paused(str(manifest.get("request_id", "")))
-        return self._transfer.import_open(manifest, n_tokens)
+        return self._transfer.import_open(manifest, n_tokens, tokens_will_do=tokens_will_do)
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
         return self._transfer.import_write(request_id, epoch, chunk)
+
+    def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
+        self._transfer.import_extend(request_id, epoch, n_tokens)
+
+    def import_tokens(self, request_id: str, epoch: int, since: int = 0, token_ids: Iterable[int] = ()) -> dict[str, Any]:
+        self._stalled = False
+        return self._transfer.import_tokens(request_id, epoch, since, token_ids)
 
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
         self._stalled = False
@@ -606,6 +625,7 @@ class LLMEngine:
 
     def _fail(self, sequence: Sequence, cause: Exception) -> StepOutput:
         log.error("request failed: request=%s cause=%r", sequence.request_id, cause, exc_info=cause)
+        self._transfer.import_failed(sequence)
         self._finish(sequence.request_id, FinishReason.ERROR)
         error = EngineError(f"The engine could not go on with this request: {cause}")
         return _failure(sequence, error)

@@ -13,7 +13,7 @@ Source: live migration of requests, Llumnix (OSDI '24); pre-copy of virtual mach
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class _Import:
     incoming: Incoming
     #: Tokens from the first one on whose KV is here.
     n_tokens: int
+    #: Why the KV of the sender is of no use here; ``None``: it is. Its tokens can be computed here all the same.
+    kv_refused: str | None = None
 
 
 class Transfer:
@@ -208,12 +210,15 @@ class Transfer:
 
     # --- the engine that it enters -------------------------------------------------------------------------------------
 
-    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
+    def import_open(
+        self, manifest: Mapping[str, Any], n_tokens: int | None = None, *, tokens_will_do: bool = False
+    ) -> dict[str, Any]:
         """Reserve a place, and blocks for `n_tokens` tokens: by default, those of the manifest and some more.
 
-        Returns ``{"request_id", "epoch", "since_block", "same_numerics"}``: KV is needed from the sender's block `since_block`
-        on, since the KV of the tokens before is here. Raises :class:`StateRefused` if the state is of another model or layout, or
-        if there is no room, and what ``add`` raises.
+        Returns ``{"request_id", "epoch", "since_block", "same_numerics", "kv_refused"}``: KV is needed from the sender's block
+        `since_block` on, since the KV of the tokens before is here. Raises :class:`StateRefused` if the state is of another model
+        or layout, or if there is no room, and what ``add`` raises. With `tokens_will_do`, KV of another layout is no reason to
+        refuse the request: it is told as ``kv_refused``, and the KV is to be computed here (:meth:`import_tokens`).
         """
         offered = Manifest.from_wire(manifest)
         request_id, epoch = offered.request_id, offered.epoch
@@ -227,9 +232,9 @@ class Transfer:
         if entry is None:
             if offered.model_id != self.model_id:
                 raise StateRefused(request_id, f"it is of model {offered.model_id!r}, and here is {self.model_id!r}")
-            reason = self._layout.differs(offered.layout)
-            if reason:
-                raise StateRefused(request_id, reason)
+            kv_refused = self._layout.differs(offered.layout)
+            if kv_refused and not tokens_will_do:
+                raise StateRefused(request_id, kv_refused)
             known = Sequence(
                 request_id, offered.token_ids, SamplingParams(), salt=offered.salt, from_scratch=offered.from_scratch
             )
@@ -238,13 +243,14 @@ class Transfer:
                 n_free = self._pool.n_free
                 reason = f"there is no room for {known.n_tokens} tokens: {n_free} blocks of {self._layout.block_size} are free"
                 raise StateRefused(request_id, reason)
-            entry = _Import(offered, incoming, incoming.n_shared * self._layout.block_size)
+            entry = _Import(offered, incoming, incoming.n_shared * self._layout.block_size, kv_refused)
             self._imports[request_id] = entry
         return {
             "request_id": request_id,
             "epoch": epoch,
             "since_block": entry.n_tokens // entry.manifest.layout.block_size,
             "same_numerics": offered.numerics_id == self.numerics_id,
+            "kv_refused": entry.kv_refused,
         }
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +259,8 @@ class Transfer:
         Raises :class:`StateRefused` if it is damaged, if something before it is missing, or if there is no room.
         """
         entry = self._import(request_id, epoch)
+        if entry.kv_refused:
+            raise StateRefused(request_id, entry.kv_refused)
         source = entry.manifest.layout
         piece = KVChunk.from_wire(chunk, request_id, source)
         first = piece.since_block * source.block_size
@@ -271,6 +279,44 @@ class Transfer:
         entry.n_tokens = max(entry.n_tokens, stop)
         return {"n_tokens": entry.n_tokens, "since_block": entry.n_tokens // source.block_size}
 
+    def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
+        """Reserve blocks for `n_tokens` tokens in all; raises :class:`StateRefused` if there are too few."""
+        entry = self._import(request_id, epoch)
+        if not self._scheduler.extend(entry.incoming, n_tokens):
+            raise StateRefused(request_id, f"there is no room for {n_tokens} tokens")
+
+    def import_tokens(self, request_id: str, epoch: int, since: int = 0, token_ids: Iterable[int] = ()) -> dict[str, Any]:
+        """Compute the KV of the request's tokens here, beside what runs: those of the manifest, then `token_ids`, which begin at
+        its token `since`. What of them is known already is not added again.
+
+        Returns ``{"n_known", "n_tokens"}``: how many tokens are known, and of how many from the first on the KV is here; it ends
+        one below, since the last token is computed where the next one is drawn. Raises :class:`StateRefused` as
+        :meth:`import_write` does.
+        """
+        entry = self._import(request_id, epoch)
+        sequence = entry.incoming.sequence
+        if sequence is None:
+            manifest = entry.manifest
+            sequence = Sequence(
+                request_id, manifest.token_ids, SamplingParams(), salt=manifest.salt, from_scratch=manifest.from_scratch
+            )
+            sequence.n_computed = min(entry.n_tokens, sequence.n_tokens - 1)
+        if since > sequence.n_tokens:
+            raise StateRefused(request_id, f"its tokens {sequence.n_tokens} to {since} are missing")
+        fresh = list(token_ids)[sequence.n_tokens - since :]
+        sequence.output_ids += fresh
+        if not self._scheduler.compute(entry.incoming, sequence):
+            del sequence.output_ids[len(sequence.output_ids) - len(fresh) :]
+            raise StateRefused(request_id, f"there is no room for the KV of {sequence.n_tokens + len(fresh)} tokens")
+        entry.n_tokens = max(entry.n_tokens, sequence.n_computed)
+        return {"n_known": sequence.n_tokens, "n_tokens": entry.n_tokens}
+
+    def import_failed(self, sequence: Sequence) -> None:
+        """The KV of `sequence` could not be computed here: if it is one that comes from elsewhere, it does not come."""
+        for request_id, entry in list(self._imports.items()):
+            if entry.incoming.sequence is sequence:
+                self.import_abort(request_id, entry.manifest.epoch)
+
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
         """The request is ours from now on, and runs in the next step; `kv` is a last chunk. ``False`` if that was so already.
 
@@ -282,14 +328,16 @@ class Transfer:
         entry = self._import(request_id, epoch)
         arrived = RequestState.from_wire(state)
         sequence = arrived.sequence()
-        known = entry.manifest.token_ids
+        computing = entry.incoming.sequence
+        known = entry.manifest.token_ids if computing is None else computing.token_ids(0, computing.n_tokens)
         same = arrived.request_id == request_id and arrived.salt == entry.manifest.salt
         if not same or sequence.token_ids(0, len(known)) != known:
             raise StateRefused(request_id, "its tokens are not those that were told before")
         self._check(sequence)
         if kv is not None:
             self.import_write(request_id, epoch, kv)
-        if not self._scheduler.accept(entry.incoming, sequence, min(entry.n_tokens, sequence.n_tokens - 1)):
+        n_computed = max(entry.n_tokens, 0 if computing is None else computing.n_computed)
+        if not self._scheduler.accept(entry.incoming, sequence, min(n_computed, sequence.n_tokens - 1)):
             raise StateRefused(request_id, f"there is no room for its {sequence.n_tokens} tokens")
         del self._imports[request_id]
         self._remember("import", request_id, epoch, committed=True)

@@ -15,12 +15,10 @@ import os
 import socket
 import ssl
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sllmdask.errors import SllmError
 from sllmdask.loader import fast_format, libc
@@ -28,9 +26,9 @@ from sllmdask.loader.arrivals import Arrivals
 from sllmdask.loader.buffers import Buffer, address_of
 from sllmdask.loader.format import MAX_HEADER, SMALL_PATTERNS, CheckpointIndex
 from sllmdask.loader.peer_chain import Chains, Member
+from sllmdask.loader.peer_listener import PeerListener
 from sllmdask.loader.peer_wire import (
     BAD,
-    BUSY_GREETING,
     CALL,
     GONE,
     MAX_CALL,
@@ -42,8 +40,6 @@ from sllmdask.loader.peer_wire import (
     WAIT,
     Refused,
     Wire,
-    checked_token,
-    greet,
     parse_object,
 )
 from sllmdask.loader.plan import ReadPlan
@@ -57,8 +53,6 @@ _MAX_FRAME = 16 * 1024**2
 _WAIT_S = 0.5
 #: How many ranges are brought to the page cache when one is asked for.
 _READ_AHEAD = 4
-#: Seconds within which a caller must prove itself: until then anybody holds a connection.
-_GREETING_S = 10.0
 #: Ranges of one checkpoint whose checksums are kept.
 _MAX_CHECKSUMS = 1_000_000
 
@@ -257,7 +251,7 @@ def _is_index(path: Path, fingerprint: str) -> bool:
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
-class DataServer:
+class DataServer(PeerListener):
     """Gives away checkpoints to whoever knows `token`, at `host` and `port` (0: any free one; see :attr:`address`).
 
     ``lookup(key)``, called in any thread, says what there is. At most `max_connections` are served at a time; the next hear that
@@ -279,87 +273,20 @@ class DataServer:
         chain: bool = True,
     ) -> None:
         self.lookup = lookup
-        self._token, self._tls, self._idle_s = checked_token(token), tls, idle_s
-        self._max_connections = max_connections
-        self._lock = threading.Lock()
-        self._sockets: dict[threading.Thread, socket.socket] = {}
         self._chains = Chains(linked=chain)
-        self._closed = False
-        self._listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
-        )
-        self.port: int = self._listener.getsockname()[1]
-        name = advertise or host
-        #: ``host:port``
-        self.address = f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
-        self._acceptor = threading.Thread(target=self._accept, name="peer-accept", daemon=True)
-        self._acceptor.start()
+        super().__init__(host, port, token, advertise=advertise, tls=tls, max_connections=max_connections, idle_s=idle_s)
 
     def receivers(self, key: str) -> list[str]:
         """The addresses of those that are in the chain of `key`, the first fed from here."""
         return self._chains.receivers(key)
 
-    def close(self) -> None:
-        """Cut everybody off; returns when all threads have ended."""
-        with self._lock:
-            self._closed = True
-            sockets = list(self._sockets.items())
-        for sock in (self._listener, *(sock for _, sock in sockets)):
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._acceptor.join()
-        self._listener.close()
-        for thread, _ in sockets:
-            thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                # Out of descriptors, or a connection that was gone already.
-                time.sleep(0.05)
-                continue
-            thread = threading.Thread(target=self._serve, args=(sock,), name="peer-serve", daemon=True)
-            with self._lock:
-                if not self._closed and len(self._sockets) < self._max_connections:
-                    self._sockets[thread] = sock
-                    thread.start()
-                    continue
-            with contextlib.suppress(OSError), sock:
-                sock.setblocking(False)
-                if self._tls is None:
-                    sock.send(BUSY_GREETING)
-
-    def _serve(self, sock: socket.socket) -> None:
+    def serve(self, wire: Wire) -> None:
         joined: list[tuple[str, Member]] = []
         try:
-            if self._tls is not None:
-                sock.settimeout(min(_GREETING_S, self._idle_s))
-                sock = self._tls.wrap_socket(sock, server_side=True)
-                with self._lock:
-                    self._sockets[threading.current_thread()] = sock
-            wire = Wire(sock, min(_GREETING_S, self._idle_s))
-            if greet(wire, self._token):
-                wire.limit(self._idle_s)
-                self._answer_all(wire, joined)
-        except OSError as error:
-            # It went away, fell silent, or does not speak TLS.
-            logger.debug("peer connection ended cause=%s", error)
+            self._answer_all(wire, joined)
         finally:
             for key, member in joined:
                 self._chains.leave(key, member)
-            with self._lock:
-                self._sockets.pop(threading.current_thread(), None)
-            sock.close()
 
     def _answer_all(self, wire: Wire, joined: list[tuple[str, Member]]) -> None:
         served: Served | None = None

@@ -168,6 +168,26 @@ def introduce(wire: Wire, token: bytes, address: str) -> None:
         raise Refused(DENIED, "it does not accept our token, or does not know it")
 
 
+def dial(address: str, token: bytes, tls: ssl.SSLContext | None, *, connect_s: float, idle_s: float) -> Wire:
+    """A connection to the listener at `address` (``host:port``) on which both sides have proved themselves.
+
+    Raises :class:`PeerBusy`, :class:`Refused` and :class:`OSError`.
+    """
+    host, port = split_address(address)
+    sock = socket.create_connection((host, port), connect_s)
+    try:
+        sock.settimeout(connect_s)
+        if tls is not None:
+            sock = tls.wrap_socket(sock, server_hostname=host)
+        wire = Wire(sock, connect_s)
+        introduce(wire, token, address)
+        wire.limit(idle_s)
+    except BaseException:
+        sock.close()
+        raise
+    return wire
+
+
 def checked_token(token: str | bytes) -> bytes:
     """`token` as bytes; raises :class:`ValueError` for one that can be guessed."""
     data = token.encode() if isinstance(token, str) else token

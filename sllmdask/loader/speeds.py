@@ -13,8 +13,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class KeptSpeeds:
         self.path = disk.root / f".speeds-{socket.gethostname()}.json"
         #: When the disk was probed last.
         self._probed_at = 0.0
-        self._writing = threading.Lock()
 
     def recall(self) -> dict[str, Any]:
         """What was kept, as :meth:`BandwidthMeter.kept` told it; of another disk, or another share of it, only the network's."""
@@ -60,6 +59,13 @@ class KeptSpeeds:
 
     def keep(self, known: dict[str, Any]) -> None:
         """Write what a meter knows; where that fails it is learned again one day."""
+        try:
+            with self._locked():
+                self._write(known)
+        except OSError as error:
+            logger.info("speeds cannot be kept path=%s cause=%s", self.path, error)
+
+    def _write(self, known: dict[str, Any]) -> None:
         told = {
             "version": _VERSION,
             "device": self._device(),
@@ -68,37 +74,39 @@ class KeptSpeeds:
             **known,
         }
         aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        with self._writing:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                aside.write_text(json.dumps(told))
-                aside.replace(self.path)
-            except OSError as error:
-                logger.info("speeds cannot be kept path=%s cause=%s", self.path, error)
-                with suppress(OSError):
-                    aside.unlink(missing_ok=True)
+        try:
+            aside.write_text(json.dumps(told))
+            aside.replace(self.path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One at a time, of all processes: who measures would find half of the disk, and who writes must not be overtaken."""
+        self._disk.root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self._disk.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def probe(self, cancel: threading.Event) -> float | None:
         """Bytes per second of the store's disk, by a short read; ``None``: nothing can be told, or what is kept is fresh."""
         try:
-            self._disk.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._disk.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                # One process at a time: two would each find half of the disk. The next one finds what this one kept.
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._locked():
                 kept = self.recall()
                 if self._clock() < self._probed_at + _FRESH_S or cancel.is_set():
                     return _probed_disk(kept)
-                found = probe(
-                    self._disk.root, self._largest_file(), n_threads=self._n_readers, throttle=self._throttle, cancel=cancel
-                )
+                file = self._largest_file()
+                found = probe(self._disk.root, file, n_threads=self._n_readers, throttle=self._throttle, cancel=cancel)
                 self._probed_at = self._clock()
                 if found is not None:
                     probed = {**kept.get("probed", {}), str(Tier.DISK): found}
-                    self.keep({"loads": kept.get("loads", {}), "probed": probed})
+                    self._write({"loads": kept.get("loads", {}), "probed": probed})
                 return found
-            finally:
-                os.close(lock)
         except OSError as error:
             logger.info("the disk cannot be probed path=%s cause=%s", self._disk.root, error)
             return None

@@ -9,9 +9,10 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choosers import Chooser
 from sllmdask.policy.decisions import Chose, Decision
 from sllmdask.policy.fleet import Fleet
-from sllmdask.policy.options import WayFinder, choice
+from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import unfit
 from sllmdask.policy.queue import RequestQueue
+from sllmdask.policy.records import choice
 from sllmdask.policy.scaling import desired_instances, fewest_first, leaves_at
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
@@ -53,6 +54,12 @@ class Autoscaler:
     def there_is_room(self) -> None:
         """Some worker has free slots, or idle instances."""
         self.look_at(islice(self._short, _MAX_SHORT))
+
+    def limit(self, model: ModelView, at: float) -> None:
+        """What is more than the most, which was lowered, takes no more requests."""
+        living = self._state.living(model.name)
+        for instance in fewest_first(living)[: max(0, len(living) - model.max_instances)]:
+            self._fleet.drain(instance, "max_instances", at)
 
     def scale(self, at: float) -> list[Decision]:
         """Begin what is missing, and let go of what is too much."""
@@ -105,15 +112,9 @@ class Autoscaler:
         return decisions
 
     def _shrink(self, model: ModelView, at: float) -> list[Decision]:
-        """What is more than the most goes at once; the rest when it has been idle, or one too many, for the keep-alive time."""
+        """What has been idle, or one too many, for the keep-alive time leaves."""
         decisions: list[Decision] = []
         living = self._state.living(model.name)
-        too_many = len(living) - model.max_instances
-        if too_many > 0:
-            for instance in fewest_first(living)[:too_many]:
-                self._fleet.drain(instance, "max_instances", at)
-            decisions += self._fleet.unload_drained(at)
-            living = self._state.living(model.name)
         wanted = self._wanted(model)
         surplus = len(living) - wanted
         for instance in sorted(living, key=lambda instance: leaves_at(model, instance)):
@@ -158,7 +159,8 @@ class Autoscaler:
         tried_again_at = self._back_off.ends_at(model.name, at)
         if model.name in self._short:
             moments += [tried_again_at] if tried_again_at is not None else []
-            moments += [at + self._min_residency_s] if model.min_instances else []  # those that are idle may be evicted by then
+            if model.min_instances:  # all that are ready by now may be evicted by then
+                moments.append(self._fleet.last_ready_at + self._min_residency_s)
         earliest = min((moment for moment in moments if at < moment < float("inf")), default=None)
         if earliest is None:
             self._timers.cancel("scale", model.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from sllmdask.policy import baselines
 from sllmdask.policy.choice import Option, Way
 
 #: One of the options that can be taken, or ``None``: none of them, the request waits. They come soonest first, of equally soon
@@ -24,5 +25,13 @@ def fastest(options: Sequence[Option]) -> Option | None:
     return min(options, key=rank, default=None)
 
 
-#: By name: makes a chooser from a seed, for those that need chance.
-CHOOSERS: Mapping[str, Callable[[int], Chooser]] = MappingProxyType({"fastest": lambda _: fastest})
+#: By name: makes a chooser from a seed, for those that need chance. The first is ours, the others are for comparison.
+CHOOSERS: Mapping[str, Callable[[int], Chooser]] = MappingProxyType(
+    {
+        "fastest": lambda _: fastest,
+        "random": baselines.uniform,
+        "locality": baselines.locality,
+        "serverlessllm": baselines.serverlessllm,
+        "shepherd": baselines.shepherd,
+    }
+)

@@ -14,11 +14,9 @@ from math import inf
 
 from sllmdask.errors import (
     ConfigError,
-    InsufficientMemory,
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
-    NoWorker,
     QueueFull,
     QueueTimeout,
     SllmError,
@@ -28,19 +26,21 @@ from sllmdask.policy.autoscaler import Autoscaler
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import CHOOSERS
+from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
 from sllmdask.policy.dispatch import least_requests, takes_requests
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
-from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
-from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, demand_of
+from sllmdask.policy.options import WayFinder
+from sllmdask.policy.placement import unfit, why_unplaceable
+from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
+from sllmdask.policy.records import N_BEST, REASONS, Records, Ways, choice
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
-_MAX_LOOKS = 16
+_MAX_LOOKS = 2
 #: Seconds before a request that waits for a predicted end looks again, at the least.
 _LOOK_AGAIN_S = 0.25
 
@@ -60,6 +60,8 @@ class ControllerSettings:
     #: Whether a running instance can move to another worker, and requests be sent back to the queue.
     can_migrate: bool = False
     can_preempt: bool = False
+    #: Whether the place of a request of another model may be taken by a newer one of the same class, as Shepherd does.
+    preempts_older: bool = False
     #: The rule that picks one of the ways to serve a request: a name of :data:`~sllmdask.policy.choosers.CHOOSERS`.
     chooser: str = "fastest"
     #: Of a chooser that needs chance.
@@ -75,7 +77,8 @@ class Controller:
         self.settings = settings
         self.state = ClusterState()
         self.queue = RequestQueue()
-        self.claims = Claims(self.queue)
+        self.claims = Claims(self.queue, self.state)
+        self.awaited = Awaited(self.queue)
         self.back_off = BackOff()
         #: How long requests run, by model.
         self.service: dict[str, ServiceTime] = {}
@@ -84,22 +87,25 @@ class Controller:
             self.state,
             self.queue,
             self.claims,
+            self.awaited,
             self.back_off,
             self.service,
             max_requests=settings.max_requests,
             min_residency_s=settings.min_residency_s,
             can_migrate=settings.can_migrate,
             can_preempt=settings.can_preempt,
+            preempts_older=settings.preempts_older,
         )
         self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers)
         self._choose = CHOOSERS[settings.chooser](settings.seed)
         self.autoscaler = Autoscaler(
             self.state, self.queue, self.back_off, self.finder, self.fleet, self.timers, self._choose, settings.min_residency_s
         )
-        #: What the last record of a waiting request said that it waits for.
-        self._expects: dict[str, str] = {}
+        self.records = Records(self.queue)
         #: When what is waited for is predicted to be had: what comes sooner is of interest.
         self._until: dict[Demand, float] = {}
+        #: Those of it that an instance is on its way for.
+        self._coming: dict[Demand, None] = {}
         #: What has to be looked at.
         self._dirty: dict[Demand, None] = {}
         #: Since when no connected worker may run the model, or not where it is wished for.
@@ -154,7 +160,7 @@ class Controller:
         """Why no worker that is connected now could ever run `model`, or ``None``: some could, or none is connected."""
         if not self.workers or any(unfit(model, worker) is None for worker in self.workers.values()):
             return None
-        return self._unplaceable(model)
+        return why_unplaceable(model, self.workers.values())
 
     def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
         """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
@@ -190,6 +196,11 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
+            case ev.RequestMoved(request=request_id, instance=instance):
+                self._rebind(request_id, instance, at)
+            case ev.InstanceLeaves(instance=instance, cause=cause):
+                if instance in self.instances:
+                    self.fleet.drain(self.instances[instance], cause, at)
             case ev.UnloadRequested(model=name, node=node):
                 return self._ask_to_leave(name, node, at)
             case ev.FrontDoorLeft(front_door=front_door):
@@ -244,6 +255,7 @@ class Controller:
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
             if not same or unfit(model, self.workers[instance.worker]) is not None:
                 self.fleet.drain(instance, "replaced", at)
+        self.autoscaler.limit(model, at)
 
     def _ask_to_leave(self, name: str, node: str, at: float) -> list[Decision]:
         """What is loaded leaves, and what was wished for before is not wanted any more; requests may load it again."""
@@ -281,12 +293,14 @@ class Controller:
     def _forget(self, request: RequestView) -> None:
         """It waits no more: what was kept for it is given up."""
         self.timers.cancel("deadline", request.id)
-        self._expects.pop(request.id, None)
+        self.records.forget(request.id)
         self._open(request.id)
         demand = demand_of(request)
         if self.queue.head(demand) is None:
             self.timers.cancel("look", *demand)
             self._until.pop(demand, None)
+            self._coming.pop(demand, None)
+            self.awaited.set(demand, ())
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
 
@@ -318,6 +332,18 @@ class Controller:
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request
+
+    def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
+        """A running request has moved to another instance."""
+        request = self.running.get(request_id)
+        if request is None or request.instance == instance_id:
+            return
+        self.queue.rebind(request, instance_id)
+        for each, change in ((request.instance or "", -1), (instance_id, 1)):
+            instance = self.instances.get(each)
+            if instance is not None:
+                n_requests = instance.n_requests + change
+                self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
     def _return(self, request_id: str, at: float) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
@@ -414,12 +440,11 @@ class Controller:
         return decisions
 
     def _dispatch_to(self, request: RequestView, instance: InstanceView, at: float) -> list[Decision]:
-        decisions: list[Decision] = []
-        if self._expects.get(request.id) != instance.id:
+        told: list[Decision] = []
+        if not self.records.says(request.id, instance.id):
             ways = self.finder.live(request, at)
             chosen = next(option for option in ways.options if option.instance == instance.id)
-            record = choice(request.id, request.model, chosen, ways, "a ready instance has room", at)
-            decisions.append(Chose(record))
+            told.append(Chose(choice(request.id, request.model, chosen, ways, REASONS[Way.LIVE], at)))
         self.queue.dispatch(request, instance.id, at)
         self.timers.cancel("settled", instance.id)
         self._forget(request)
@@ -433,7 +458,7 @@ class Controller:
             queue_s=at - request.arrived_at,
             loaded_from=_waited_for(instance, request),
         )
-        return [*decisions, dispatch]
+        return [*told, dispatch]
 
     def _report_loaded(self, wish: RequestView, at: float) -> list[Decision]:
         """The answer to a wish, when an instance is ready where it has to be."""
@@ -461,20 +486,25 @@ class Controller:
     # --- placing ---
 
     def _obtain_all(self, workers: Iterable[str], at: float) -> list[Decision]:
-        """Look for a way for what has changed, and for those to whom something on `workers` comes sooner than what they wait
+        """Look for a way for what has changed, and for those to whom what `workers` have got comes sooner than what they wait
         for; in their turns."""
         mates = {mate.address: None for each in workers if each in self.workers for mate in self.state.mates(each)}
         roomy = [address for address in mates if self.state.has_room(address, 1)]
+        free = [address for address in roomy if self.state.free_slots(address) > 0]
+
+        def gains(demand: Demand) -> bool:
+            offered = free if demand in self._coming else roomy  # nobody is disturbed for what is coming
+            return bool(offered) and self._gains(demand, offered, at)
+
+        demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
         if roomy:
             self.autoscaler.there_is_room()
-            demands = self.queue.in_turn()
-        else:
-            demands = [demand for demand in self._dirty if self.queue.head(demand) is not None]
-            demands.sort(key=self.queue.turn)
+            demands += [demand for demand in self.queue.in_turn() if demand not in self._dirty and gains(demand)]
         decisions: list[Decision] = []
         n_looks = 0
-        for demand in demands:
-            if demand in self._dirty or (roomy and self._gains(demand, roomy, at)):
+        for demand in sorted(demands, key=self._turn):
+            # Those before may have taken what there was.
+            if demand in self._dirty or gains(demand):
                 if n_looks == _MAX_LOOKS:
                     self._dirty[demand] = None
                     continue
@@ -483,16 +513,25 @@ class Controller:
                 decisions += self._obtain(demand, at)
         return decisions
 
-    def _gains(self, demand: Demand, roomy: list[str], at: float) -> bool:
+    def _turn(self, demand: Demand) -> Turn:
+        """That of the first who has no place in an instance that is on its way."""
+        request = self.queue.head(demand)
+        many = request is not None and self.queue.n_waiting(demand) > 1
+        return self.queue.turn(demand, self.finder.n_places(request) if many and request is not None else 0)
+
+    def _gains(self, demand: Demand, offered: list[str], at: float) -> bool:
         """Whether one of the workers with room would serve it sooner than what it waits for."""
         request, until = self.queue.head(demand), self._until.get(demand, inf)
         if request is None or until <= at:
             return False
         model = self._wanted(request)
-        for address in roomy:
-            if self.state.has_room(address, model.n_slots) and unfit(model, self.workers[address]) is None:
-                if at + self.finder.load_seconds(model, self.workers[address], at) < until:
-                    return True
+        worth_s = (until - at) / 2 if demand in self._coming else until - at
+        for address in offered:
+            if not self.state.has_room(address, model.n_slots) or self.state.least_seconds(model, address) >= worth_s:
+                continue
+            worker = self.workers[address]
+            if unfit(model, worker) is None and self.finder.load_seconds(model, worker, at) < worth_s:
+                return True
         return until == inf and self._is_impatient(request, at)
 
     def _wanted(self, request: RequestView) -> ModelView:
@@ -517,9 +556,11 @@ class Controller:
         living = [instance for instance in mine if not instance.draining]
         coming = any(instance.state in (InstanceState.PLANNED, InstanceState.LOADING) for instance in living)
         staying = any(instance.state is not InstanceState.UNLOADING for instance in living)
-        at_most = sum(not each.draining and not each.successor for each in self.instances_of(model.name)) >= model.max_instances
-        if at_most and request.load_only and not coming and len(self.state.living(model.name)) >= model.max_instances:
-            nodes = ", ".join(sorted({self.workers[each.worker].name for each in self.state.living(model.name)}))
+        others = [each for each in self.instances_of(model.name) if each.id != request.replaces]
+        at_most = sum(not each.draining and not each.successor for each in others) >= model.max_instances
+        elsewhere = [each for each in self.state.living(model.name) if each.id != request.replaces]
+        if at_most and request.load_only and not coming and len(elsewhere) >= model.max_instances:
+            nodes = ", ".join(sorted({self.workers[each.worker].name for each in elsewhere}))
             reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
             return self._refuse_all(demand, LoadFailed(model.name, reason))
         model = self._wanted(request)
@@ -532,14 +573,18 @@ class Controller:
                 return self._refuse_all(demand, LoadFailed(model.name, self.last_failure(model.name) or "unknown"), refused)
         self._unplaceable_since.pop(demand, None)
         chosen = self._choose(ways.open)
+        self._coming.pop(demand, None)
+        waits_for = chosen.leaving if chosen is not None and chosen.way is Way.WAIT else ()
+        self.awaited.set(demand, tuple(instance for instance, _ in waits_for))
         if chosen is None or chosen.way is Way.WAIT:
-            decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
+            decisions = self.records.tell(demand, chosen, ways, chosen.instance if chosen else "", at)
             may_claim = not staying and not at_most
             if may_claim and self._is_impatient(request, at):
-                self._claim(request, model, ways)
+                waits = [option.worker for option in ways.options if option.way is Way.WAIT]
+                self.claims.claim(request, model, waits)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
-            self._look_again(demand, request, chosen, may_claim=may_claim, at=at)
+            self._look_again(demand, request, ways, chosen, may_claim=may_claim, at=at)
             return decisions
         return self._take(demand, request, chosen, ways, at)
 
@@ -553,42 +598,32 @@ class Controller:
             newest = min(lower, key=lambda each: (each.priority, -(each.dispatched_at or 0.0), each.id))
             begun = self.fleet.preempt(instance, [newest], f"a request of class {request.priority} waits")
             self.timers.set(at + _LOOK_AGAIN_S, "look", *demand)
-            return [*self._tell(demand, chosen, ways, instance.id, at), *begun]
+            return [*self.records.tell(demand, chosen, ways, instance.id, at), *begun]
         for other in self.claims.claimants():
             if demand_of(other) == demand:
                 self._open(other.id)
+        self._coming[demand] = None
         if chosen.way is Way.LIVE:
             self.state.touch_model(request.model)
         if chosen.way in (Way.LIVE, Way.COMING):
-            return self._tell(demand, chosen, ways, chosen.instance, at)
+            return self.records.tell(demand, chosen, ways, chosen.instance, at)
         begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
-        return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
-
-    def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:
-        """Records for those who wait for the same and have none that says so; what it says while they only wait may change, and
-        is told of the first one alone."""
-        only_waits = chosen is None or chosen.way is Way.WAIT
-        reason = (
-            _REASONS[chosen.way] if chosen else "there is no way now: every slot is kept, or taken for longer than can be told"
-        )
-        decisions: list[Decision] = []
-        record = None
-        for i, member in enumerate(self.queue.members(demand)):
-            known = self._expects.get(member.id)
-            if known is None or (known != expected and (i == 0 or not only_waits)):
-                record = record or choice(member.id, member.model, chosen, ways, reason, at)
-                decisions.append(Chose(replace(record, request=member.id)))
-            self._expects[member.id] = expected
-        return decisions
+        if self.finder.n_without_place(request) > 0:
+            self._dirty[demand] = None
+        return [*self.records.tell(demand, chosen, ways, begun_instance.id, at), *begun]
 
     def _is_impatient(self, request: RequestView, at: float) -> bool:
         return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
 
-    def _look_again(self, demand: Demand, request: RequestView, chosen: Option | None, *, may_claim: bool, at: float) -> None:
+    def _look_again(
+        self, demand: Demand, request: RequestView, ways: Ways, chosen: Option | None, *, may_claim: bool, at: float
+    ) -> None:
         """When time alone may have changed the answer."""
         moments = []
         if chosen is not None:
             moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
+            load = ways.soonest(Way.FREE, Way.EVICT)
+            moments += [request.arrived_at + load.ready_in_s] if load is not None else []
         if may_claim and not self.claims.has(request.id):
             moments.append(request.arrived_at + self.settings.patience_s)
         tried_again_at = self.back_off.ends_at(request.model, at)
@@ -603,49 +638,13 @@ class Controller:
         else:
             self.timers.set(earliest, "look", *demand)
 
-    def _claim(self, request: RequestView, model: ModelView, ways: Ways) -> None:
-        """Close the instances that would free a slot soonest, so that they can become idle and leave."""
-        waits = [option.worker for option in ways.options if option.way is Way.WAIT]
-        for addresses in (waits, [worker.address for worker in self.state.fit(model)]):
-            closable = {address: self._closable(address, model) for address in addresses}
-            ranks = [(sum(each.n_requests for each in found), address) for address, found in closable.items() if found]
-            if ranks:
-                self.claims.close(closable[min(ranks)[1]], request.id)
-                return
-
-    def _closable(self, address: str, model: ModelView) -> list[InstanceView]:
-        """What would have to be closed so that a worker has room for `model` in the end; nothing, if it would not have."""
-        worker, instances = self.workers[address], self.state.on_worker(address)
-        if self.claims.on_worker(address) is not None:
-            return []
-        found = [
-            instance
-            for instance in instances
-            if instance.state is InstanceState.READY and instance.model != model.name and not self.state.is_kept(instance)
-        ]
-        closed = {instance.id for instance in found}
-        staying = [each for each in (*instances, *self.state.neighbours(address)) if each.id not in closed]
-        n_slots = self.state.free_slots(address) + sum(instance.n_slots for instance in found)
-        lacks = missing_nbytes(model.nbytes, model.checkpoint_key, worker, staying)
-        return found if n_slots >= model.n_slots and lacks <= 0 else []
-
     # --- refusing ---
-
-    def _unplaceable(self, model: ModelView) -> SllmError:
-        small = self.state.named(model.nodes) if model.nodes else list(self.workers.values())
-        if not small:
-            who = f"its nodes {', '.join(model.nodes)} are not connected" if model.nodes else "no worker is connected"
-            return NoWorker(model.name, f"{who}. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin")
-        slots = max(worker.slots for worker in small)
-        if model.n_slots > slots:
-            return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")
-        return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
     def _refuse_unplaceable(self, demand: Demand, model: ModelView, at: float) -> list[Decision]:
         """The worker that could run it may be restarting, so that is waited out."""
         since = self._unplaceable_since.setdefault(demand, at)
         self._until[demand] = inf
-        error = self._unplaceable(model)
+        error = why_unplaceable(model, self.workers.values())
         some = [*self.workers.values()][:N_BEST]
         why = {worker.address: unfit(model, worker) or "" for worker in some}
         until = {each.id: max(since, each.arrived_at) + self.settings.worker_wait_s for each in self.queue.members(demand)}
@@ -655,17 +654,6 @@ class Controller:
     def _refuse_all(self, demand: Demand, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
         """Refuse all that wait for the same."""
         return [self._refuse(request, error, why) for request in self.queue.members(demand)]
-
-
-_REASONS = {
-    Way.LIVE: "a ready instance has room",
-    Way.COMING: "an instance that is being loaded is ready the soonest",
-    Way.FREE: "loading where slots are free is the soonest",
-    Way.EVICT: "loading in the place of what is idle is the soonest",
-    Way.WAIT: "to wait for a predicted end is the soonest",
-    Way.MIGRATE: "loading where running instances make room is the soonest",
-    Way.PREEMPT: "to send requests of a lower class back to the queue is the soonest",
-}
 
 
 def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:

@@ -76,6 +76,24 @@ class RequestReturned:
 
 
 @dataclass(frozen=True)
+class RequestMoved:
+    """A running request is answered by another `instance` of its model from now on."""
+
+    at: float
+    request: str
+    instance: str
+
+
+@dataclass(frozen=True)
+class InstanceLeaves:
+    """An instance gets no more requests, and leaves when it is idle."""
+
+    at: float
+    instance: str
+    cause: str
+
+
+@dataclass(frozen=True)
 class LoadRequested:
     """An operator wants an instance to be ready; `request` is `load_only`. The model's back-offs end: somebody has had a look."""
 
@@ -161,6 +179,8 @@ Event = (
     | RequestArrived
     | RequestEnded
     | RequestReturned
+    | RequestMoved
+    | InstanceLeaves
     | LoadRequested
     | UnloadRequested
     | FrontDoorLeft

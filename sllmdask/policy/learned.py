@@ -15,9 +15,9 @@ from sllmdask.policy.estimate import resume_seconds
 #: Share of the past that one more resumed request leaves: the last ten make most of the fit.
 _DECAY = 0.9
 #: Weight of the prior beside observations of weight 1: of how long it takes in all, and of how that divides into tokens and rest.
-_SCALE_WEIGHT, _SHAPE_WEIGHT = 0.5, 0.5
+_SCALE_WEIGHT, _SHAPE_WEIGHT = 0.2, 0.1
 #: The latter fades to this, so that requests of one length go on to be divided somehow.
-_LEAST_SHAPE_WEIGHT = 0.02
+_LEAST_SHAPE_WEIGHT = 0.002
 
 #: Priors of seconds per token and of seconds per request, as in ServerlessLLM's ``scheduler_config``.
 PRIOR_ALPHA, PRIOR_BETA = 0.01, 0.1
@@ -27,7 +27,7 @@ PRIOR_ALPHA, PRIOR_BETA = 0.01, 0.1
 class ResumeFit:
     """Seconds to compute the KV of n tokens again, ``alpha * n_tokens + beta``, from those that were resumed before.
 
-    Recursive least squares with forgetting, of relative errors, so that short requests count as much as long ones. Until there
+    Recursive least squares with forgetting, of errors relative to the prior, so that short requests count too. Until there
     are observations the line is the prior, a deployment's ``scheduler_config``; after them, ridge regression draws it to the
     prior made longer or shorter as a whole, which a single request can tell for a device that is a hundred times as fast. Neither
     number is ever negative. Source of the line: ServerlessLLM (OSDI '24), section 6.2.
@@ -88,6 +88,8 @@ _SERVICE_WEIGHT = 0.1
 #: Of its time until now: what a request that is past its time is expected to need still. Of answers whose lengths have a heavy
 #: tail those that are long already have the most to come.
 _OVERDUE = 0.1
+#: Requests whose seconds are remembered one by one.
+_N_LAST = 16
 #: Nothing is predicted to end sooner: a step has to be made, and be told.
 LEAST_REMAINING_S = 0.01
 
@@ -100,6 +102,8 @@ class ServiceTime:
     mean_s: float = PRIOR_SERVICE_S
     #: Tokens of an answer; 0: not known.
     mean_tokens: float = 0.0
+    #: Seconds of the last requests.
+    last_s: tuple[float, ...] = ()
 
     def after(self, seconds: float, n_tokens: int = 0) -> Self:
         """A request that made `n_tokens` (0: not known) has ended, `seconds` after its dispatch."""
@@ -109,7 +113,9 @@ class ServiceTime:
         mean_tokens = self.mean_tokens
         if n_tokens > 0:
             mean_tokens += (weight if mean_tokens else 1.0) * (n_tokens - mean_tokens)
-        return replace(self, n=self.n + 1, mean_s=self.mean_s + weight * (seconds - self.mean_s), mean_tokens=mean_tokens)
+        mean_s = self.mean_s + weight * (seconds - self.mean_s)
+        last_s = (*self.last_s, seconds)[-_N_LAST:]
+        return replace(self, n=self.n + 1, mean_s=mean_s, mean_tokens=mean_tokens, last_s=last_s)
 
     def remaining_s(self, running_s: float, n_tokens: int = 0, max_tokens: int | None = None) -> float:
         """Seconds until a request ends that has run for `running_s` and made `n_tokens` of at most `max_tokens`.
@@ -122,7 +128,9 @@ class ServiceTime:
             if max_tokens is not None:
                 tokens = min(tokens, max_tokens - n_tokens)
             return max(tokens * running_s / n_tokens, LEAST_REMAINING_S)
-        return max(self.mean_s - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
+        # The mean residual life of those that ran for longer: of lengths with a heavy tail it does not fall with time.
+        longer = [seconds for seconds in self.last_s if seconds > running_s] or [self.mean_s]
+        return max(sum(longer) / len(longer) - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
 
 
 #: Weight of the last load in the moving average of errors.

@@ -6,29 +6,31 @@ fastest: what it takes does not grow with the cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
-from math import inf
+from math import ceil, inf
 
 from sllmdask.policy.backoff import BackOff
-from sllmdask.policy.choice import Choice, Option, Way
+from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import rank
+from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.dispatch import takes_requests
-from sllmdask.policy.estimate import load_parts, load_seconds, migration_seconds, move_seconds
+from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, move_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, RequestQueue
-from sllmdask.policy.state import ClusterState, Cohort
+from sllmdask.policy.queue import RequestQueue, demand_of
+from sllmdask.policy.records import N_BEST, Ways
+from sllmdask.policy.state import ClusterState, Cohort, node_of
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
-from sllmdask.units import format_seconds
 
-#: Options that a record has, and workers without the checkpoint that are offered: more are no better.
-N_BEST = 16
-#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones.
-N_BUSY, N_MOVING = 8, 4
+#: Workers without the checkpoint that are offered: more are no better.
+N_OFFERED = 8
+#: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
+#: where they cannot move yet, for the record.
+N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
 #: Destinations that are looked at for an instance that could move.
 N_DESTINATIONS = 4
 #: Workers, and idle instances, of one cohort that are looked at until enough are found.
@@ -40,44 +42,10 @@ _MAX_NODES = 200
 NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
+#: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much
+#: as to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
+_WAITED = "the request has waited for as long as it takes to load"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
-
-
-@dataclass
-class Ways:
-    """What there is for a request, the best first, and why some workers are none of it, by address."""
-
-    options: list[Option] = field(default_factory=list)
-    unfit: dict[str, str] = field(default_factory=dict)
-    #: Whether a worker was seen that can run the model, and of these one that may be asked to load it now.
-    any_fit: bool = False
-    any_allowed: bool = False
-
-    @property
-    def open(self) -> list[Option]:
-        """Those that can be taken."""
-        return [option for option in self.options if not option.lost]
-
-    def soonest(self, *ways: Way) -> Option | None:
-        return next((option for option in self.options if option.way in ways and not option.lost), None)
-
-
-def choice(request: str, model: str, chosen: Option | None, ways: Ways, reason: str, at: float) -> Choice:
-    """The record of a decision: the best options, each with why it lost."""
-    best = list(islice((option for option in ways.options if option is not chosen), N_BEST - (chosen is not None)))
-    told = [option if option.lost else replace(option, lost=_why_lost(option, chosen)) for option in best]
-    if chosen is not None:
-        told = sorted([chosen, *told], key=lambda option: option.ready_in_s)
-    return Choice(at, request, model, chosen, reason, tuple(told), len(ways.options) - len(told), dict(ways.unfit))
-
-
-def _why_lost(option: Option, chosen: Option | None) -> str:
-    if chosen is None:
-        return "not taken"
-    more_s = option.ready_in_s - chosen.ready_in_s
-    if more_s > 0:
-        return f"{format_seconds(more_s)} slower"
-    return "passed over" if more_s < 0 else "no faster"
 
 
 class WayFinder:
@@ -88,6 +56,7 @@ class WayFinder:
         state: ClusterState,
         queue: RequestQueue,
         claims: Claims,
+        awaited: Awaited,
         back_off: BackOff,
         service: Mapping[str, ServiceTime],
         *,
@@ -95,22 +64,33 @@ class WayFinder:
         min_residency_s: float,
         can_migrate: bool,
         can_preempt: bool,
+        preempts_older: bool = False,
     ) -> None:
-        self.state, self.queue, self.claims, self.back_off, self._service = state, queue, claims, back_off, service
+        self.state, self.queue, self.claims, self.awaited = state, queue, claims, awaited
+        self.back_off, self._service = back_off, service
         self.max_requests, self.min_residency_s = max_requests, min_residency_s
         #: Why nobody can be moved, or preempted; empty: they can.
         self.migration_lost = "" if can_migrate else NO_MIGRATION
         self.preemption_lost = "" if can_preempt else NO_PREEMPTION
+        self._preempts_older = preempts_older
 
     # --- seconds ---
 
     def load_seconds(self, model: ModelView, worker: WorkerView, at: float) -> float:
-        peers = self.state.suppliers(model.checkpoint_key)
-        return load_seconds(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        return sum(self.load_parts(model, worker, at)[1].values())
 
-    def load_parts(self, model: ModelView, worker: WorkerView, at: float) -> tuple[Tier | None, dict[str, float]]:
-        peers = self.state.suppliers(model.checkpoint_key)
-        return load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+    def load_parts(
+        self, model: ModelView, worker: WorkerView, at: float, peers: Sequence[Supplier] | None = None
+    ) -> tuple[Tier | None, dict[str, float]]:
+        """The tier, and seconds by name. Bytes that the node reads already for another instance are read once: then it is ready
+        when that one is."""
+        peers = self.state.suppliers(model.checkpoint_key) if peers is None else peers
+        tier, parts = load_parts(model, worker, queue_s=self.state.queue_s(worker, at), peers=peers)
+        if tier is not Tier.HOST:
+            arriving_s = self.state.arrives_in_s(worker, model.checkpoint_key, at)
+            if arriving_s is not None and arriving_s < sum(parts.values()):
+                parts = {"queue": arriving_s, "overhead": 0.0, "read": 0.0}
+        return tier, parts
 
     def remaining_s(self, request: RequestView, at: float) -> float:
         """Until a running request is predicted to end."""
@@ -121,8 +101,16 @@ class WayFinder:
         """Seconds for which an instance may not be taken away yet."""
         return max(0.0, (instance.ready_at or 0.0) + self.min_residency_s - at) if self.min_residency_s else 0.0
 
+    def frees_in(self, instance: InstanceView, request: RequestView | None, at: float) -> float:
+        """Seconds until the slots of an instance of another model are predicted to be those of `request`; ``inf`` if others keep
+        it. Who waits for them before has them for as long as its requests run."""
+        before = self.awaited.before(instance.id, request) if request is not None else []
+        turns_s = sum(self._service.get(model, _UNKNOWN).mean_s for model in before)
+        return self.ends_in(instance, at) + turns_s
+
     def ends_in(self, instance: InstanceView, at: float) -> float:
-        """Seconds until an instance of another model is predicted to be gone, or idle; ``inf`` if others keep it."""
+        """Seconds until an instance is predicted to be gone, or idle: those who wait for it are served before; ``inf`` if others
+        keep it."""
         if instance.state is InstanceState.UNLOADING:
             return 0.0
         if self.state.is_kept(instance):
@@ -134,7 +122,12 @@ class WayFinder:
         # What is predicted of a request falls with its time until it is overdue and rises then: the last one to end is the first
         # or the newest.
         running = self.queue.first_and_newest(instance.id)
-        return max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        ends_in_s = max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        if instance.draining or not self.queue.waits(instance.model):
+            return ends_in_s
+        n_instances = max(1, len(self.state.living(instance.model)))
+        n_turns = ceil(self.queue.n_waiting_of(instance.model) / (self.max_requests * n_instances))
+        return ends_in_s + n_turns * self._service.get(instance.model, _UNKNOWN).mean_s
 
     def move_seconds(self, instance: InstanceView) -> list[float]:
         """Seconds to move each request of an instance: its KV is computed again."""
@@ -150,8 +143,13 @@ class WayFinder:
         return Ways([option for instance in ready for option in self._on_own(request, instance, at)])
 
     def of_request(self, request: RequestView, model: ModelView, at: float, *, may_load: bool) -> Ways:
-        """All ways of a waiting request; without `may_load` only those to instances that the model has already."""
-        own = [option for instance in self._own(request) for option in self._on_own(request, instance, at)]
+        """All ways of the waiting `request` and those who wait for the same, or rather of the last of them; without `may_load`
+        only those to instances that the model has already."""
+        mine = self._own(request)
+        own = [option for instance in mine for option in self._on_own(request, instance, at)]
+        n_without = self.n_without_place(request)
+        if n_without > 0:
+            own = self._for_the_last(own, mine, n_without)
         if not may_load:
             return Ways(sorted(own, key=rank), any_fit=True, any_allowed=True)
         search = _Search(self, model, request, at)
@@ -162,13 +160,43 @@ class WayFinder:
         later = search.disturbing(enough_s)
         ways.options = sorted([*own, *ways.options, *later], key=rank)
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
-        if coming_s < inf:
+        if coming_s < inf and n_without <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
+        load = ways.soonest(Way.FREE, Way.EVICT)
+        if load is not None and at >= request.arrived_at + load.ready_in_s:
+            ways.options = [
+                replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
+            ]
         return ways
+
+    def n_without_place(self, request: RequestView) -> int:
+        """How many wait for the same as `request` beyond those whom the instances that are on their way will take at once."""
+        return 0 if request.load_only else self.queue.n_waiting(demand_of(request)) - self.n_places(request)
+
+    def n_places(self, request: RequestView) -> int:
+        """Requests that the instances which are on their way will take at once."""
+        coming = (InstanceState.PLANNED, InstanceState.LOADING)
+        return self.max_requests * sum(each.state in coming for each in self._own(request))
+
+    def _for_the_last(self, own: Sequence[Option], instances: Sequence[InstanceView], n_without: int) -> list[Option]:
+        """The ways to one's own instances, if there are not enough: the last waits for the ends of those before it."""
+        if not instances:
+            return list(own)
+        service = self._service.get(instances[0].model, _UNKNOWN)
+        later_s = (n_without - 1) / (self.max_requests * len(instances)) * service.mean_s
+        found = []
+        for option in own:
+            if option.way is Way.COMING:  # it is promised to those before
+                option = replace(option, way=Way.WAIT, ready_in_s=option.ready_in_s + service.mean_s)
+            if option.way is Way.WAIT:
+                wait_s = option.ready_in_s + later_s
+                option = replace(option, ready_in_s=wait_s, parts={"wait": wait_s})
+            found.append(option)
+        return found
 
     @staticmethod
     def _beside(option: Option, coming_s: float) -> Option:
-        """What an option is worth while an instance is on its way: estimates are not so good that a second one is begun lightly."""
+        """An option while an instance is on its way: estimates are not so good that a second one is begun lightly."""
         if option.lost or option.way not in (Way.FREE, Way.EVICT, Way.MIGRATE, Way.PREEMPT):
             return option
         if option.leaving:
@@ -221,6 +249,17 @@ class WayFinder:
             found.append(option(Way.PREEMPT, LEAST_REMAINING_S, "move", self.preemption_lost))
         return found
 
+    def gives_way(self, running: RequestView, request: RequestView) -> bool:
+        """Whether a request may be sent back to the queue for one for another model."""
+        if running.priority != request.priority:
+            return running.priority < request.priority
+        return self._preempts_older and running.arrived_at < request.arrived_at
+
+    def may_preempt(self, request: RequestView) -> bool:
+        """Whether anything runs that could give way."""
+        lowest = min((priority for priority, n in self.queue.n_running.items() if n), default=inf)
+        return lowest < request.priority or (self._preempts_older and lowest == request.priority)
+
 
 _UNKNOWN = ServiceTime()
 
@@ -232,22 +271,24 @@ class _Search:
         self._finder, self._state = finder, finder.state
         self._model, self._request, self._at = model, request, at
         self._peers = self._state.suppliers(model.checkpoint_key)
+        self._arriving = self._state.arriving(model.checkpoint_key)
         self._own = {instance.id for instance in self._state.living(model.name)}
         self._back_off = finder.back_off.active(model.name, at)
         self._seen = {without}
+        self._alike: dict[tuple[float, ...], tuple[Tier | None, dict[str, float]]] = {}
         self._unfit: dict[str, str] = {}
         self._any_fit = self._any_allowed = False
-        #: Free slots and idle instances: when an idle one was used last, and the option.
+        #: Free slots and idle instances: which of equally fast ones comes first, and the option.
         self.found: list[tuple[float, Option]] = []
         #: Workers where something that works would have to leave: seconds to load, name, and how the seconds divide.
         self._full: list[tuple[float, str, WorkerView, Tier | None, dict[str, float]]] = []
 
     def ways(self) -> Ways:
-        """What was found; of equally soon ones that first whose instance was not used for longest."""
+        """What was found, the best first."""
         ordered = sorted(self.found, key=lambda each: (*rank(each[1]), each[0], each[1].node))
         return Ways([option for _, option in ordered], self._unfit, self._any_fit, self._any_allowed)
 
-    def run(self, n: int = N_BEST, *, may_evict: bool = True) -> None:
+    def run(self, n: int = N_OFFERED, *, may_evict: bool = True) -> None:
         """Look at the workers that have the checkpoint, or that the model is limited to, and at `n` others."""
         state, model = self._state, self._model
         for worker in state.named(model.nodes) if model.nodes else state.holders(model.checkpoint_key):
@@ -271,8 +312,7 @@ class _Search:
             n_left -= option is not None and not option.parts["queue"]
             if not n_left:
                 break
-        if may_evict:
-            n_left = n
+        if may_evict and n_left > 0:  # none of them could be sooner than what is free
             for _, instance_id in islice(cohort.idle, _MAX_IDLE):
                 for worker in state.mates(state.instances[instance_id].worker):
                     n_left -= self._consider(worker, may_evict) is not None
@@ -307,7 +347,7 @@ class _Search:
             if len(self._unfit) < N_BEST:
                 self._unfit[worker.address] = reason
             return None
-        tier, parts = load_parts(self._model, worker, queue_s=self._state.queue_s(worker, self._at), peers=self._peers)
+        tier, parts = self._load_parts(worker)
         ready_in_s = sum(parts.values())
         leaving = self._leaving(worker)
         if leaving is None:
@@ -326,8 +366,21 @@ class _Search:
             leaving=tuple((instance.id, "") for instance in leaving),
             parts=parts,
         )
-        self.found.append((max((instance.idle_since or 0.0 for instance in leaving), default=0.0), option))
+        # Of equally fast ones: what was not used for longest leaves, and instances of a model are on different workers.
+        n_own = sum(instance.model == self._model.name for instance in self._state.on_worker(worker.address))
+        used_at = max((instance.idle_since or 0.0 for instance in leaving), default=0.0)
+        self.found.append((used_at if leaving else float(n_own), option))
         return option
+
+    def _load_parts(self, worker: WorkerView) -> tuple[Tier | None, dict[str, float]]:
+        """The same for all workers of a cohort that have neither the checkpoint nor anything to read."""
+        known = self._model.checkpoint_key in worker.residency or node_of(worker) in self._arriving
+        if known or self._state.queue_s(worker, self._at):
+            return self._finder.load_parts(self._model, worker, self._at, self._peers)
+        key = self._state.cohort_key(worker.address)
+        if key not in self._alike:
+            self._alike[key] = load_parts(self._model, worker, peers=self._peers)
+        return self._alike[key]
 
     def _leaving(self, worker: WorkerView) -> list[InstanceView] | None:
         """The idle instances that would leave, if any have to; ``None``: those are not enough."""
@@ -361,11 +414,9 @@ class _Search:
         full = sorted(self._full, key=lambda each: each[:2])[:N_BUSY]
         for i, (ready_in_s, _, worker, tier, parts) in enumerate(full):
             options = [self._wait(worker, tier, parts)]
-            if i < N_MOVING and ready_in_s < enough_s and self._state.any_free:
+            if i < (N_NOT_MOVING if self._finder.migration_lost else N_MOVING) and ready_in_s < enough_s and self._state.any_free:
                 options.append(self._migrate(worker, tier, parts))
-            if self._request is not None and any(
-                n and priority < self._request.priority for priority, n in self._finder.queue.n_running.items()
-            ):
+            if self._request is not None and self._finder.may_preempt(self._request):
                 options.append(self._preempt(worker, tier, parts))
             found += [option for option in options if option is not None]
         return found
@@ -386,7 +437,10 @@ class _Search:
     def _wait(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Those leave whose end is predicted first, until there are slots, and then until there is memory."""
         here, beside = self._state.on_worker(worker.address), self._state.neighbours(worker.address)
-        ends_in_s = {each.id: inf if each.id in self._own else self._finder.ends_in(each, self._at) for each in (*here, *beside)}
+        ends_in_s = {
+            each.id: inf if each.id in self._own else self._finder.frees_in(each, self._request, self._at)
+            for each in (*here, *beside)
+        }
         staying = sorted(here, key=lambda each: (ends_in_s[each.id], each.id))
         leaving: list[InstanceView] = []
         free = self._state.free_slots(worker.address)
@@ -400,7 +454,8 @@ class _Search:
         if wait_s == inf or free < self._model.n_slots or self._lacks_memory(worker, leaving) > 0:
             return None
         parts = self._after(wait_s, "wait", parts)
-        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, parts=parts)
+        gone = tuple((each.id, "") for each in leaving)
+        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, leaving=gone, parts=parts)
 
     def _migrate(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Running instances go to where there is room, the cheapest ones."""
@@ -429,10 +484,11 @@ class _Search:
 
     def _preempt(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Instances whose requests are all of lower classes leave, those first that lose the least work."""
-        priority = self._request.priority if self._request is not None else 0
+        request = self._request
 
         def leaves(instance: InstanceView) -> list[Leave]:
-            if any(each.priority >= priority for each in self._finder.queue.on_instance(instance.id)):
+            running = self._finder.queue.on_instance(instance.id)
+            if request is None or not all(self._finder.gives_way(each, request) for each in running):
                 return []
             return [Leave(Way.PREEMPT, sum(self._finder.move_seconds(instance)))]
 

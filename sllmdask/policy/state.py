@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import inf
 from typing import Any
@@ -57,11 +56,13 @@ class ClusterState:
         #: Instances that are to leave, and those that wait for others to leave.
         self.draining: dict[str, None] = {}
         self.planned: dict[str, None] = {}
-        #: Models and workers about which something has changed, until :meth:`take_changed`.
+        #: Models about which something has changed, and workers that have more to offer, until :meth:`take_changed`.
         self._changed_models: dict[str, None] = {}
-        self._changed_workers: dict[str, None] = {}
+        self._gained_workers: dict[str, None] = {}
+        #: What :meth:`has_room` compares with, by worker.
+        self._room: dict[str, int] = {}
         #: Deployed models by checkpoint.
-        self._n_deployed: Counter[str] = Counter()
+        self._served_from: dict[str, dict[str, None]] = {}
         self._of_model: dict[str, dict[str, None]] = {}
         self._on_worker: dict[str, dict[str, None]] = {}
         self._named: dict[str, dict[str, None]] = {}
@@ -90,6 +91,8 @@ class ClusterState:
         if old is None:
             self._on_worker.setdefault(address, {})
             self._n_taken[address] = self._idle_slots[address] = 0
+            self._room[address] = worker.slots
+            self._gained_workers[address] = None
             self._named.setdefault(worker.name, {})[address] = None
             self._on_node.setdefault(node_of(worker), {})[address] = None
         self._hold({} if old is None else old.residency, worker.residency, address)
@@ -97,27 +100,27 @@ class ClusterState:
         if key != self._cohort_of.get(address):
             self._leave_cohort(address)
             self._join_cohort(worker, key)
-        if old is None or replace(old, version=worker.version) != worker:
-            self._changed_workers[address] = None
+        if old is not None and old.host_capacity < worker.host_capacity:
+            self._gained_workers[address] = None
 
     def drop_worker(self, address: str) -> list[InstanceView]:
         """Forget a worker with its instances; returns these."""
         worker = self.workers[address]
         for mate in self.mates(address):  # it leaves memory to them
-            self._changed_workers[mate.address] = None
+            self._gained_workers[mate.address] = None
         instances = self.on_worker(address)
         for instance in instances:
             self.drop_instance(instance.id)
         self._leave_cohort(address)
         del self.workers[address]
-        del self._on_worker[address], self._n_taken[address], self._idle_slots[address]
+        del self._on_worker[address], self._n_taken[address], self._idle_slots[address], self._room[address]
         self._hold(worker.residency, {}, address)
         for index, key in ((self._named, worker.name), (self._on_node, node_of(worker))):
             index[key].pop(address)
             if not index[key]:
                 del index[key]
         self._queues = {key: queue for key, queue in self._queues.items() if key[0] in self._on_node}
-        self._changed_workers.pop(address, None)
+        self._gained_workers.pop(address, None)
         return instances
 
     def _hold(self, old: Mapping[str, Tier], new: Mapping[str, Tier], address: str) -> None:
@@ -134,6 +137,7 @@ class ClusterState:
         for checkpoint, tier in new.items():
             if old.get(checkpoint) is not tier:
                 self._holders.setdefault(checkpoint, {}).setdefault(tier, {})[address] = None
+                self._changed_models.update(self._served_from.get(checkpoint, {}))
 
     def _join_cohort(self, worker: WorkerView, key: _CohortKey) -> None:
         cohort = self._cohorts.get(key)
@@ -178,33 +182,41 @@ class ClusterState:
     # --- models ---
 
     def put_model(self, model: ModelView) -> None:
-        self._count_checkpoint(self.models.get(model.name), -1)
-        self._count_checkpoint(model, 1)
+        self._forget_source(self.models.get(model.name))
+        self._served_from.setdefault(model.checkpoint_key, {})[model.name] = None
         self.models[model.name] = model
         self._changed_models[model.name] = None
         self._index_kept(model.name)
 
     def drop_model(self, name: str) -> None:
-        self._count_checkpoint(self.models.pop(name, None), -1)
+        self._forget_source(self.models.pop(name, None))
         self._changed_models[name] = None
         self._index_kept(name)
 
-    def _count_checkpoint(self, model: ModelView | None, n: int) -> None:
+    def _forget_source(self, model: ModelView | None) -> None:
         if model is not None:
-            self._n_deployed[model.checkpoint_key] += n
-            if not self._n_deployed[model.checkpoint_key]:
-                del self._n_deployed[model.checkpoint_key]
+            names = self._served_from[model.checkpoint_key]
+            del names[model.name]
+            if not names:
+                del self._served_from[model.checkpoint_key]
 
     def is_deployed(self, checkpoint: str) -> bool:
         """Whether a model is served from it."""
-        return checkpoint in self._n_deployed
+        return checkpoint in self._served_from
 
     def _index_kept(self, name: str) -> None:
         """Which of a model's idle instances may be evicted has changed."""
         for instance_id in self._of_model.get(name, ()):
             self._forget_idle(instance_id)
             self._index_idle(instance_id)
-            self._changed_workers[self.instances[instance_id].worker] = None
+            self._note_room(self.instances[instance_id].worker)
+
+    def _note_room(self, address: str) -> None:
+        """Whether a worker has more to offer than before."""
+        room = self.free_slots(address) + self._idle_slots[address]
+        if room > self._room[address]:
+            self._gained_workers[address] = None
+        self._room[address] = room
 
     # --- instances ---
 
@@ -247,13 +259,13 @@ class ClusterState:
 
     def _index_instance(self, instance: InstanceView, other_state: bool) -> None:
         self._changed_models[instance.model] = None
-        self._changed_workers[instance.worker] = None
         self._index_free(instance.worker)
         model = self.models.get(instance.model)
         if other_state and model is not None and model.min_instances:
             self._index_kept(instance.model)
         elif instance.id in self.instances:
             self._index_idle(instance.id)
+        self._note_room(instance.worker)
 
     def _index_idle(self, instance_id: str) -> None:
         instance = self.instances[instance_id]
@@ -300,6 +312,18 @@ class ClusterState:
                 return reading_s
         return max(0.0, (at if instance.ready_by is None else instance.ready_by) - at)
 
+    def arriving(self, checkpoint: str) -> set[str]:
+        """Nodes that read a checkpoint for an instance."""
+        models = self._served_from.get(checkpoint, ())
+        instances = (instance for model in models for instance in self.instances_of(model))
+        return {node_of(self.workers[each.worker]) for each in instances if each.state is InstanceState.LOADING}
+
+    def arrives_in_s(self, worker: WorkerView, checkpoint: str, at: float) -> float | None:
+        """Seconds until a checkpoint that is being read to the worker's node is there; ``None``: it is not being read."""
+        both = (*self.on_worker(worker.address), *self.neighbours(worker.address))
+        reading = [each for each in both if each.state is InstanceState.LOADING and each.checkpoint == checkpoint]
+        return min((self.ready_in_s(each, at) for each in reading), default=None)
+
     def queue_s(self, worker: WorkerView, at: float) -> Mapping[Tier, float]:
         """Seconds of the loads that were promised on each tier of the worker's node before."""
         if not self._queues:
@@ -311,22 +335,22 @@ class ClusterState:
     # --- what the rules ask ---
 
     def take_changed(self) -> tuple[list[str], list[str]]:
-        """Models, and workers, about which something has changed since it was asked last."""
-        changed = list(self._changed_models), list(self._changed_workers)
-        self._changed_models, self._changed_workers = {}, {}
+        """Models about which something has changed, and workers that have more to offer, since it was asked last."""
+        changed = list(self._changed_models), list(self._gained_workers)
+        self._changed_models, self._gained_workers = {}, {}
         return changed
 
     def touch_worker(self, address: str) -> None:
-        """Something about it has changed that is not in the views."""
+        """It has more to offer, by what is not in the views."""
         if address in self.workers:
-            self._changed_workers[address] = None
+            self._gained_workers[address] = None
 
     def touch_model(self, name: str) -> None:
         self._changed_models[name] = None
 
     def touch_instance(self, instance_id: str) -> None:
         if instance_id in self.instances:
-            self._changed_workers[self.instances[instance_id].worker] = None
+            self._gained_workers[self.instances[instance_id].worker] = None
 
     @property
     def changed_models(self) -> list[str]:
@@ -354,7 +378,16 @@ class ClusterState:
 
     def has_room(self, address: str, n_slots: int) -> bool:
         """Whether `n_slots` slots are free, or would be without the instances that may be evicted."""
-        return self.free_slots(address) + self._idle_slots[address] >= n_slots
+        return self._room[address] >= n_slots
+
+    def cohort_key(self, address: str) -> _CohortKey:
+        return self._cohort_of[address]
+
+    def least_seconds(self, model: ModelView, address: str) -> float:
+        """What a load from elsewhere takes at the least, whoever supplies it; 0 where the worker has the checkpoint itself."""
+        if model.checkpoint_key in self.workers[address].residency:
+            return 0.0
+        return self._cohorts[self._cohort_of[address]].s_per_byte * model.nbytes
 
     def evictable(self, instance_id: str) -> bool:
         return instance_id in self._idle_since

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from math import inf
 
 #: What is to be looked at, and of which: ("deadline", request) for instance.
 Key = tuple[str, ...]
@@ -17,8 +18,10 @@ class Timers:
         self._heap: list[tuple[float, Key]] = []
 
     def set(self, at: float, *key: str) -> None:
-        """Replaces what was set for `key` before."""
-        if self._at.get(key) == at:
+        """Replaces what was set for `key` before; ``inf`` never comes."""
+        if at == inf:
+            self._at.pop(key, None)
+        if at == inf or self._at.get(key) == at:
             return
         self._at[key] = at
         if len(self._heap) > 64 + 4 * len(self._at):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from sllmdask.policy.choice import Way
 
 #: Nodes of the search after which the best set that was found is taken.
-MAX_NODES = 20_000
+MAX_NODES = 5_000
 #: Nodes that are looked at with the bound that is quicker to compute; most searches end before.
 _EASY_NODES = 500
 #: Parts into which missing bytes are divided for the bound.

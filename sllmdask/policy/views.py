@@ -128,3 +128,5 @@ class RequestView:
     dispatched_at: float | None = None
     #: Tokens of its answer at most; 0: not known, or it has none.
     max_new_tokens: int = 0
+    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``.
+    replaces: str = ""

@@ -39,6 +39,10 @@ class Cluster(Protocol):
 
     async def pull(self, model: str | None, source: str | None, node: str | None, wait: bool) -> dict[str, Any]: ...
 
+    async def migrate(
+        self, request: str | None, instance: str | None, to: str, kind: str | None, wait: bool
+    ) -> dict[str, Any]: ...
+
 
 class Admin:
     """The handlers, over one gateway."""
@@ -100,6 +104,26 @@ class Admin:
         source = None if source is None else _name(source, "source")
         pulled = await self._gateway.pull(model, source, _node(node), _flag(wait))
         return exchange.answer(pulled, status=202 if pulled["state"] == "fetching" else 200)
+
+    async def migrate(self, request: web.Request) -> web.Response:
+        """Move a running request, or an instance with all of its requests, to another node."""
+        fields = ("request", "instance", "to", "kind", "wait")
+        one, instance, to, kind, wait = _read(await exchange.read_json(request), fields)
+        if (one is None) == (instance is None):
+            raise InvalidRequest("Give either 'request', the id of a running request, or 'instance'.", "request")
+        if kind not in (None, "auto", "kv", "tokens"):
+            raise InvalidRequest(f"kind must be 'auto', 'kv' or 'tokens', not {kind!r}.", "kind")
+        node = _node(to)
+        if node is None:
+            raise InvalidRequest("to must name the node to move to.", "to")
+        moved = await self._gateway.migrate(
+            None if one is None else _name(one, "request"),
+            None if instance is None else _name(instance, "instance"),
+            node,
+            None if kind == "auto" else kind,
+            _flag(wait),
+        )
+        return exchange.answer(moved, status=202 if moved["state"] == "moving" else 200)
 
     async def cluster(self, _: web.Request) -> web.Response:
         return exchange.answer(await self._gateway.cluster())

@@ -250,6 +250,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.post(tolerant("/admin/unload"), admin.unload),
             web.post(tolerant("/admin/pin"), admin.pin),
             web.post(tolerant("/admin/pull"), admin.pull),
+            web.post(tolerant("/admin/migrate"), admin.migrate),
         ]
     )
     return app

@@ -1,41 +1,94 @@
-"""The event heap and the virtual clock around the live controller.
+"""The live :class:`Controller` under a virtual clock.
 
-Every decision is the live :class:`Controller`'s. "Load bytes" and "serve a request" are cost models: a load takes what the
-controller estimates, and leaves the checkpoint in host memory, which is never full.
+Every decision is the controller's. What enacts it is a mechanism (``sim/effects.py``): decisions go in, and what comes of
+them goes back to the controller as events, later. The scheduler plugin is the live mechanism around the same controller.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import count
+from functools import partial
+from typing import Protocol
 
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Refuse, Unload, WakeAt
-from sllmdask.policy.estimate import load_seconds
-from sllmdask.policy.views import Tier
+from sllmdask.policy.decisions import Decision, Dispatch, Refuse, WakeAt
+from sllmdask.sim.clock import Appointment, Clock
+from sllmdask.sim.effects import Costs, Estimated
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that the real mechanisms would take."""
+class Effects(Protocol):
+    """A mechanism: what follows from `decision` is told to the controller by events, at their time."""
 
-    #: Seconds of one request once it runs, by request id.
-    service_s: Callable[[str], float]
-    unload_s: float = 0.01
+    def enact(self, decision: Decision) -> None: ...
 
 
 @dataclass
 class Outcome:
-    """What happened to each request, in virtual seconds, and every decision with its time."""
+    """What happened to each request, in virtual seconds, and every decision with its time.
+
+    A request that is dispatched again, since it was preempted, keeps its first dispatch.
+    """
 
     dispatched_at: dict[str, float] = field(default_factory=dict)
+    dispatches: dict[str, Dispatch] = field(default_factory=dict)
     ended_at: dict[str, float] = field(default_factory=dict)
     refused: dict[str, Refuse] = field(default_factory=dict)
+    refused_at: dict[str, float] = field(default_factory=dict)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
+
+
+class Simulation:
+    """The clock, and the controller that is told of every event at its time."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.clock = Clock()
+        self.outcome = Outcome()
+        self._effects: Effects | None = None
+        self._check: Callable[[Controller], None] | None = None
+        self._timer: Appointment | None = None
+
+    def tell(self, event: ev.Event) -> Appointment:
+        """The controller hears of `event` when it happens."""
+        return self.clock.call_at(event.at, partial(self._handle, event))
+
+    def run(
+        self, arrivals: Iterable[ev.Event], effects: Effects, *, check: Callable[[Controller], None] | None = None
+    ) -> Outcome:
+        """Tell of `arrivals`, and let happen all that follows from them, until nothing is left.
+
+        `check` is called after every event, for invariants and for progress.
+        """
+        self._effects, self._check = effects, check
+        for event in arrivals:
+            self.tell(event)
+        self.clock.run()
+        return self.outcome
+
+    def _handle(self, event: ev.Event) -> None:
+        assert self._effects is not None
+        if isinstance(event, ev.RequestEnded):
+            self.outcome.ended_at[event.request] = event.at
+        for decision in self.controller.handle(event):
+            self.outcome.decisions.append((event.at, decision))
+            match decision:
+                case WakeAt(at=at):
+                    self._wake(at)
+                case Dispatch(request=request):
+                    self.outcome.dispatched_at.setdefault(request, event.at)
+                    self.outcome.dispatches.setdefault(request, decision)
+                case Refuse(request=request):
+                    self.outcome.refused[request], self.outcome.refused_at[request] = decision, event.at
+            self._effects.enact(decision)
+        if self._check:
+            self._check(self.controller)
+
+    def _wake(self, at: float | None) -> None:
+        if self._timer is not None:
+            self._timer.call_off()
+        self._timer = None if at is None else self.tell(ev.TimerFired(at))
 
 
 def simulate(
@@ -45,51 +98,7 @@ def simulate(
     *,
     check: Callable[[Controller], None] | None = None,
 ) -> Outcome:
-    """Feed `arrivals` and all that follows from them to `controller` until nothing is left to happen.
-
-    `check` is called after every event, for invariants.
-    """
-    order = count()
-    heap: list[tuple[float, int, ev.Event]] = []
-    outcome = Outcome()
-    wake_at: float | None = None
-
-    def push(event: ev.Event) -> None:
-        heappush(heap, (event.at, next(order), event))
-
-    n_reports: Counter[str] = Counter()
-    resident: dict[str, Mapping[str, Tier]] = {}
-    for event in arrivals:
-        push(event)
-    while heap:
-        now, _, event = heappop(heap)
-        if isinstance(event, ev.TimerFired) and event.at != wake_at:
-            continue
-        if isinstance(event, ev.RequestEnded):
-            outcome.ended_at[event.request] = now
-        for decision in controller.handle(event):
-            outcome.decisions.append((now, decision))
-            match decision:
-                case Load(instance=instance, model=model, worker=worker):
-                    view = controller.workers[worker]
-                    seconds = load_seconds(controller.models[model], view)
-                    checkpoint = controller.models[model].checkpoint_key
-                    push(ev.LoadFinished(now + seconds, instance, view.residency.get(checkpoint, Tier.REMOTE)))
-                    n_reports[worker] += 1
-                    resident[worker] = {**resident.get(worker, view.residency), checkpoint: Tier.HOST}
-                    account = resident[worker], view.bytes_per_s, view.overhead_s
-                    push(ev.WorkerReported(now + seconds, worker, n_reports[worker], *account))
-                case Unload(instance=instance):
-                    push(ev.UnloadFinished(now + costs.unload_s, instance))
-                case Dispatch(request=request):
-                    outcome.dispatched_at[request] = now
-                    push(ev.RequestEnded(now + costs.service_s(request), request))
-                case Refuse(request=request):
-                    outcome.refused[request] = decision
-                case WakeAt(at=at):
-                    wake_at = at
-                    if at is not None:
-                        push(ev.TimerFired(at))
-        if check:
-            check(controller)
-    return outcome
+    """A simulation in which loads and moves last exactly as long as the controller predicts; `check` after every event."""
+    simulation = Simulation(controller)
+    effects = Estimated(controller, costs, simulation.clock, simulation.tell)
+    return simulation.run(arrivals, effects, check=check)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from sllmdask.errors import InvalidRequest, ModelNotFound
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.sim.replay import replay
 
 pytestmark = pytest.mark.cluster
 
-SETTINGS = Settings(engine=EngineSettings(n_threads=1), scheduler=SchedulerSettings(patience=0.3))
+ENGINE = EngineSettings(n_threads=1)
 
 
 def plain(decision: Decision) -> Any:
@@ -65,10 +67,11 @@ class Traffic:
 
 
 @asynccontextmanager
-async def one_slot() -> AsyncIterator[tuple[SllmSchedulerPlugin, Traffic]]:
+async def one_slot(event_log: Path) -> AsyncIterator[tuple[SllmSchedulerPlugin, Traffic]]:
     """A scheduler in this process, one worker process of one slot, and a gateway."""
-    async with local_cluster(1, SETTINGS) as cluster:
-        gateway = Gateway(cluster.scheduler_address, SETTINGS)
+    settings = Settings(engine=ENGINE, scheduler=SchedulerSettings(patience=0.3, event_log=str(event_log)))
+    async with local_cluster(1, settings) as cluster:
+        gateway = Gateway(cluster.scheduler_address, settings)
         try:
             await gateway.start()
             yield cluster.scheduler.plugins[SllmSchedulerPlugin.name], Traffic(gateway)
@@ -85,7 +88,7 @@ async def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) ->
 
 
 @pytest.mark.asyncio
-async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_decided(monkeypatch):
+async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_decided(monkeypatch, tmp_path):
     live: list[Decision] = []
     enact = SllmSchedulerPlugin.enact
 
@@ -94,7 +97,7 @@ async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_d
         enact(self, decision)
 
     monkeypatch.setattr(SllmSchedulerPlugin, "enact", enact_and_record)
-    async with one_slot() as (plugin, traffic):
+    async with one_slot(tmp_path / "events.jsonl") as (plugin, traffic):
         controller = plugin.controller
         await traffic.deploy("demo-llama")
         await traffic.deploy("demo-qwen")
@@ -139,3 +142,7 @@ async def test_a_fresh_controller_decides_from_the_event_log_what_the_live_one_d
     again = [decision for event in log for decision in fresh.handle(event)]
     assert list(map(plain, again)) == list(map(plain, decided))
     assert (fresh.waiting, fresh.running, fresh.instances) == ({}, {}, {})
+    # The same from the file that the scheduler wrote, which has no pickle in it.
+    steps = list(replay(tmp_path / "events.jsonl"))
+    assert [step.event for step in steps][: len(log)] == log
+    assert all(step.then == step.now for step in steps)

@@ -105,6 +105,15 @@ def test_what_was_used_longest_ago_leaves_and_no_more_than_that(root, put):
     assert names(root) == []
 
 
+def test_what_nobody_wants_any_more_leaves_before_what_was_used_longer_ago(root, put, tmp_path):
+    disk = DiskTier(root, quota=300)
+    a, b, c = (put(name, 100, age) for age, name in enumerate("abc"))
+    disk.demote(b)
+    disk.demote(tmp_path)
+    assert disk.make_room("d", 100, ()) == [b]
+    assert (a.is_dir(), c.is_dir(), tmp_path.stat().st_mtime_ns > 0) == (True, True, True)
+
+
 def test_what_is_in_use_stays_and_where_that_does_not_suffice_nothing_leaves(root, put):
     disk = DiskTier(root, quota=300)
     a, b, c = (put(name, 100, age) for age, name in enumerate("abc"))

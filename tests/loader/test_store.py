@@ -207,6 +207,33 @@ async def test_a_load_that_waits_for_its_share_of_the_disk_can_be_called_off(new
     await until(store, lambda: used(store) == 0)
 
 
+@pytest.mark.asyncio
+async def test_what_a_store_learns_is_known_to_the_next_one_of_its_directory(new_store, models, size, cold):
+    store = await new_store(10 * size)
+    (await store.load("a", str(cold(models["a"])))).release()
+    learned = store.snapshot()["bandwidth"]["disk"]
+    assert learned["n_loads"] == 1
+    other = await new_store(10 * size)
+    await other.measure()
+    assert other.snapshot()["bandwidth"].get("disk", {"n_loads": 0})["n_loads"] == 0, "nothing is kept before it is asked for"
+    await store.measure()
+    store.observe_hit(10**9, 0.02)
+    await asyncio.gather(*store._background.tasks)
+    heir = await new_store(10 * size)
+    await heir.measure()
+    known = heir.snapshot()["bandwidth"]
+    assert known["disk"] == learned
+    assert known["host"] == {"overhead_s": 0.0, "bytes_per_s": pytest.approx(5e10), "n_loads": 1}
+
+
+@pytest.mark.asyncio
+async def test_copies_take_no_more_of_the_disk_than_the_hardware_file_and_the_quota_allow(new_store, size):
+    for quota, given, bound in ((0, 10**9, 10**9), (10**8, 10**9, 10**8), (10**9, 10**8, 10**8)):
+        store = await new_store(size, disk_quota=quota)
+        store.bound_disk(given)
+        await until(store, lambda: store.snapshot()["tiers"]["disk"]["capacity"] == bound)  # noqa: B023
+
+
 # --- pinned ----------------------------------------------------------------------------------------------------------
 
 

@@ -816,3 +816,51 @@ def test_the_same_events_give_the_same_decisions():
 
     assert run() == run()
     assert any(isinstance(decision, Load | Refuse) for decisions in run() for decision in decisions)
+
+
+# --- what has moved --------------------------------------------------------------------------------------------------
+
+
+TWO_NODES = (NODE, replace(NODE, address="tcp://two", name="1"))
+
+
+def test_a_request_that_has_moved_counts_where_it_is():
+    controller = controller_with(A, workers=TWO_NODES)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (second,) = wish(controller, "w1", "a", 3.0, node="1")
+    controller.handle(ev.LoadFinished(4.0, second.instance, Tier.DISK))
+    controller.handle(ev.RequestMoved(5.0, "r1", second.instance))
+    source, destination = controller.instances[load.instance], controller.instances[second.instance]
+    assert (source.n_requests, source.idle_since) == (0, 5.0)
+    assert (destination.n_requests, destination.idle_since) == (1, None)
+    controller.handle(ev.RequestMoved(5.5, "r1", second.instance))
+    assert controller.instances[second.instance].n_requests == 1
+    controller.handle(ev.RequestEnded(6.0, "r1"))
+    assert controller.instances[second.instance].idle_since == 6.0
+    controller.handle(ev.RequestMoved(7.0, "r1", load.instance))
+    assert controller.instances[load.instance].n_requests == 0
+
+
+def test_an_instance_that_leaves_gets_no_requests_and_is_unloaded_when_the_last_one_is_elsewhere():
+    controller = controller_with(A, workers=TWO_NODES)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (second,) = wish(controller, "w1", "a", 3.0, node="1")
+    controller.handle(ev.LoadFinished(4.0, second.instance, Tier.DISK))
+    assert acts(controller.handle(ev.InstanceLeaves(5.0, load.instance, "moved"))) == []
+    (dispatch,) = ask(controller, "r2", "a", 5.5)
+    assert dispatch.instance == second.instance
+    (unload,) = acts(controller.handle(ev.RequestMoved(6.0, "r1", second.instance)))
+    assert unload == Unload(load.instance, "a", "tcp://one", "moved")
+
+
+def test_the_instance_that_a_new_one_replaces_does_not_count_for_max_instances():
+    controller = controller_with(replace(A, max_instances=1), workers=TWO_NODES)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    (refuse,) = wish(controller, "w1", "a", 3.0, node="1")
+    assert isinstance(refuse, Refuse)
+    instead = RequestView("w2", "a", "", 3.0, 103.0, load_only=True, node="1", replaces=load.instance)
+    (second,) = acts(controller.handle(ev.LoadRequested(3.0, instead)))
+    assert isinstance(second, Load) and second.worker == "tcp://two"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import inf
 from random import Random
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Migrate, Preempt
-from sllmdask.policy.estimate import load_seconds, suppliers
+from sllmdask.policy.estimate import load_parts, suppliers
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.placement import unfit
 from sllmdask.policy.queue import demand_of, turn_of
@@ -113,7 +114,10 @@ def brute_force_s(controller: Controller, model: ModelView, at: float) -> float 
             neighbours=beside,
         )
         if leaving is not None:
-            found.append(load_seconds(model, worker, queue_s=state.queue_s(worker, at), peers=sources))
+            tier, parts = load_parts(model, worker, queue_s=state.queue_s(worker, at), peers=sources)
+            reading = [each for each in (*here, *beside) if each.state is InstanceState.LOADING]
+            arrives_s = [state.ready_in_s(each, at) for each in reading if each.checkpoint == model.checkpoint_key]
+            found.append(min(sum(parts.values()), *arrives_s, inf) if tier is not Tier.HOST else sum(parts.values()))
     return min(found, default=None)
 
 
@@ -188,7 +192,7 @@ def random_events(rng: Random, workers: list[WorkerView], models: list[ModelView
     return events
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_after_each_event_the_indexes_are_those_of_a_look_at_everything_and_the_soonest_place_is_found(seed):
     rng = Random(seed)
     workers, models = random_cluster(rng)
@@ -216,7 +220,7 @@ def test_after_each_event_the_indexes_are_those_of_a_look_at_everything_and_the_
     assert controller.timers.first() is None or controller.instances
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_traffic_with_faults_moves_and_preemptions_loses_nobody(seed):
     rng = Random(f"traffic {seed}")
     workers, models = random_cluster(rng)
@@ -237,13 +241,13 @@ def test_random_traffic_with_faults_moves_and_preemptions_loses_nobody(seed):
     outcome = cluster.run(events, lambda controller, _: check_invariants(controller))
     assert len(outcome.ended) + len(outcome.refused) == 200
     assert {refuse.error.code for refuse in outcome.refused.values()} <= {"load_failed"}
-    assert not controller.waiting and not controller.running and not controller._expects and not controller._dirty
+    assert not controller.waiting and not controller.running and not controller.records._expects and not controller._dirty
     assert all(instance.state is InstanceState.READY for instance in controller.instances.values())
 
 
 def test_random_traffic_does_move_and_preempt():
     kinds = set()
-    for seed in range(12):
+    for seed in range(3):
         rng = Random(f"traffic {seed}")
         workers, models = random_cluster(rng)
         controller = Controller(ControllerSettings(max_requests=1, can_migrate=True, can_preempt=True))

@@ -89,7 +89,7 @@ def a_case(rng: random.Random, n_candidates: int, n_destinations: int, *, bytes_
     n_slots = rng.randint(1, 6)
     if not bytes_count:
         return candidates, n_slots, room, 0, None
-    room_nbytes = {name: rng.randint(0, 5) for name in names} if rng.random() < 0.5 else None
+    room_nbytes = {name: rng.randint(0, 4) for name in names} if rng.random() < 0.8 else None
     return candidates, rng.randint(0, 6), room, rng.randint(0, 8), room_nbytes
 
 
@@ -125,7 +125,7 @@ def test_no_other_set_of_victims_costs_less_and_none_is_named_where_none_is_feas
         check(case, plan)
         assert (plan.cost_s, len(plan.leaving)) == (pytest.approx(wanted[0], abs=1e-6), wanted[1]), seed
         n_plans += bool(plan.leaving)
-    assert n_plans > 8
+    assert n_plans > 5
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -191,6 +191,12 @@ def test_a_destination_without_memory_is_none():
     assert cheapest_victims(case, 1, {"x": 1, "y": 1}, room_nbytes={"x": 4}) is None
 
 
+def test_two_victims_do_not_take_the_same_memory():
+    pair = [one(name, move(1.0, "x", nbytes=3), preempt(9.0)) for name in "ab"]
+    assert who(cheapest_victims(pair, 2, {"x": 2}, room_nbytes={"x": 6})) == [("a", "x"), ("b", "x")]
+    assert who(cheapest_victims(pair, 2, {"x": 2}, room_nbytes={"x": 5})) == [("a", "x"), ("b", "preempt")]
+
+
 def test_the_bytes_of_a_checkpoint_come_free_with_the_last_instance_of_it():
     shared = [one(name, evict(1.0), nbytes=10, checkpoint="c") for name in "ab"]
     alone = one("d", evict(1.5), nbytes=10, checkpoint="d")
@@ -234,12 +240,12 @@ def test_the_order_of_ways_and_of_destinations_makes_no_difference(seed):
 
 def test_a_search_that_is_cut_short_tells_so_and_what_it_found_is_feasible():
     n_cut = 0
-    for seed in range(10):
+    for seed in range(8):
         rng = random.Random(seed)
-        case = a_case(rng, 40, 6, bytes_count=True)
-        case = (case[0], 12, case[2], 30, case[4])
+        candidates, _, room, _, room_nbytes = a_case(rng, 24, 5, bytes_count=True)
+        case = candidates, 8, room, 20, room_nbytes
         whole = solve(case)
-        for max_nodes in (0, 5, 50, 100, 400):
+        for max_nodes in (0, 5, 30, 100, 400):
             plan = solve(case, max_nodes=max_nodes)
             if plan is None:
                 continue

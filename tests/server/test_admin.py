@@ -58,6 +58,8 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/pin", {"model": "m"}),
         ("/admin/pin", {"model": "m", "node": 1, "pinned": False}),
         ("/update", {"model": "m", "num_gpus": 2}),
+        ("/admin/migrate", {"request": "r-1", "to": 1, "kind": "auto"}),
+        ("/admin/migrate", {"instance": "m/1", "to": "1", "kind": "kv", "wait": False}),
     ):
         status, _ = await post(door, path, body)
         assert status == (202 if body.get("wait") is False else 200)
@@ -70,6 +72,8 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("pin", "m", None, True),
         ("pin", "m", "1", False),
         ("update", "m", {"model": "m", "num_gpus": 2}),
+        ("migrate", "r-1", None, "1", None, True),
+        ("migrate", None, "m/1", "1", "kv", False),
     ]
 
 
@@ -92,6 +96,10 @@ async def test_what_is_asked_reaches_the_gateway(open_door: OpenDoor):
         ("/admin/pin", {"model": "m", "tier": "host"}, "tier", "Known are"),
         ("/update", {"num_gpus": 1}, "model", "must be a name"),
         ("/update", ["m"], None, "JSON object"),
+        ("/admin/migrate", {"to": "1"}, "request", "Give either"),
+        ("/admin/migrate", {"to": "1", "request": "r", "instance": "m/1"}, "request", "Give either"),
+        ("/admin/migrate", {"request": "r"}, "to", "to must name the node"),
+        ("/admin/migrate", {"request": "r", "to": "1", "kind": "copy"}, "kind", "must be"),
     ],
 )
 async def test_what_makes_no_sense_is_refused_before_anybody_is_asked(
@@ -110,5 +118,9 @@ async def test_what_the_cluster_refuses_has_its_status_and_reason(open_door: Ope
     assert (status, answer["error"]["code"]) == (503, "load_failed") and "truncated" in answer["error"]["message"]
     status, answer = await post(door, "/admin/unload", {"model": "none"})
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    status, answer = await post(door, "/admin/migrate", {"request": "gone", "to": "1"})
+    assert (status, answer["error"]["param"]) == (400, "request")
+    status, answer = await post(door, "/admin/migrate", {"request": "stuck", "to": "1"})
+    assert (status, answer["error"]["code"]) == (409, "move_failed") and "no room" in answer["error"]["message"]
     async with door.http.get("/admin/load") as response:
         assert response.status == 405
