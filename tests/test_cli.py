@@ -57,9 +57,24 @@ def test_help_is_quick_and_lists_only_what_exists():
     heavy = "('torch','dask','distributed','aiohttp','pydantic','rich','numpy')"
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
-    commands |= {"migrate", "requests", "explain", "events", "cancel", "simulate"}
-    assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
+    commands = {
+        "up",
+        "serve",
+        "status",
+        "deploy",
+        "delete",
+        "models",
+        "load",
+        "unload",
+        "pull",
+        "convert",
+        "verify",
+        "bench",
+        "migrate",
+    }
+    commands |= {"generate", "chat", "encode", "version", "update", "pin", "unpin", "simulate"}
+    commands |= {"requests", "explain", "events", "cancel"}
+    assert set(main.commands) == commands
     for command in set(main.commands) - {"bench", "simulate"}:
         assert "--debug" in run(command, "--help").output
     assert "--debug" in run("bench", "load", "--help").output
