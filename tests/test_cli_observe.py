@@ -132,3 +132,18 @@ def test_requests_are_listed_and_cancelled(serve: Serve):
     assert json.loads(run("requests", "--json").output)[0]["id"] == request
     assert run("cancel", request).output == f"{request} has ended already: finished\n"
     assert "Nothing is known" in run("cancel", "other", code=1).stderr
+
+
+def test_moves_are_told_with_what_its_client_noticed(serve: Serve):
+    server = serve(m=FakeModel())
+    see(server, cold_start)
+    where = {"source": "0", "destination": "1", "cause": "an operator asked"}
+    moved = {**where, "outcome": "moved", "reason": None, "kind": "kv", "seconds": 0.25, "pause_ms": 3.4}
+    stayed = {**where, "outcome": "stayed", "reason": "there is no room", "kind": None, "seconds": 0.1, "pause_ms": None}
+    told = {"state": "finished", "n_tokens": 9, "path": ["0", "1"], "moves": [stayed, moved]}
+    see(server, lambda gateway: gateway.observer.log.told("door:1", told))
+    see(server, lambda gateway: gateway.observer.saw(ev.RequestEnded(20.0, "door:1"), []))
+    lines = run("explain", "id-door:1").output.splitlines()
+    assert lines[0] == "request id-door:1 for m: finished on node 0 > 1 after 10.0 s"
+    assert "not moved to node 1: there is no room" in lines
+    assert "moved from node 0 to node 1 by kv in 250 ms, 3 ms without a token: an operator asked" in lines

@@ -139,6 +139,8 @@ def _explain_request(told: Mapping[str, Any]) -> None:
         click.echo(f"\nwhat happened: {', '.join(facts)}")
     if told["load"] is not None:
         click.echo(f"load: {_load_text(told['load'])}")
+    for move in told["moves"]:
+        click.echo(_move_text(move))
     _show_story(told["happened"])
     if told["n_others"]:
         click.echo(f"({told['n_others']} earlier requests had the same id)")
@@ -168,6 +170,14 @@ def _explain_model(told: Mapping[str, Any]) -> None:
     if not told["instances"] and told["choices"]:
         _show_choice(told["choices"][-1])
     _show_story(told["happened"])
+
+
+def _move_text(move: Mapping[str, Any]) -> str:
+    if move["outcome"] != "moved":
+        return f"not moved to node {move['destination']}: {move['reason'] or move['outcome']}"
+    pause = "" if move.get("pause_ms") is None else f", {move['pause_ms']:.0f} ms without a token"
+    where = f"from node {move['source']} to node {move['destination']}"
+    return f"moved {where} by {move['kind']} in {_seconds(move['seconds'])}{pause}: {move['cause']}"
 
 
 def _load_text(load: Mapping[str, Any]) -> str:

@@ -204,6 +204,7 @@ class DecisionLog:
             return
         record.n_tokens = told.get("n_tokens", record.n_tokens)
         record.path = list(told.get("path") or record.path)  # it may have moved meanwhile
+        record.moves = list(told.get("moves") or record.moves)
         record.first_token_s = told.get("first_token_s", record.first_token_s)
         if record.ended_at is not None:
             return

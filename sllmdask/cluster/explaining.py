@@ -37,6 +37,7 @@ def explain_request(log: DecisionLog, record: RequestRecord, now: float) -> dict
         "node": record.path[-1] if record.path else None,
         "instance": record.instance,
         "path": list(record.path),
+        "moves": list(record.moves),
         "priority": record.priority,
         "front_door": record.front_door or None,
         "arrived": record.arrived_at,

@@ -103,7 +103,7 @@ class _Active:
         """What the scheduler, which sees no token, is told of its end."""
         journal = self.journal
         told = {"state": journal.state, "n_tokens": len(journal.output_ids), "path": journal.path, "error": self.error}
-        return told | {"first_token_s": self.first_token_s}
+        return told | {"first_token_s": self.first_token_s, "moves": [dict(move) for move in journal.moves]}
 
 
 class WorkerLink:

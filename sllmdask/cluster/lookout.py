@@ -44,9 +44,9 @@ class Lookout(ABC):
         """Why a request or a model is served as it is; raises :class:`RecordNotFound`."""
         told = await self._ask("sllm_explain", name=name)
         if told["kind"] == "request" and told["ended"] is None:
-            # The scheduler hears of tokens only in the end.
-            mine = next((row for row in self.requests() if row["id"] == told["id"]), None)
-            told["n_tokens"] = told["n_tokens"] if mine is None else mine["n_tokens"]
+            # The scheduler hears of tokens, and of moves, only in the end.
+            mine = next((row for row in self.requests() if row["id"] == told["id"]), told)
+            told |= {name: mine[name] for name in ("n_tokens", "node", "path", "moves")}
         return told
 
     async def events(self, since: int, model: str | None, last: int | None, wait_s: float) -> dict[str, Any]:

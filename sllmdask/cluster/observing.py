@@ -240,5 +240,6 @@ def _row(record: RequestRecord, now: float) -> dict[str, Any]:
         "n_prompt_tokens": record.n_prompt_tokens,
         "n_tokens": record.n_tokens or 0,
         "path": list(record.path),
+        "moves": list(record.moves),
         "seconds": (now if record.ended_at is None else record.ended_at) - record.arrived_at,
     }

@@ -122,6 +122,8 @@ class RequestRecord:
     instance: str | None = None
     #: Nodes that it ran on, in order.
     path: list[str] = field(default_factory=list)
+    #: What became of each of its moves, as in :class:`~sllmdask.cluster.journal.Journal`.
+    moves: list[dict[str, Any]] = field(default_factory=list)
     queue_s: float | None = None
     #: ``hit``, or the tier that its model was loaded from while it waited.
     cold_start: str | None = None

@@ -60,7 +60,8 @@ def cold_start() -> DecisionLog:
     log.saw(asked("door:1", "a", 10.0), [made, Load("a/1", "a", "tcp://one", 2.0), WakeAt(20.0)])
     log.saw(ev.LoadFinished(13.0, "a/1", Tier.DISK), [Dispatch("door:1", "door", "a/1", "tcp://one", "0", 3.0, Tier.DISK)])
     log.read("a/1", {"construct_s": 0.5, "ready_s": 2.5, "read_s": 2.9})
-    log.told("door:1", {"state": "finished", "n_tokens": 20, "first_token_s": 3.2, "error": None})
+    moves = [{"source": "0", "destination": "1", "outcome": "stayed"}]
+    log.told("door:1", {"state": "finished", "n_tokens": 20, "first_token_s": 3.2, "error": None, "moves": moves})
     log.saw(ev.RequestEnded(14.0, "door:1"), [])
     return log
 
@@ -80,6 +81,7 @@ def test_a_cold_request_is_explained_by_its_options_and_by_what_really_happened(
     assert (told["state"], told["node"], told["path"], told["seconds"]) == ("finished", "0", ["0"], 4.0)
     assert (told["queue_s"], told["cold_start"], told["first_token_s"]) == (3.0, "disk", 3.2)
     assert (told["n_prompt_tokens"], told["n_tokens"]) == (7, 20)
+    assert told["moves"] == [{"source": "0", "destination": "1", "outcome": "stayed"}]
     (made,) = told["choices"]
     assert (made["after_s"], made["n_more"], made["request"]) == (0.0, 3, "mine")
     taken, lost = made["options"]
@@ -422,6 +424,7 @@ async def test_front_doors_are_asked_for_their_requests_and_of_silent_ones_is_to
         "n_prompt_tokens": 3,
         "n_tokens": 0,
         "path": ["0"],
+        "moves": [],
         "seconds": 0.0,
     }
     assert mine.heard == []
