@@ -9,9 +9,10 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choosers import Chooser
 from sllmdask.policy.decisions import Chose, Decision
 from sllmdask.policy.fleet import Fleet
-from sllmdask.policy.options import WayFinder, choice
+from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import unfit
 from sllmdask.policy.queue import RequestQueue
+from sllmdask.policy.records import choice
 from sllmdask.policy.scaling import desired_instances, fewest_first, leaves_at
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
@@ -158,7 +159,8 @@ class Autoscaler:
         tried_again_at = self._back_off.ends_at(model.name, at)
         if model.name in self._short:
             moments += [tried_again_at] if tried_again_at is not None else []
-            moments += [at + self._min_residency_s] if model.min_instances else []  # those that are idle may be evicted by then
+            if model.min_instances:  # all that are ready by now may be evicted by then
+                moments.append(self._fleet.last_ready_at + self._min_residency_s)
         earliest = min((moment for moment in moments if at < moment < float("inf")), default=None)
         if earliest is None:
             self._timers.cancel("scale", model.name)

@@ -14,11 +14,9 @@ from math import inf
 
 from sllmdask.errors import (
     ConfigError,
-    InsufficientMemory,
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
-    NoWorker,
     QueueFull,
     QueueTimeout,
     SllmError,
@@ -28,19 +26,21 @@ from sllmdask.policy.autoscaler import Autoscaler
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import CHOOSERS
+from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
 from sllmdask.policy.dispatch import least_requests, takes_requests
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
-from sllmdask.policy.options import N_BEST, WayFinder, Ways, choice
-from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, Demand, RequestQueue, Turn, demand_of
+from sllmdask.policy.options import WayFinder
+from sllmdask.policy.placement import unfit, why_unplaceable
+from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
+from sllmdask.policy.records import N_BEST, REASONS, Records, Ways, choice
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
-_MAX_LOOKS = 4
+_MAX_LOOKS = 2
 #: Seconds before a request that waits for a predicted end looks again, at the least.
 _LOOK_AGAIN_S = 0.25
 
@@ -77,7 +77,8 @@ class Controller:
         self.settings = settings
         self.state = ClusterState()
         self.queue = RequestQueue()
-        self.claims = Claims(self.queue)
+        self.claims = Claims(self.queue, self.state)
+        self.awaited = Awaited(self.queue)
         self.back_off = BackOff()
         #: How long requests run, by model.
         self.service: dict[str, ServiceTime] = {}
@@ -86,6 +87,7 @@ class Controller:
             self.state,
             self.queue,
             self.claims,
+            self.awaited,
             self.back_off,
             self.service,
             max_requests=settings.max_requests,
@@ -99,8 +101,7 @@ class Controller:
         self.autoscaler = Autoscaler(
             self.state, self.queue, self.back_off, self.finder, self.fleet, self.timers, self._choose, settings.min_residency_s
         )
-        #: What the last record of a waiting request said that it waits for.
-        self._expects: dict[str, str] = {}
+        self.records = Records(self.queue)
         #: When what is waited for is predicted to be had: what comes sooner is of interest.
         self._until: dict[Demand, float] = {}
         #: Those of it that an instance is on its way for.
@@ -159,7 +160,7 @@ class Controller:
         """Why no worker that is connected now could ever run `model`, or ``None``: some could, or none is connected."""
         if not self.workers or any(unfit(model, worker) is None for worker in self.workers.values()):
             return None
-        return self._unplaceable(model)
+        return why_unplaceable(model, self.workers.values())
 
     def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
         """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
@@ -292,13 +293,14 @@ class Controller:
     def _forget(self, request: RequestView) -> None:
         """It waits no more: what was kept for it is given up."""
         self.timers.cancel("deadline", request.id)
-        self._expects.pop(request.id, None)
+        self.records.forget(request.id)
         self._open(request.id)
         demand = demand_of(request)
         if self.queue.head(demand) is None:
             self.timers.cancel("look", *demand)
             self._until.pop(demand, None)
             self._coming.pop(demand, None)
+            self.awaited.set(demand, ())
             self._dirty.pop(demand, None)
             self._unplaceable_since.pop(demand, None)
 
@@ -438,12 +440,11 @@ class Controller:
         return decisions
 
     def _dispatch_to(self, request: RequestView, instance: InstanceView, at: float) -> list[Decision]:
-        decisions: list[Decision] = []
-        if self._expects.get(request.id) != instance.id:
+        told: list[Decision] = []
+        if not self.records.says(request.id, instance.id):
             ways = self.finder.live(request, at)
             chosen = next(option for option in ways.options if option.instance == instance.id)
-            record = choice(request.id, request.model, chosen, ways, "a ready instance has room", at)
-            decisions.append(Chose(record))
+            told.append(Chose(choice(request.id, request.model, chosen, ways, REASONS[Way.LIVE], at)))
         self.queue.dispatch(request, instance.id, at)
         self.timers.cancel("settled", instance.id)
         self._forget(request)
@@ -457,7 +458,7 @@ class Controller:
             queue_s=at - request.arrived_at,
             loaded_from=_waited_for(instance, request),
         )
-        return [*decisions, dispatch]
+        return [*told, dispatch]
 
     def _report_loaded(self, wish: RequestView, at: float) -> list[Decision]:
         """The answer to a wish, when an instance is ready where it has to be."""
@@ -573,11 +574,14 @@ class Controller:
         self._unplaceable_since.pop(demand, None)
         chosen = self._choose(ways.open)
         self._coming.pop(demand, None)
+        waits_for = chosen.leaving if chosen is not None and chosen.way is Way.WAIT else ()
+        self.awaited.set(demand, tuple(instance for instance, _ in waits_for))
         if chosen is None or chosen.way is Way.WAIT:
-            decisions = self._tell(demand, chosen, ways, chosen.instance if chosen else "", at)
+            decisions = self.records.tell(demand, chosen, ways, chosen.instance if chosen else "", at)
             may_claim = not staying and not at_most
             if may_claim and self._is_impatient(request, at):
-                self._claim(request, model, ways)
+                waits = [option.worker for option in ways.options if option.way is Way.WAIT]
+                self.claims.claim(request, model, waits)
             # Those at their most instances have nothing to gain from other workers.
             self._until[demand] = at if at_most else at + chosen.ready_in_s + _LOOK_AGAIN_S if chosen else inf
             self._look_again(demand, request, ways, chosen, may_claim=may_claim, at=at)
@@ -594,7 +598,7 @@ class Controller:
             newest = min(lower, key=lambda each: (each.priority, -(each.dispatched_at or 0.0), each.id))
             begun = self.fleet.preempt(instance, [newest], f"a request of class {request.priority} waits")
             self.timers.set(at + _LOOK_AGAIN_S, "look", *demand)
-            return [*self._tell(demand, chosen, ways, instance.id, at), *begun]
+            return [*self.records.tell(demand, chosen, ways, instance.id, at), *begun]
         for other in self.claims.claimants():
             if demand_of(other) == demand:
                 self._open(other.id)
@@ -602,28 +606,11 @@ class Controller:
         if chosen.way is Way.LIVE:
             self.state.touch_model(request.model)
         if chosen.way in (Way.LIVE, Way.COMING):
-            return self._tell(demand, chosen, ways, chosen.instance, at)
+            return self.records.tell(demand, chosen, ways, chosen.instance, at)
         begun_instance, begun = self.fleet.begin(self.models[request.model], chosen, ways, at)
         if self.finder.n_without_place(request) > 0:
             self._dirty[demand] = None
-        return [*self._tell(demand, chosen, ways, begun_instance.id, at), *begun]
-
-    def _tell(self, demand: Demand, chosen: Option | None, ways: Ways, expected: str, at: float) -> list[Decision]:
-        """Records for those who wait for the same and have none that says so; what it says while they only wait may change, and
-        is told of the first one alone."""
-        only_waits = chosen is None or chosen.way is Way.WAIT
-        reason = (
-            _REASONS[chosen.way] if chosen else "there is no way now: every slot is kept, or taken for longer than can be told"
-        )
-        decisions: list[Decision] = []
-        record = None
-        for i, member in enumerate(self.queue.members(demand)):
-            known = self._expects.get(member.id)
-            if known is None or (known != expected and (i == 0 or not only_waits)):
-                record = record or choice(member.id, member.model, chosen, ways, reason, at)
-                decisions.append(Chose(replace(record, request=member.id)))
-            self._expects[member.id] = expected
-        return decisions
+        return [*self.records.tell(demand, chosen, ways, begun_instance.id, at), *begun]
 
     def _is_impatient(self, request: RequestView, at: float) -> bool:
         return at >= request.arrived_at + self.settings.patience_s and not self.claims.has(request.id)
@@ -651,49 +638,13 @@ class Controller:
         else:
             self.timers.set(earliest, "look", *demand)
 
-    def _claim(self, request: RequestView, model: ModelView, ways: Ways) -> None:
-        """Close the instances that would free a slot soonest, so that they can become idle and leave."""
-        waits = [option.worker for option in ways.options if option.way is Way.WAIT]
-        for addresses in (waits, [worker.address for worker in self.state.fit(model)]):
-            closable = {address: self._closable(address, model) for address in addresses}
-            ranks = [(sum(each.n_requests for each in found), address) for address, found in closable.items() if found]
-            if ranks:
-                self.claims.close(closable[min(ranks)[1]], request.id)
-                return
-
-    def _closable(self, address: str, model: ModelView) -> list[InstanceView]:
-        """What would have to be closed so that a worker has room for `model` in the end; nothing, if it would not have."""
-        worker, instances = self.workers[address], self.state.on_worker(address)
-        if self.claims.on_worker(address) is not None:
-            return []
-        found = [
-            instance
-            for instance in instances
-            if instance.state is InstanceState.READY and instance.model != model.name and not self.state.is_kept(instance)
-        ]
-        closed = {instance.id for instance in found}
-        staying = [each for each in (*instances, *self.state.neighbours(address)) if each.id not in closed]
-        n_slots = self.state.free_slots(address) + sum(instance.n_slots for instance in found)
-        lacks = missing_nbytes(model.nbytes, model.checkpoint_key, worker, staying)
-        return found if n_slots >= model.n_slots and lacks <= 0 else []
-
     # --- refusing ---
-
-    def _unplaceable(self, model: ModelView) -> SllmError:
-        small = self.state.named(model.nodes) if model.nodes else list(self.workers.values())
-        if not small:
-            who = f"its nodes {', '.join(model.nodes)} are not connected" if model.nodes else "no worker is connected"
-            return NoWorker(model.name, f"{who}. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin")
-        slots = max(worker.slots for worker in small)
-        if model.n_slots > slots:
-            return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")
-        return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
     def _refuse_unplaceable(self, demand: Demand, model: ModelView, at: float) -> list[Decision]:
         """The worker that could run it may be restarting, so that is waited out."""
         since = self._unplaceable_since.setdefault(demand, at)
         self._until[demand] = inf
-        error = self._unplaceable(model)
+        error = why_unplaceable(model, self.workers.values())
         some = [*self.workers.values()][:N_BEST]
         why = {worker.address: unfit(model, worker) or "" for worker in some}
         until = {each.id: max(since, each.arrived_at) + self.settings.worker_wait_s for each in self.queue.members(demand)}
@@ -703,17 +654,6 @@ class Controller:
     def _refuse_all(self, demand: Demand, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
         """Refuse all that wait for the same."""
         return [self._refuse(request, error, why) for request in self.queue.members(demand)]
-
-
-_REASONS = {
-    Way.LIVE: "a ready instance has room",
-    Way.COMING: "an instance that is being loaded is ready the soonest",
-    Way.FREE: "loading where slots are free is the soonest",
-    Way.EVICT: "loading in the place of what is idle is the soonest",
-    Way.WAIT: "to wait for a predicted end is the soonest",
-    Way.MIGRATE: "loading where running instances make room is the soonest",
-    Way.PREEMPT: "to send requests of a lower class back to the queue is the soonest",
-}
 
 
 def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:

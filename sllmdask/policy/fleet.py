@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
+from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
-from sllmdask.policy.options import WayFinder, Ways
+from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import missing_nbytes
-from sllmdask.policy.queue import Claims, RequestQueue
+from sllmdask.policy.queue import RequestQueue
+from sllmdask.policy.records import Ways
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier
@@ -29,6 +31,8 @@ class Fleet:
         self._state, self._queue, self._claims = state, queue, claims
         self._back_off, self._ways, self._timers = back_off, ways, timers
         self._n_instances = 0
+        #: When the newest instance became ready.
+        self.last_ready_at = 0.0
         #: Who has to leave by a move or a preemption for an instance that is planned.
         self._victims: dict[str, tuple[str, ...]] = {}
         #: What is being moved, by its successor.
@@ -116,6 +120,7 @@ class Fleet:
             moved_from="",
         )
         self._state.put_instance(ready)
+        self.last_ready_at = at
         self.may_settle(ready, at)
 
     def may_settle(self, instance: InstanceView, at: float) -> None:

@@ -88,6 +88,8 @@ _SERVICE_WEIGHT = 0.1
 #: Of its time until now: what a request that is past its time is expected to need still. Of answers whose lengths have a heavy
 #: tail those that are long already have the most to come.
 _OVERDUE = 0.1
+#: Requests whose seconds are remembered one by one.
+_N_LAST = 16
 #: Nothing is predicted to end sooner: a step has to be made, and be told.
 LEAST_REMAINING_S = 0.01
 
@@ -100,6 +102,8 @@ class ServiceTime:
     mean_s: float = PRIOR_SERVICE_S
     #: Tokens of an answer; 0: not known.
     mean_tokens: float = 0.0
+    #: Seconds of the last requests.
+    last_s: tuple[float, ...] = ()
 
     def after(self, seconds: float, n_tokens: int = 0) -> Self:
         """A request that made `n_tokens` (0: not known) has ended, `seconds` after its dispatch."""
@@ -109,7 +113,9 @@ class ServiceTime:
         mean_tokens = self.mean_tokens
         if n_tokens > 0:
             mean_tokens += (weight if mean_tokens else 1.0) * (n_tokens - mean_tokens)
-        return replace(self, n=self.n + 1, mean_s=self.mean_s + weight * (seconds - self.mean_s), mean_tokens=mean_tokens)
+        mean_s = self.mean_s + weight * (seconds - self.mean_s)
+        last_s = (*self.last_s, seconds)[-_N_LAST:]
+        return replace(self, n=self.n + 1, mean_s=mean_s, mean_tokens=mean_tokens, last_s=last_s)
 
     def remaining_s(self, running_s: float, n_tokens: int = 0, max_tokens: int | None = None) -> float:
         """Seconds until a request ends that has run for `running_s` and made `n_tokens` of at most `max_tokens`.
@@ -122,7 +128,9 @@ class ServiceTime:
             if max_tokens is not None:
                 tokens = min(tokens, max_tokens - n_tokens)
             return max(tokens * running_s / n_tokens, LEAST_REMAINING_S)
-        return max(self.mean_s - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
+        # The mean residual life of those that ran for longer: of lengths with a heavy tail it does not fall with time.
+        longer = [seconds for seconds in self.last_s if seconds > running_s] or [self.mean_s]
+        return max(sum(longer) / len(longer) - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
 
 
 #: Weight of the last load in the moving average of errors.

@@ -7,26 +7,27 @@ fastest: what it takes does not grow with the cluster.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
-from math import inf
+from math import ceil, inf
 
 from sllmdask.policy.backoff import BackOff
-from sllmdask.policy.choice import Choice, Option, Way
+from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import rank
+from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.dispatch import takes_requests
 from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, move_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
 from sllmdask.policy.placement import missing_nbytes, unfit
-from sllmdask.policy.queue import Claims, RequestQueue, demand_of
+from sllmdask.policy.queue import RequestQueue, demand_of
+from sllmdask.policy.records import N_BEST, Ways
 from sllmdask.policy.state import ClusterState, Cohort, node_of
 from sllmdask.policy.victims import Candidate, Leave, VictimPlan, cheapest_victims
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
-from sllmdask.units import format_seconds
 
-#: Options that a record has, and workers without the checkpoint that are offered: more are no better.
-N_BEST, N_OFFERED = 16, 8
+#: Workers without the checkpoint that are offered: more are no better.
+N_OFFERED = 8
 #: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
 #: where they cannot move yet, for the record.
 N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
@@ -47,43 +48,6 @@ _WAITED = "the request has waited for as long as it takes to load"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
 
 
-@dataclass
-class Ways:
-    """What there is for a request, the best first, and why some workers are none of it, by address."""
-
-    options: list[Option] = field(default_factory=list)
-    unfit: dict[str, str] = field(default_factory=dict)
-    #: Whether a worker was seen that can run the model, and of these one that may be asked to load it now.
-    any_fit: bool = False
-    any_allowed: bool = False
-
-    @property
-    def open(self) -> list[Option]:
-        """Those that can be taken."""
-        return [option for option in self.options if not option.lost]
-
-    def soonest(self, *ways: Way) -> Option | None:
-        return next((option for option in self.options if option.way in ways and not option.lost), None)
-
-
-def choice(request: str, model: str, chosen: Option | None, ways: Ways, reason: str, at: float) -> Choice:
-    """The record of a decision: the best options, each with why it lost."""
-    best = list(islice((option for option in ways.options if option is not chosen), N_BEST - (chosen is not None)))
-    told = [option if option.lost else replace(option, lost=_why_lost(option, chosen)) for option in best]
-    if chosen is not None:
-        told = sorted([chosen, *told], key=lambda option: option.ready_in_s)
-    return Choice(at, request, model, chosen, reason, tuple(told), len(ways.options) - len(told), dict(ways.unfit))
-
-
-def _why_lost(option: Option, chosen: Option | None) -> str:
-    if chosen is None:
-        return "not taken"
-    more_s = option.ready_in_s - chosen.ready_in_s
-    if more_s > 0:
-        return f"{format_seconds(more_s)} slower"
-    return "passed over" if more_s < 0 else "no faster"
-
-
 class WayFinder:
     """Finds the ways; decides nothing, and changes nothing."""
 
@@ -92,6 +56,7 @@ class WayFinder:
         state: ClusterState,
         queue: RequestQueue,
         claims: Claims,
+        awaited: Awaited,
         back_off: BackOff,
         service: Mapping[str, ServiceTime],
         *,
@@ -101,7 +66,8 @@ class WayFinder:
         can_preempt: bool,
         preempts_older: bool = False,
     ) -> None:
-        self.state, self.queue, self.claims, self.back_off, self._service = state, queue, claims, back_off, service
+        self.state, self.queue, self.claims, self.awaited = state, queue, claims, awaited
+        self.back_off, self._service = back_off, service
         self.max_requests, self.min_residency_s = max_requests, min_residency_s
         #: Why nobody can be moved, or preempted; empty: they can.
         self.migration_lost = "" if can_migrate else NO_MIGRATION
@@ -135,8 +101,16 @@ class WayFinder:
         """Seconds for which an instance may not be taken away yet."""
         return max(0.0, (instance.ready_at or 0.0) + self.min_residency_s - at) if self.min_residency_s else 0.0
 
+    def frees_in(self, instance: InstanceView, request: RequestView | None, at: float) -> float:
+        """Seconds until the slots of an instance of another model are predicted to be those of `request`; ``inf`` if others keep
+        it. Who waits for them before has them for as long as its requests run."""
+        before = self.awaited.before(instance.id, request) if request is not None else []
+        turns_s = sum(self._service.get(model, _UNKNOWN).mean_s for model in before)
+        return self.ends_in(instance, at) + turns_s
+
     def ends_in(self, instance: InstanceView, at: float) -> float:
-        """Seconds until an instance of another model is predicted to be gone, or idle; ``inf`` if others keep it."""
+        """Seconds until an instance is predicted to be gone, or idle: those who wait for it are served before; ``inf`` if others
+        keep it."""
         if instance.state is InstanceState.UNLOADING:
             return 0.0
         if self.state.is_kept(instance):
@@ -148,7 +122,12 @@ class WayFinder:
         # What is predicted of a request falls with its time until it is overdue and rises then: the last one to end is the first
         # or the newest.
         running = self.queue.first_and_newest(instance.id)
-        return max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        ends_in_s = max(*(self.remaining_s(each, at) for each in running), self.settles_in(instance, at), 0.0)
+        if instance.draining or not self.queue.waits(instance.model):
+            return ends_in_s
+        n_instances = max(1, len(self.state.living(instance.model)))
+        n_turns = ceil(self.queue.n_waiting_of(instance.model) / (self.max_requests * n_instances))
+        return ends_in_s + n_turns * self._service.get(instance.model, _UNKNOWN).mean_s
 
     def move_seconds(self, instance: InstanceView) -> list[float]:
         """Seconds to move each request of an instance: its KV is computed again."""
@@ -458,7 +437,10 @@ class _Search:
     def _wait(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Those leave whose end is predicted first, until there are slots, and then until there is memory."""
         here, beside = self._state.on_worker(worker.address), self._state.neighbours(worker.address)
-        ends_in_s = {each.id: inf if each.id in self._own else self._finder.ends_in(each, self._at) for each in (*here, *beside)}
+        ends_in_s = {
+            each.id: inf if each.id in self._own else self._finder.frees_in(each, self._request, self._at)
+            for each in (*here, *beside)
+        }
         staying = sorted(here, key=lambda each: (ends_in_s[each.id], each.id))
         leaving: list[InstanceView] = []
         free = self._state.free_slots(worker.address)
@@ -472,7 +454,8 @@ class _Search:
         if wait_s == inf or free < self._model.n_slots or self._lacks_memory(worker, leaving) > 0:
             return None
         parts = self._after(wait_s, "wait", parts)
-        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, parts=parts)
+        gone = tuple((each.id, "") for each in leaving)
+        return Option(Way.WAIT, worker.address, worker.name, sum(parts.values()), tier, instance=last, leaving=gone, parts=parts)
 
     def _migrate(self, worker: WorkerView, tier: Tier | None, parts: Mapping[str, float]) -> Option | None:
         """Running instances go to where there is room, the cheapest ones."""

@@ -1,9 +1,10 @@
-"""Which worker may load this model, and which of those that leave make room for it."""
+"""Which workers can run this model, and what they lack for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from sllmdask.errors import InsufficientMemory, NoWorker, SllmError
 from sllmdask.policy.eviction import pinned_bytes
 from sllmdask.policy.views import InstanceView, ModelView, WorkerView
 from sllmdask.units import format_bytes
@@ -18,6 +19,18 @@ def unfit(model: ModelView, worker: WorkerView) -> str | None:
     if model.nbytes > worker.host_capacity:
         return f"needs {format_bytes(model.nbytes)} of memory, has {format_bytes(worker.host_capacity)}"
     return None
+
+
+def why_unplaceable(model: ModelView, workers: Iterable[WorkerView]) -> SllmError:
+    """The error of a model that none of `workers` can ever run."""
+    small = [worker for worker in workers if not model.nodes or worker.name in model.nodes]
+    if not small:
+        who = f"its nodes {', '.join(model.nodes)} are not connected" if model.nodes else "no worker is connected"
+        return NoWorker(model.name, f"{who}. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin")
+    slots = max(worker.slots for worker in small)
+    if model.n_slots > slots:
+        return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")
+    return InsufficientMemory(model.name, model.nbytes, max(worker.host_capacity for worker in small))
 
 
 def missing_nbytes(nbytes: int, checkpoint: str, worker: WorkerView, instances: Sequence[InstanceView]) -> int:

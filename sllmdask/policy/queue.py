@@ -1,4 +1,4 @@
-"""Requests: those that wait, by class and then in order of arrival; those that run; and what was closed for whom."""
+"""Requests: those that wait, by class and then in order of arrival, and those that run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import replace
 
-from sllmdask.policy.views import InstanceView, RequestView
+from sllmdask.policy.views import RequestView
 
 #: Sort key of the queue: higher classes first, then first come first served.
 Turn = tuple[int, float, str]
@@ -169,6 +169,10 @@ class RequestQueue:
         turns = [turn for demand in demands for turn in self._turns[demand]]
         return [request_id for *_, request_id in (sorted(turns) if len(demands) > 1 else turns)]
 
+    def n_waiting_of(self, model: str) -> int:
+        """How many wait for a model, wherever it has to be."""
+        return sum(len(self._turns[demand]) for demand in self._demands_of.get(model, ()))
+
     def waits(self, model: str) -> bool:
         return model in self._demands_of
 
@@ -182,61 +186,3 @@ class RequestQueue:
 
     def of_door(self, front_door: str) -> list[str]:
         return list(self._of_door.get(front_door, ()))
-
-
-class Claims:
-    """Instances that were closed to newcomers for somebody who has waited for long. Those of one worker are for one claimant."""
-
-    def __init__(self, queue: RequestQueue) -> None:
-        self._queue = queue
-        self._by_instance: dict[str, str] = {}
-        self._of_request: dict[str, list[InstanceView]] = {}
-        self._on_worker: dict[str, str] = {}
-
-    def close(self, instances: list[InstanceView], request_id: str) -> None:
-        """`instances` of one worker take only those whose turn is before that of the claimant."""
-        self._of_request[request_id] = list(instances)
-        for instance in instances:
-            self._by_instance[instance.id] = request_id
-            self._on_worker[instance.worker] = request_id
-
-    def release(self, request_id: str) -> list[InstanceView]:
-        """What was closed for a request is open again; returns it."""
-        instances = self._of_request.pop(request_id, [])
-        for instance in instances:
-            self._by_instance.pop(instance.id, None)
-            if self._on_worker.get(instance.worker) == request_id:
-                del self._on_worker[instance.worker]
-        return instances
-
-    def drop(self, instance_id: str) -> None:
-        """The instance is gone, or leaves."""
-        request_id = self._by_instance.pop(instance_id, None)
-        if request_id is None:
-            return
-        rest = [each for each in self._of_request[request_id] if each.id != instance_id]
-        if rest:
-            self._of_request[request_id] = rest
-        else:
-            self.release(request_id)
-
-    def has(self, request_id: str) -> bool:
-        return request_id in self._of_request
-
-    def claimants(self) -> list[RequestView]:
-        """Those for whom something is closed."""
-        return [self._queue.waiting[each] for each in self._of_request if each in self._queue.waiting]
-
-    def closed(self, instance_id: str, request: RequestView) -> bool:
-        """Whether the instance is kept from `request` for one of another model whose turn is earlier."""
-        other = self._queue.waiting.get(self._by_instance.get(instance_id, ""))
-        return other is not None and other.model != request.model and turn_of(other) < turn_of(request)
-
-    def on_worker(self, address: str) -> RequestView | None:
-        """For whom a worker is being emptied."""
-        return self._queue.waiting.get(self._on_worker.get(address, ""))
-
-    def held(self, address: str, request: RequestView | None) -> RequestView | None:
-        """Somebody whose turn is earlier than that of `request`, or of nobody, and for whom the worker is being emptied."""
-        other = self.on_worker(address)
-        return other if other is not None and (request is None or turn_of(other) < turn_of(request)) else None

@@ -11,7 +11,8 @@ from sllmdask.policy import events as ev
 from sllmdask.policy.choice import Way
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Chose, Dispatch, Load, Migrate, Preempt, Unload
-from sllmdask.policy.options import N_BEST, NO_MIGRATION, NO_PREEMPTION
+from sllmdask.policy.options import NO_MIGRATION, NO_PREEMPTION
+from sllmdask.policy.records import N_BEST
 from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
 from tests.policy.test_controller import NODE, A, B, GiB, acts, ask, controller_with, wish
 
