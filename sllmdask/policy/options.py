@@ -30,7 +30,7 @@ from sllmdask.policy.views import InstanceState, InstanceView, ModelView, Reques
 N_OFFERED = 8
 #: Full workers whose instances are looked at, and of these those from which instances could move: the fastest ones; one of them
 #: where they cannot move yet, for the record.
-N_BUSY, N_MOVING, N_NOT_MOVING = 8, 4, 1
+N_BUSY, N_MOVING, N_NOT_MOVING = 8, 2, 1
 #: Destinations that are looked at for an instance that could move.
 N_DESTINATIONS = 4
 #: Workers, and idle instances, of one cohort that are looked at until enough are found.
@@ -217,9 +217,10 @@ class WayFinder:
         if model is None:
             return []
         search = _Search(self, model, None, at, without=instance.worker)
-        search.run(N_DESTINATIONS, may_evict=False)
+        n = 1 if self.migration_lost else N_DESTINATIONS
+        search.run(n, may_evict=False)
         found = sorted((option for _, option in search.found), key=lambda option: (option.ready_in_s, option.node))
-        return [(self.state.workers[option.worker], option.ready_in_s) for option in found[:N_DESTINATIONS]]
+        return [(self.state.workers[option.worker], option.ready_in_s) for option in found[:n]]
 
     def _own(self, request: RequestView) -> list[InstanceView]:
         return [
@@ -318,7 +319,7 @@ class _Search:
                     n_left -= self._consider(worker, may_evict) is not None
                 if n_left <= 0:
                     break
-        if not self.found:
+        if not self.found and may_evict:
             for _, address in islice(cohort.workers, _MAX_WORKERS):
                 if len(self._full) >= N_BUSY:
                     break
