@@ -113,6 +113,7 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.LoadFailed,
         errors.SchedulerUnreachable,
         errors.WorkerLost,
+        errors.MoveFailed,
         errors.InstanceGone,
         errors.Cancelled,
         errors.EngineError,

@@ -147,9 +147,8 @@ class Link:
 class Leaving:
     """One move, from its first message to its end: :meth:`run`, in a thread.
 
-    `prepare` sees to it that the engine can give requests away, or raises :class:`StateRefused`; `bulk` is held while KV is read.
-
-    `tell` sends a message to the request's front door, from any thread.
+    `token` is what workers know at the time. `prepare` sees to it that the engine can give requests away, or raises
+    :class:`StateRefused`; `bulk` is held while KV is read. `tell` sends a message to the request's front door, from any thread.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class Leaving:
         ticket: Ticket,
         engine: EngineThread,
         *,
-        token: bytes,
+        token: Callable[[], bytes],
         tls: ssl.SSLContext | None,
         link: Link,
         pace: Pace,
@@ -470,7 +469,7 @@ class Leaving:
         to = self.order.destination
         try:
             if self._wire is None:
-                self._wire = dial(to.address, self._token, self._tls, connect_s=CONNECT_S, idle_s=ANSWER_S)
+                self._wire = dial(to.address, self._token(), self._tls, connect_s=CONNECT_S, idle_s=ANSWER_S)
             self._wire.limit(answer_s)
             move_wire.send(self._wire, message, payload)
             reply, _ = move_wire.receive(self._wire)

@@ -94,17 +94,15 @@ class Moves:
     ) -> None:
         """Give requests to workers that know `token`, and take theirs; again, with another token, in its place.
 
-        `address` is what Dask calls this worker, `host` where it listens.
+        `address` is what Dask calls this worker, `host` where it listens. The port stays the same for as long as the process
+        lives: that nobody listens there means that it has ended.
         """
-        known = checked_token(token)
-        if self._server is not None and known == self._token:
-            return
-        old, self._token, self._tls, self.address = self._server, known, connect_tls, address
-        if self._arriving is None:
+        self._token, self._tls, self.address = checked_token(token), connect_tls, address
+        if self._server is None:
             self._arriving = Arriving(self, self.incarnation, asyncio.get_running_loop())
-        self._server = MoveServer(host, token, self._arriving.answer, tls=listen_tls)
-        if old is not None:
-            await asyncio.to_thread(old.close)
+            self._server = MoveServer(host, token, self._arriving.answer, tls=listen_tls)
+        else:
+            self._server.renew(token)
 
     async def close(self) -> None:
         """The engines are about to end."""
@@ -148,7 +146,7 @@ class Moves:
                 order,
                 ticket,
                 engine,
-                token=self._token,
+                token=lambda: self._token,
                 tls=self._tls,
                 link=link,
                 pace=self._pace,

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.arriving import Arrived
 from sllmdask.actors.leaving import Leaving, MoveRecord, Ticket
-from sllmdask.actors.streams import Message
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import AdapterUnsupported, InstanceGone, SllmError, StateRefused
 from sllmdask.loader.records import HostLease
 
-
-class Doors(Protocol):
-    """The connections of the front doors."""
-
-    def send(self, front_door: str, message: Message) -> None: ...
-
-    def has_door(self, front_door: str) -> bool: ...
+#: Seconds that a move waits for weights that are still on their way.
+WHOLE_S = 10.0
 
 
 class Movable:
@@ -64,7 +59,13 @@ class Movable:
     # --- both ways, in any thread ---
 
     def moving_engine(self) -> EngineThread:
-        """The engine, which knows what its weights are. Raises :class:`StateRefused` if requests cannot come or go now."""
+        """The engine, which knows what its weights are; waits a little for the last of them.
+
+        Raises :class:`StateRefused` if requests cannot come or go now.
+        """
+        patience = time.monotonic() + WHOLE_S
+        while not self._whole and not self.closed and time.monotonic() < patience:
+            time.sleep(0.01)
         engine, lease = self._engine, self._lease
         if engine is None or lease is None or self.closed:
             raise StateRefused("", f"the instance {self.id!r} is not loaded")

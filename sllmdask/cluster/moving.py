@@ -11,6 +11,7 @@ import difflib
 import logging
 import time
 from collections.abc import Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from sllmdask.config import Deployment
@@ -46,7 +47,7 @@ class Head(Protocol):
         """A worker's answer, or an error as plain data."""
         ...
 
-    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
+    def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
         """An instance of `model` on `where` with all of its bytes, other than `replaces`, in whose stead it may be loaded."""
         ...
 
@@ -115,17 +116,15 @@ class Moving:
         return dict(zip(sources, records, strict=True))
 
     async def _move_one(self, key: str, source: InstanceView, to: WorkerView, kind: str | None) -> dict[str, Any]:
-        successor = await self._head.ready_there(source.model, to, "")
-        order = self._order(source, successor, to, kind, "an operator asked")
-        with _Noted(self._under_way, (source.worker, to.address)):
-            reply = await self._head.ask(
-                source.worker, "sllm_move", MOVE_LIMIT_S, instance=source.id, order={**order, "request": key}
-            )
-        if "error" in reply:
-            raise from_wire(reply)
-        if reply["outcome"] == "moved":
-            self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
-        return reply
+        async with self._head.ready_there(source.model, to, "") as successor:
+            order = {**self._order(source, successor, to, kind, "an operator asked"), "request": key}
+            with _Noted(self._under_way, (source.worker, to.address)):
+                reply = await self._head.ask(source.worker, "sllm_move", MOVE_LIMIT_S, instance=source.id, order=order)
+            if "error" in reply:
+                raise from_wire(reply)
+            if reply["outcome"] == "moved":
+                self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
+            return reply
 
     # --- an instance ---
 
@@ -160,14 +159,14 @@ class Moving:
             logger.warning("not moved instance=%s to=%s cause=%s", source.id, to.name, error)
 
     async def _move_instance(self, source: InstanceView, to: WorkerView, kind: str | None) -> dict[str, Any]:
-        successor = await self._head.ready_there(source.model, to, source.id)
-        # From here on its requests go to others, and it leaves when it has none.
-        self._head.on(ev.InstanceLeaves(time.monotonic(), source.id, "moved"))
-        order = self._order(source, successor, to, kind, "an operator asked")
-        moves, left = await self._evacuate(source.id, source.worker, to.address, order)
-        for key, record in moves.items():
-            if record["outcome"] == "moved":
-                self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
+        async with self._head.ready_there(source.model, to, source.id) as successor:
+            # From here on its requests go to others, and it leaves when it has none.
+            self._head.on(ev.InstanceLeaves(time.monotonic(), source.id, "moved"))
+            order = self._order(source, successor, to, kind, "an operator asked")
+            moves, left = await self._evacuate(source.id, source.worker, to.address, order)
+            for key, record in moves.items():
+                if record["outcome"] == "moved":
+                    self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
         if left:
             reasons = {record["reason"] for record in moves.values() if record["reason"]}
             reason = "; ".join(sorted(reasons)) or "they could not leave"

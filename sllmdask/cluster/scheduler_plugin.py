@@ -14,7 +14,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -698,8 +699,12 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def ask(self, worker: str, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         return await self._ask(worker, op, timeout_s, **arguments)
 
-    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> str:
-        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named."""
+    @asynccontextmanager
+    async def ready_there(self, model: str, where: WorkerView, replaces: str) -> AsyncIterator[str]:
+        """An instance of `model` on a node, loaded there if none is, in the stead of the instance `replaces` if one is named.
+
+        It does not leave as idle before the end of the block.
+        """
         view = self.controller.models.get(model)
         if view is None:
             raise ModelNotFound(model)
@@ -709,13 +714,26 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         if misfit is not None:
             raise misfit
         now = time.monotonic()
-        number = f"move-{next(self._wish_numbers)}"
-        wish = RequestView(number, model, "", now, now + FETCH_S, load_only=True, node=where.name, replaces=replaces)
+        wish = RequestView(
+            f"move-{next(self._wish_numbers)}",
+            model,
+            "",
+            now,
+            now + FETCH_S,
+            load_only=True,
+            node=where.name,
+            replaces=replaces,
+            holds=True,
+        )
         report = self._wishes[wish.id] = asyncio.get_running_loop().create_future()
-        self.on(ev.LoadRequested(now, wish))
-        loaded = await report
-        await self._until_read(loaded.instance)
-        return loaded.instance
+        try:
+            self.on(ev.LoadRequested(now, wish))
+            loaded = await report
+            await self._until_read(loaded.instance)
+            yield loaded.instance
+        finally:
+            self._wishes.pop(wish.id, None)
+            self.on(ev.RequestEnded(time.monotonic(), wish.id))
 
     async def until_gone(self, instance: str) -> None:
         """Until an instance that is to leave has left."""

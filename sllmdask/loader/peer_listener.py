@@ -56,6 +56,10 @@ class PeerListener:
         """Talk to a caller that has proved itself, in a thread of its own, until it is gone; ``OSError`` is no error here."""
         raise NotImplementedError
 
+    def renew(self, token: str | bytes) -> None:
+        """From now on, callers have to know `token`; whoever is connected already stays."""
+        self._token = checked_token(token)
+
     def close(self) -> None:
         """Cut everybody off; returns when all threads have ended."""
         with self._lock:

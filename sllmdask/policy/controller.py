@@ -320,7 +320,7 @@ class Controller:
         if request.instance is None:
             self._forget(request)
             return request
-        if served and request.dispatched_at is not None:
+        if served and not request.load_only and request.dispatched_at is not None:
             known = self.service.get(request.model, ServiceTime())
             self.service[request.model] = known.after(at - request.dispatched_at)
         instance = self.instances.get(request.instance)
@@ -445,10 +445,7 @@ class Controller:
             ways = self.finder.live(request, at)
             chosen = next(option for option in ways.options if option.instance == instance.id)
             told.append(Chose(choice(request.id, request.model, chosen, ways, REASONS[Way.LIVE], at)))
-        self.queue.dispatch(request, instance.id, at)
-        self.timers.cancel("settled", instance.id)
-        self._forget(request)
-        self.state.put_instance(replace(instance, n_requests=instance.n_requests + 1, idle_since=None))
+        self._start(request, instance, at)
         dispatch = Dispatch(
             request=request.id,
             front_door=request.front_door,
@@ -459,6 +456,13 @@ class Controller:
             loaded_from=_waited_for(instance, request),
         )
         return [*told, dispatch]
+
+    def _start(self, request: RequestView, instance: InstanceView, at: float) -> None:
+        """It waits no more, and counts where it is."""
+        self.queue.dispatch(request, instance.id, at)
+        self.timers.cancel("settled", instance.id)
+        self._forget(request)
+        self.state.put_instance(replace(instance, n_requests=instance.n_requests + 1, idle_since=None))
 
     def _report_loaded(self, wish: RequestView, at: float) -> list[Decision]:
         """The answer to a wish, when an instance is ready where it has to be."""
@@ -472,7 +476,10 @@ class Controller:
         if not ready:
             return []
         instance = min(ready, key=lambda instance: instance.id)
-        self._end(wish.id, at)
+        if wish.holds:
+            self._start(wish, instance, at)
+        else:
+            self._end(wish.id, at)
         return [
             ReportLoaded(
                 request=wish.id,

@@ -126,5 +126,7 @@ class RequestView:
     #: Tokens of its prompt, as far as they are known.
     n_tokens: int = 0
     dispatched_at: float | None = None
-    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``.
+    #: Of a wish: the instance that leaves when it is fulfilled, which counts no more for ``max_instances``; and whether the one
+    #: that fulfils it counts it as a request, until it ends, so that it does not leave as idle.
     replaces: str = ""
+    holds: bool = False

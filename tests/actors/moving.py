@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -197,8 +198,13 @@ def _slow_step(step: Callable[[], list[Any]]) -> list[Any]:
 
 
 @asynccontextmanager
-async def workers(model: TinyModel, n: int = 2, engines: dict[str, dict[str, Any]] | None = None) -> AsyncIterator[Workers]:
-    """`engines`: what differs in a worker's engine, by its name."""
+async def workers(
+    model: TinyModel,
+    n: int = 2,
+    engines: dict[str, dict[str, Any]] | None = None,
+    tls: tuple[ssl.SSLContext, ssl.SSLContext] | tuple[None, None] = (None, None),
+) -> AsyncIterator[Workers]:
+    """`engines`: what differs in a worker's engine, by its name; `tls`: who listens, who connects."""
     registries: dict[str, InstanceRegistry] = {}
     loop = asyncio.get_running_loop()
     for number in range(1, n + 1):
@@ -211,7 +217,7 @@ async def workers(model: TinyModel, n: int = 2, engines: dict[str, dict[str, Any
         instance._engine = EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
         lease: Any = Lease(str(model.directory), model.tensors)
         instance._lease, instance._whole = lease, True
-        await registry.moves.serve("127.0.0.1", name, TOKEN)
+        await registry.moves.serve("127.0.0.1", name, TOKEN, *tls)
     try:
         yield Workers(registries)
     finally:

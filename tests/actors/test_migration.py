@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
+import subprocess
 import threading
 from typing import Any
 
@@ -15,7 +17,7 @@ from sllmdask.actors.leaving import CHUNK_NBYTES
 from sllmdask.batching.params import Grammar
 from sllmdask.batching.precopy import Kind
 from sllmdask.errors import InstanceGone, StateRefused
-from sllmdask.loader.peer_wire import dial
+from sllmdask.loader.peer_wire import Refused, dial
 from tests.actors.moving import TOKEN, Workers, workers
 from tests.engine.adapters import make_adapter
 from tests.engine.models import TinyModel, drain, make_engine, make_model, prompts, request
@@ -438,10 +440,34 @@ async def test_who_does_not_know_the_token_moves_nothing(model: TinyModel):
     async with workers(model) as there:
         address = there.registries["2"].moves.server_address
         assert address is not None
-        from sllmdask.loader.peer_wire import Refused
-
+        other = "another token of 20 b"
         with pytest.raises(Refused):
-            await asyncio.to_thread(dial, address, b"another token of 20 b", None, connect_s=5, idle_s=5)
+            await asyncio.to_thread(dial, address, other.encode(), None, connect_s=5, idle_s=5)
+        for worker, registry in there.registries.items():
+            await registry.moves.serve("127.0.0.1", worker, other)
+        assert there.registries["2"].moves.server_address == address
+        there.door.submit("a", "1", [1, 2, 3], max_tokens=60)
+        await until_token(there, "a", 3)
+        assert (await there.move("a", "2")).outcome == "moved"
+
+
+async def test_a_request_moves_over_tls_where_the_cluster_has_it(model: TinyModel, tmp_path: Any):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    making = [*command, *subject, "-keyout", str(key), "-out", str(certificate)]
+    await asyncio.to_thread(subprocess.run, making, check=True, capture_output=True)
+    theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=str(certificate))
+    theirs.load_cert_chain(certificate, key)
+    async with workers(model, tls=(theirs, ours)) as there:
+        there.door.submit("a", "1", [1, 2, 3], max_tokens=60)
+        await until_token(there, "a", 3)
+        assert (await there.move("a", "2")).outcome == "moved"
+        assert (await there.door.answers())["a"] == alone(model, [1, 2, 3], 60)
+        address = there.registries["2"].moves.server_address
+        assert address is not None
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(dial, address, TOKEN.encode(), None, connect_s=0.2, idle_s=5)
 
 
 async def test_what_cannot_leave_is_told_why(model: TinyModel):

@@ -6,11 +6,25 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from sllmdask.batching.handover import BEGIN, FAILED, SOURCE, TARGET, TRIED, Asked, Do, Heard, Source, Target, as_markdown
+from sllmdask.batching.handover import (
+    BEGIN,
+    FAILED,
+    SOURCE,
+    TARGET,
+    TRIED,
+    Asked,
+    Do,
+    Heard,
+    Reply,
+    Source,
+    Target,
+    Turn,
+    as_markdown,
+)
 
 #: What each thing that the source does puts on the network.
 SENDS = {
@@ -181,15 +195,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("limits", CASES.values(), ids=CASES.keys())
-def test_one_side_runs_the_request_whatever_happens_and_every_move_can_end(limits: Limits):
+def examine(limits: Limits) -> None:
+    """What must hold in every world, and that each of them can come to an end."""
     before = explore(limits)
     for world in before:
         assert not (world.runs_at_source and world.arrived), f"it runs twice: {world}"
         somewhere = world.runs_at_source or world.arrived or (world.source_alive and world.stopped)
         assert somewhere or world.over or world.lost, f"it runs nowhere: {world}"
-        if world.settled and not world.over and not world.lost:
-            assert world.runs_at_source != world.arrived, f"it stands still for ever: {world}"
     # Backwards from where nothing is left to do.
     ends = deque(world for world in before if world.settled)
     reached = set(ends)
@@ -200,6 +212,28 @@ def test_one_side_runs_the_request_whatever_happens_and_every_move_can_end(limit
                 ends.append(world)
     stuck = before.keys() - reached
     assert not stuck, f"it cannot end: {next(iter(stuck))}"
+
+
+@pytest.mark.parametrize("limits", CASES.values(), ids=CASES.keys())
+def test_one_side_runs_the_request_whatever_happens_and_every_move_can_end(limits: Limits):
+    examine(limits)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "changed", "found"),
+    [
+        # As in Llumnix: no answer to the commit is taken for a refusal.
+        (SOURCE, (Source.COMMITTING, Heard.LOST), Turn(Source.STAYED, (Do.KEEP,)), "twice"),
+        # The commit is still on its way.
+        (SOURCE, (Source.DOUBTING, Heard.RESERVED), Turn(Source.STAYED, (Do.ABORT, Do.KEEP)), "twice"),
+        (TARGET, (Target.RESERVED, Asked.ABORT), Reply(Target.RESERVED, Heard.ABORTED), "twice"),
+        (TARGET, (Target.RESERVED, Asked.LATE), Reply(Target.RESERVED, None), "cannot end"),
+    ],
+)
+def test_a_wrong_row_is_found(table: Any, row: Any, changed: Any, found: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(table, row, changed)
+    with pytest.raises(AssertionError, match=found):
+        examine(Limits(source_dies=True, target_dies=True))
 
 
 def test_what_was_committed_and_what_was_aborted_stays_so():

@@ -159,9 +159,10 @@ def post(url: str, path: str, body: Any, timeout_s: float = 60.0) -> Any:
 class Stream:
     """A streamed completion, read line by line from the socket."""
 
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = json.dumps({"stream": True, **body}).encode()
-        request = urllib.request.Request(f"{url}/v1/completions", data, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", **(headers or {})}
+        request = urllib.request.Request(f"{url}/v1/completions", data, headers)
         self.response = urllib.request.urlopen(request, timeout=60)
 
     def lines(self) -> Iterator[str]:

@@ -864,3 +864,19 @@ def test_the_instance_that_a_new_one_replaces_does_not_count_for_max_instances()
     instead = RequestView("w2", "a", "", 3.0, 103.0, load_only=True, node="1", replaces=load.instance)
     (second,) = acts(controller.handle(ev.LoadRequested(3.0, instead)))
     assert isinstance(second, Load) and second.worker == "tcp://two"
+
+
+def test_an_instance_that_something_is_about_to_move_to_does_not_leave_as_idle():
+    controller = controller_with(replace(A, keep_alive_s=0.0), workers=TWO_NODES)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    holding = RequestView("w1", "a", "", 3.0, 103.0, load_only=True, node="1", holds=True)
+    (second,) = acts(controller.handle(ev.LoadRequested(3.0, holding)))
+    (report,) = acts(controller.handle(ev.LoadFinished(4.0, second.instance, Tier.DISK)))
+    assert report == ReportLoaded("w1", second.instance, "1", waited_s=1.0, loaded_from=Tier.DISK)
+    assert acts(controller.handle(ev.TimerFired(50.0))) == []
+    (unload,) = acts(controller.handle(ev.RequestMoved(51.0, "r1", second.instance)))
+    assert unload.instance == load.instance
+    assert acts(controller.handle(ev.RequestEnded(52.0, "w1"))) == []
+    (last,) = acts(controller.handle(ev.RequestEnded(53.0, "r1")))
+    assert last.instance == second.instance
