@@ -62,7 +62,8 @@ def test_help_is_quick_and_lists_only_what_exists():
     assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
     for command in set(main.commands) - {"bench", "simulate"}:
         assert "--debug" in run(command, "--help").output
-    assert "--debug" in run("bench", "load", "--help").output
+    for command in (("bench", "load"), ("simulate", "run"), ("simulate", "sweep"), ("simulate", "replay")):
+        assert "--debug" in run(*command, "--help").output
 
 
 def test_version_is_told_both_ways():

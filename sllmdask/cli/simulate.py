@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,29 +211,33 @@ def replay(file: Path, as_json: bool) -> None:
         {"at": step.event.at, "event": type(step.event).__name__, "line": step.line, **decision}
         for step in steps
         for decision in step.now
+        if decision["decision"] != "WakeAt"
     ]
     if as_json:
         print_json(
             {"same": not different, "n_events": len(steps), "different": [step.line for step in different], "decisions": rows}
         )
     else:
-        print_rows([row for row in rows if row["decision"] not in ("WakeAt", "Chose")], _DECISION_COLUMNS, "Nothing was decided.")
+        print_rows([row for row in rows if row["decision"] != "Chose"], _DECISION_COLUMNS, "Nothing was decided.")
         if not different:
             click.echo(f"{len(steps)} events lead to the same decisions as they did.", err=True)
     for step in different[:N_DIFFERENT]:
         where = f"line {step.line}: {type(step.event).__name__} at {step.event.at:.3f}"
-        click.echo(f"{where}: then {_told(step.then)}; now {_told(step.now)}", err=True)
+        click.echo(f"{where}: {_difference(step.then, step.now)}", err=True)
     if different:
         click.echo(f"Error: of {len(steps)} events, {len(different)} lead to other decisions than they did.", err=True)
         sys.exit(FAILED)
 
 
-def _told(decisions: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(each["decision"] for each in decisions) or "nothing"
+def _difference(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
+    """The first decision that is another one, or is missing."""
+    pairs = zip_longest(then, now)
+    old, new = next((old, new) for old, new in pairs if old != new)
+    return f"then {json.dumps(old) if old else 'nothing more'}; now {json.dumps(new) if new else 'nothing more'}"
 
 
-def _fact(*names: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: next((str(row[name]) for name in names if row.get(name)), "")
+def _fact(name: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: str(row.get(name, ""))
 
 
 _DECISION_COLUMNS: list[Column] = [

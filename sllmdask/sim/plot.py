@@ -64,12 +64,13 @@ def plot_sweep(path: Path, key: str, points: Sequence[tuple[Any, Sequence[Summar
             figures = [_of(found, name)["startup_s"][statistic] for _, found in points]
             values = [value for value, _ in points]
             colour, dash = STYLES[min(i, len(STYLES) - 1)]
-            place.plot(values, [each.value for each in figures], color=colour, linestyle=dash, marker="o", ms=3, label=name)
-            lows, highs = ([_edge(each, side) for each in figures] for side in (0, 1))
+            middles = [max(LEAST_S, each.value) for each in figures]
+            place.plot(values, middles, color=colour, linestyle=dash, marker="o", ms=3, label=name)
+            lows, highs = ([max(LEAST_S, _edge(each, side)) for each in figures] for side in (0, 1))
             place.fill_between(values, lows, highs, color=colour, alpha=0.12, linewidth=0)
-        place.set(xlabel=key, ylabel="startup latency, s", title=words)
-        place.set_ylim(bottom=0)
-    axes[0].legend(loc="upper left", frameon=False)
+        place.set(xlabel=key, ylabel="startup latency, s", yscale="log", title=words)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -96,6 +96,8 @@ def replay(path: Path) -> Iterator[Step]:
             raise ConfigError(f"{path}, line {number}: neither an event nor a decision")
     if pending:
         yield Step(*pending[:2], tuple(then), pending[2])
+    if controller is None:
+        raise ConfigError(f"{path} is no event log: it is empty")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

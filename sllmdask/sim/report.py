@@ -156,6 +156,11 @@ def run_facts(scenario: Scenario, found: Sequence[Summary], source: str) -> dict
     }
 
 
+def _without_quantiles(each: Summary) -> dict[str, Any]:
+    """Of many points, distributions would be more than anybody reads."""
+    return {key: value for key, value in as_facts(each).items() if key != "startup_quantiles_s"}
+
+
 def sweep_facts(scenario: Scenario, key: str, points: Sequence[tuple[Any, Sequence[Summary]]], source: str) -> dict[str, Any]:
     """Comparisons that differ in one key."""
     return {
@@ -164,5 +169,5 @@ def sweep_facts(scenario: Scenario, key: str, points: Sequence[tuple[Any, Sequen
         "source": source,
         "scenario": scenario.model_dump(mode="json"),
         "over": key,
-        "points": [{"value": value, "policies": [as_facts(each) for each in found]} for value, found in points],
+        "points": [{"value": value, "policies": [_without_quantiles(each) for each in found]} for value, found in points],
     }

@@ -106,4 +106,5 @@ def test_the_command_tells_of_every_decision_and_that_they_are_the_same(log):
 def test_the_command_fails_where_the_decisions_differ(log):
     log.write_text(log.read_text().replace('"cause": "evicted"', '"cause": "for fun"'))
     result = CliRunner().invoke(main, ["simulate", "replay", str(log)])
-    assert result.exit_code == 1 and "RequestEnded at 7.000" in result.stderr.replace("\n", " ")
+    assert result.exit_code == 1 and "RequestEnded at 7.000" in result.stderr
+    assert '"cause": "for fun"' in result.stderr and '"cause": "evicted"' in result.stderr
