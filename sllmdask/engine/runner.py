@@ -292,10 +292,10 @@ class ModelRunner:
             free_nbytes=free,
         )
         if not n_blocks:
-            least = least_window(self.family.max_model_len)
-            needed = (blocks_for(least, self.block_size) + 1) * nbytes
+            window = least_window(self.family.max_model_len)
+            needed = (blocks_for(window, self.block_size) + 1) * nbytes
             advice = (
-                f"Its KV cache must hold one request of {least:,} tokens. For shorter ones set engine.kv_memory to what there "
+                f"Its KV cache must hold one request of {window:,} tokens. For shorter ones set engine.kv_memory to what there "
                 "is, or unload another model of this worker."
             )
             raise InsufficientMemory(self.memory.model, needed, free, advice)
