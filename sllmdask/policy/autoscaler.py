@@ -127,7 +127,9 @@ class Autoscaler:
     def _drain_surplus(self, model: ModelView, wanted: int, at: float) -> None:
         """Of instances that all work, those with the fewest requests are closed to newcomers, if fewer would have done."""
         living = self._state.living(model.name)
-        if len(living) <= wanted or model.keep_alive_s < 0:
+        # What an operator is moving about is not disturbed.
+        held = any(each.load_only for instance in living for each in self._queue.on_instance(instance.id))
+        if len(living) <= wanted or model.keep_alive_s < 0 or held:
             self._surplus.pop(model.name, None)
             return
         since, most = self._surplus.get(model.name, (at, wanted))
