@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from sllmdask.policy.backoff import BackOff
@@ -127,7 +127,8 @@ class Autoscaler:
     def _drain_surplus(self, model: ModelView, wanted: int, at: float) -> None:
         """Of instances that all work, those with the fewest requests are closed to newcomers, if fewer would have done."""
         living = self._state.living(model.name)
-        if len(living) <= wanted or model.keep_alive_s < 0:
+        # What an operator is moving about is not disturbed.
+        if len(living) <= wanted or model.keep_alive_s < 0 or self._held(living):
             self._surplus.pop(model.name, None)
             return
         since, most = self._surplus.get(model.name, (at, wanted))
@@ -143,6 +144,9 @@ class Autoscaler:
         for instance in fewest_first(working)[: max(0, n_more)]:
             self._fleet.drain(instance, SCALED_DOWN, at)
         self._surplus[model.name] = at, wanted
+
+    def _held(self, instances: Sequence[InstanceView]) -> bool:
+        return any(request.load_only for each in instances for request in self._queue.on_instance(each.id))
 
     def _works(self, instance: InstanceView, at: float) -> bool:
         settled = at >= (instance.ready_at or 0.0) + self._min_residency_s
