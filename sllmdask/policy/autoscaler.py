@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from sllmdask.policy.backoff import BackOff
@@ -127,8 +127,8 @@ class Autoscaler:
     def _drain_surplus(self, model: ModelView, wanted: int, at: float) -> None:
         """Of instances that all work, those with the fewest requests are closed to newcomers, if fewer would have done."""
         living = self._state.living(model.name)
-        # Where something is about to move, one of the two instances is too many in a moment, and it is known which.
-        if len(living) <= wanted or model.keep_alive_s < 0 or any(map(self._is_held, living)):
+        # What an operator is moving about is not disturbed.
+        if len(living) <= wanted or model.keep_alive_s < 0 or self._held(living):
             self._surplus.pop(model.name, None)
             return
         since, most = self._surplus.get(model.name, (at, wanted))
@@ -145,8 +145,8 @@ class Autoscaler:
             self._fleet.drain(instance, SCALED_DOWN, at)
         self._surplus[model.name] = at, wanted
 
-    def _is_held(self, instance: InstanceView) -> bool:
-        return any(each.load_only for each in self._queue.on_instance(instance.id))
+    def _held(self, instances: Sequence[InstanceView]) -> bool:
+        return any(request.load_only for each in instances for request in self._queue.on_instance(each.id))
 
     def _works(self, instance: InstanceView, at: float) -> bool:
         settled = at >= (instance.ready_at or 0.0) + self._min_residency_s
