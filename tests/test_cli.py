@@ -158,7 +158,7 @@ def test_deploy_takes_files_and_flags_go_over_them(serve: Serve, tmp_path: Path,
 def test_deploy_refuses_what_is_wrong_before_it_asks_anybody(tmp_path: Path):
     (tmp_path / "a.json").write_text('{"model": "a", "num_gpu": 2}')
     assert "'num_gpus'" in run("deploy", "--config", str(tmp_path / "a.json"), code=2).stderr
-    assert "vllm" in run("deploy", "a", "--source", "x", "--backend", "vllm", code=2).stderr
+    assert "is not a name" in run("deploy", "a", "--source", "x", "--backend", "a b", code=2).stderr
     assert "no file or directory" in run("deploy", "./nowhere", code=2).stderr
     run("deploy", code=2)
 
@@ -406,7 +406,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_convert_writes_a_checkpoint_that_verifies_and_says_what_it_wrote(checkpoint: Path, tmp_path: Path):
     target = tmp_path / "fast"
     result = run("convert", str(checkpoint), str(target), "--compress", "both")
-    assert result.stdout.startswith(f"wrote {target}: 2 tensors, raw 4.0 MiB, split16 ") and result.stderr == ""
+    assert result.stdout.startswith(f"wrote {target}: 2 tensors, raw 4.0 MiB, split16 ")
+    # Where it takes long, because its loops have to be compiled first, it says how far it is.
+    assert all(line.startswith("converting ") for line in result.stderr.splitlines())
     assert (target / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
     assert run("verify", str(target)).stdout.startswith(f"OK {target}: fast format (raw, split16), 2 tensors, ")
     facts = json.loads(run("verify", str(target), "--json").stdout)

@@ -185,6 +185,7 @@ class Effects:
                 deployment.source,
                 deployment.backend_config.torch_dtype,
                 deployment.backend_config.embedding,
+                deployment.backend,
                 key=actor_key(load.instance),
                 workers=[load.worker],
                 actor=True,

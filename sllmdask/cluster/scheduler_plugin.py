@@ -479,7 +479,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             min_instances=scaling.min_instances,
             max_instances=scaling.max_instances,
             keep_alive_s=self._keep_alive(asked),
-            variant=backend.variant,
+            variant=asked.variant,
             nodes=asked.placement_config.nodes,
         )
         misfit = self.controller.feasible(view)
@@ -764,7 +764,12 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 raise NoWorker(deployment.model, f"{who}. {hint}") from None
         allowed = [worker.address for worker in self._allowed(deployment)]
         backend = deployment.backend_config
-        choice: dict[str, Any] = {"task": backend.wanted_task, "pooling": backend.pooling, "normalize": backend.normalize}
+        choice: dict[str, Any] = {
+            "task": backend.wanted_task,
+            "pooling": backend.pooling,
+            "normalize": backend.normalize,
+            "backend": deployment.backend,
+        }
         asked = [self._ask(worker, "sllm_inspect", source=deployment.source, fetch=False, **choice) for worker in allowed]
         replies = await asyncio.gather(*asked)
         good = next((reply for reply in replies if "error" not in reply), None)
@@ -787,7 +792,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         for name, source in (deployment.backend_config.lora_adapters or {}).items():
             reply: dict[str, Any] = {}
             for worker in self._allowed(deployment):
-                arguments = {"name": name, "source": source, "base": deployment.source}
+                arguments = {"name": name, "source": source, "base": deployment.source, "backend": deployment.backend}
                 reply = await self._ask(worker.address, "sllm_inspect_adapter", FETCH_S, **arguments)
                 if "error" not in reply:
                     break
