@@ -43,7 +43,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 _MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*$")
 
 
-#: An adapter's name: requests may write it behind that of its base, with a colon between them.
+#: An adapter's name: requests may write it behind that of its base, with a colon between them. A backend's is of that kind.
 _ADAPTER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 #: What the wire can carry, and more than anybody means.
@@ -145,7 +145,8 @@ class Deployment(Frozen):
     """One model as an operator describes it. Source of the shape: ServerlessLLM's deployment file."""
 
     model: str
-    backend: Literal["transformers"] = "transformers"
+    #: What runs it, by the name under which an installed distribution brings it; the workers know which there are.
+    backend: str = "transformers"
     #: Slots an instance takes: GPUs on a GPU worker, slots of the worker on a CPU.
     num_gpus: int = Field(default=1, ge=1, le=MAX_COUNT)
     auto_scaling_config: AutoScaling = AutoScaling()
@@ -154,17 +155,12 @@ class Deployment(Frozen):
     scheduler_config: CostPriors = CostPriors()
     backend_config: BackendConfig = BackendConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_we_do_not_run(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("backend") not in (None, "transformers"):
-            raise ValueError(f'backend {data["backend"]!r} is not available; write "backend": "transformers"')
-        return data
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not _MODEL_NAME.match(self.model) or len(self.model) > 200:
             raise ValueError(f"model {self.model!r} is not a name: use letters, digits and . _ : - / without '..'")
+        if not _ADAPTER_NAME.match(self.backend) or len(self.backend) > 200:
+            raise ValueError(f"backend {self.backend!r} is not a name: use letters, digits and . _ -")
         backend = self.backend_config
         if backend.hf_model_class not in ("AutoModelForCausalLM", "AutoModel"):
             known = "only AutoModelForCausalLM is, and AutoModel for embeddings"
@@ -186,6 +182,11 @@ class Deployment(Frozen):
     def source(self) -> str:
         """A directory, an http(s) address, a hub id, or ``demo:NAME``."""
         return self.backend_config.pretrained_model_name_or_path or self.model
+
+    @property
+    def variant(self) -> str:
+        """What instances of one checkpoint that are served in different ways differ in."""
+        return f"{self.backend} {self.backend_config.variant}"
 
     def warnings(self) -> list[str]:
         """Settings that were given and have no effect here, one sentence each."""

@@ -162,7 +162,7 @@ def test_deploy_takes_files_and_flags_go_over_them(serve: Serve, tmp_path: Path,
 def test_deploy_refuses_what_is_wrong_before_it_asks_anybody(tmp_path: Path):
     (tmp_path / "a.json").write_text('{"model": "a", "num_gpu": 2}')
     assert "'num_gpus'" in run("deploy", "--config", str(tmp_path / "a.json"), code=2).stderr
-    assert "vllm" in run("deploy", "a", "--source", "x", "--backend", "vllm", code=2).stderr
+    assert "is not a name" in run("deploy", "a", "--source", "x", "--backend", "a b", code=2).stderr
     assert "no file or directory" in run("deploy", "./nowhere", code=2).stderr
     run("deploy", code=2)
 

@@ -178,11 +178,15 @@ def test_names_of_hubs_are_names(name: str) -> None:
     assert deployment(model=name).model == name
 
 
-@pytest.mark.parametrize("backend", ["vllm", "dummy", "sglang"])
-def test_a_backend_that_is_not_there_is_refused_with_the_one_that_is(backend: str) -> None:
-    message = refusal(backend=backend).message
-    assert f"backend {backend!r} is not available" in message
-    assert '"backend": "transformers"' in message
+@pytest.mark.parametrize("backend", ["", "../vllm", "a b", "a:b", "x" * 201])
+def test_a_backend_by_a_name_that_is_no_name_is_refused(backend: str) -> None:
+    assert f"backend {backend!r} is not a name: use letters, digits" in refusal(backend=backend).message
+
+
+def test_an_instance_of_another_backend_is_another_one() -> None:
+    variants = [deployment(), deployment(backend="costs"), deployment(backend_config={"torch_dtype": "float32"})]
+    assert len({each.variant for each in variants}) == 3
+    assert deployment().backend == "transformers"
 
 
 @pytest.mark.parametrize(

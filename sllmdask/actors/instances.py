@@ -20,26 +20,19 @@ from typing import Any
 from distributed.comm import Comm
 
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
+from sllmdask.actors.backends import OWN, Backends, FilesLease, lease_files
 from sllmdask.actors.embeddings import InputLedger
 from sllmdask.actors.migration import Moves
 from sllmdask.actors.movable import Movable
 from sllmdask.actors.streams import Message, Outbox, messages
+from sllmdask.batching.backend import Backend, ChecksAdapters, EngineSpec, ModelFacts, PreparesModels, Task
 from sllmdask.batching.memory import Kind, MemoryAccount, MemoryLedger
 from sllmdask.batching.params import Grammar, SamplingParams
+from sllmdask.batching.protocol import StepOutput, TakesAdapters
 from sllmdask.batching.sequence import Sequence as TokenSequence
 from sllmdask.config import EngineSettings, WorkerSettings
-from sllmdask.engine.construct import Skeleton, SkeletonShelf
-from sllmdask.engine.embedding import (
-    EmbeddingEngine,
-    EmbeddingOutput,
-    EmbeddingSkeleton,
-    build_embedding_engine,
-    build_embedding_skeleton,
-)
-from sllmdask.engine.engine import EngineThread, LLMEngine, StepOutput, build_engine
-from sllmdask.engine.families import FamilyInfo
-from sllmdask.engine.lora import LoraAdapter, check_adapter, why_no_adapters
-from sllmdask.engine.pooling import EmbeddingInfo
+from sllmdask.engine.embedding import EmbeddingEngine, EmbeddingOutput
+from sllmdask.engine.engine import EngineThread, LLMEngine
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.shortage import is_shortage, not_enough
 from sllmdask.engine.sizing import own_ledger, worker_capacity
@@ -49,6 +42,7 @@ from sllmdask.errors import (
     Cancelled,
     CheckpointError,
     CheckpointNotFound,
+    ConfigError,
     EngineError,
     InstanceGone,
     InsufficientMemory,
@@ -88,22 +82,24 @@ class Instance(Movable):
         dtype: str,
         registry: InstanceRegistry,
         embedding: EmbeddingChoice | None = None,
+        backend: str = OWN,
     ) -> None:
         super().__init__()
         self.id, self.model, self.source, self.dtype = instance_id, model, source, dtype
         #: ``None``: it generates text.
         self.embedding = embedding
+        #: What builds its engine.
+        self.backend = backend
         self._inputs = InputLedger()
         #: Reads the files of an adapter for the engine's model; ``None``: the engine takes none.
-        self.read_adapter: Callable[..., LoraAdapter] | None = None
+        self.read_adapter: Callable[..., Any] | None = None
         self._adapters: InstanceAdapters | None = None
         #: What a request has, by its id; and requests that wait for theirs.
         self._uses: dict[str, AdapterUse] = {}
         self._waiting_for_adapters: set[asyncio.Task[None]] = set()
         self._registry = registry
-        self._lease: HostLease | None = None
+        self._lease: HostLease | FilesLease | None = None
         self._engine: EngineThread | None = None
-        self.skeleton: Skeleton | None = None
         #: What brings the weights to a GPU.
         self.copying: DeviceCopy | None = None
         #: What it holds of the worker's memory.
@@ -159,15 +155,20 @@ class Instance(Movable):
         registry = self._registry
         self._began_at = time.monotonic()
         source = registry.resolve(self.source)
+        backend = await registry.backend(self.backend)
         whole = not registry.settings.execute_while_loading or self.embedding is not None
+        lease: HostLease | FilesLease
         try:
-            lease = await registry.store.load(self.source, source, self._progress, whole=whole, peers=peers)
+            if backend.wants_tensors:
+                lease = await registry.store.load(self.source, source, self._progress, whole=whole, peers=peers)
+            else:
+                lease = await lease_files(registry.store, self.source, source, self._progress, peers)
         except InsufficientMemory as error:
             raise InsufficientMemory(self.model, error.needed, error.available) from None
         self._building = True
         failure: SllmError | None = None
         try:
-            self._engine = await registry.build(lease, self)
+            self._engine = await registry.build(backend, lease, self)
         except SllmError as error:
             failure = type(error)(*error.args)
         except Exception as error:
@@ -204,7 +205,7 @@ class Instance(Movable):
             self._arriving = asyncio.create_task(self._arrive(lease))
         return {"loaded_from": str(lease.tier_from), "nbytes": lease.nbytes}
 
-    async def _arrive(self, lease: HostLease) -> None:
+    async def _arrive(self, lease: HostLease | FilesLease) -> None:
         """Until the last byte is there, also on the device: only then is the instance loaded for good."""
         try:
             await lease.complete()
@@ -216,7 +217,7 @@ class Instance(Movable):
             self._arriving = None
             self._loaded(lease)
 
-    def _loaded(self, lease: HostLease) -> None:
+    def _loaded(self, lease: HostLease | FilesLease) -> None:
         self._whole = True
         took_s = time.monotonic() - self._began_at
         self.times["read_s"] = took_s if lease.arrivals is not None else lease.seconds
@@ -288,7 +289,6 @@ class Instance(Movable):
             self.copying = None
         if engine is not None:
             await asyncio.to_thread(engine.close)
-            self._registry.put_aside(self)
         adapters, self._adapters = self._adapters, None
         if adapters is not None:
             await adapters.close()
@@ -561,7 +561,7 @@ def _scores(output: StepOutput) -> list[Any]:
     return [of_token, None if of_prompt is None else [each.as_wire() for each in of_prompt]]
 
 
-async def _why(lease: HostLease, failure: SllmError) -> SllmError:
+async def _why(lease: HostLease | FilesLease, failure: SllmError) -> SllmError:
     """Why an engine that waited for its weights has ended: what became of them says more than `failure`, which it ended with."""
     try:
         await lease.complete()
@@ -599,7 +599,7 @@ class InstanceRegistry:
         self.store, self.report, self.resolve = store, report, resolve
         self.settings = engine_settings
         self.memory = own_ledger(pick_device(engine_settings.device)) if memory is None else memory
-        self._shelf = SkeletonShelf()
+        self._backends = Backends()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
         self.moves = Moves(self, move_bytes_per_s)
@@ -607,12 +607,18 @@ class InstanceRegistry:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
     def adopt_or_create(
-        self, instance_id: str, model: str, source: str, dtype: str, embedding: EmbeddingChoice | None = None
+        self,
+        instance_id: str,
+        model: str,
+        source: str,
+        dtype: str,
+        embedding: EmbeddingChoice | None = None,
+        backend: str = OWN,
     ) -> Instance:
         """The instance of that id; an actor that is created again finds its engine running."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self, embedding)
+            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self, embedding, backend)
         return instance
 
     def instance(self, instance_id: str) -> Instance | None:
@@ -627,83 +633,56 @@ class InstanceRegistry:
         """Import torch and the modelling code, and run it once, before the worker joins rather than in its first load."""
         await asyncio.get_running_loop().run_in_executor(self._builder, partial(warm_up, self.settings.device))
 
-    def prepare(self, path: str, embedding: EmbeddingChoice | None = None) -> None:
-        """Build the structure of a model that may be wanted, so that its first load need not."""
+    async def backend(self, name: str) -> Backend:
+        """What builds engines under that name. Raises :class:`ConfigError` if it is not installed here."""
+        return await asyncio.to_thread(self._backends.find, name)
 
-        def build() -> None:
-            with suppress(SllmError):  # told to who loads it
-                self._shelf.put(self._skeleton(Path(path), embedding))
+    async def inspect(self, backend: str, path: str, config: Mapping[str, Any], task: Task) -> ModelFacts:
+        """What a backend says of the checkpoint in `path`. Raises what :meth:`Backend.inspect` does, and :class:`ConfigError`."""
+        found = await self.backend(backend)
+        facts = await asyncio.to_thread(found.inspect, Path(path), config, task)
+        if task.kind == "embed" and facts.embedding is None:
+            raise ConfigError(f"The backend {backend!r} makes no embeddings.", "backend")
+        if isinstance(found, PreparesModels):
+            known = Task("generate" if facts.embedding is None else "embed", task.pooling, task.normalize)
+            self._builder.submit(found.prepare, Path(path), known)
+        return facts
 
-        self._builder.submit(build)
-
-    def _skeleton(self, path: Path, embedding: EmbeddingChoice | None, config: Mapping[str, Any] | None = None) -> Skeleton:
-        if embedding is None:
-            return self._shelf.take(path, config)
-        return build_embedding_skeleton(path, **embedding, shelf=self._shelf)
-
-    async def examine(
-        self, path: str, config: Mapping[str, Any], embedding: EmbeddingChoice | None = None
-    ) -> FamilyInfo | EmbeddingInfo:
-        """Find out by building its structure whether a model that is not known to run can be run.
-
-        Raises :class:`UnsupportedArchitecture`.
-        """
-
-        def build() -> FamilyInfo | EmbeddingInfo:
-            skeleton = self._skeleton(Path(path), embedding, config)
-            self._shelf.put(skeleton)
-            return skeleton.info if isinstance(skeleton, EmbeddingSkeleton) else skeleton.family
-
-        return await asyncio.get_running_loop().run_in_executor(self._builder, build)
-
-    def put_aside(self, instance: Instance) -> None:
-        """Keep the structure of a closed instance for the next one of its model."""
-        skeleton, instance.skeleton = instance.skeleton, None
-        if skeleton is not None:
-            self._shelf.put(skeleton)
-
-    async def check_adapter(self, name: str, path: str, base: str) -> None:
+    async def check_adapter(self, name: str, path: str, base: str, backend: str = OWN) -> None:
         """Look whether the adapter in `path` is for the model in `base`; raises :class:`AdapterUnsupported` with the reason."""
+        found = await self.backend(backend)
 
         def check() -> None:
+            if not isinstance(found, ChecksAdapters):
+                raise AdapterUnsupported(name, f"the backend {backend!r} takes no adapters")
             shapes = {tensor.name: tensor.shape for tensor in read_index(path).tensors}
-            skeleton = self._shelf.take(Path(base))
-            try:
-                if (reason := why_no_adapters(skeleton.paged, self.settings.deterministic)) is not None:
-                    raise AdapterUnsupported(name, reason)
-                check_adapter(name, Path(path), shapes, skeleton.model)
-            finally:
-                self._shelf.put(skeleton)
+            found.check_adapter(name, Path(path), shapes, Path(base), self.settings)
 
         await asyncio.get_running_loop().run_in_executor(self._builder, check)
 
-    async def build(self, lease: HostLease, instance: Instance) -> EngineThread:
-        """An engine in its own thread over the tensors of `lease`."""
+    async def build(self, backend: Backend, lease: HostLease | FilesLease, instance: Instance) -> EngineThread:
+        """An engine in its own thread over the tensors of `lease`, or over its files."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._builder, self._build, lease, instance, loop)
+        return await loop.run_in_executor(self._builder, self._build, backend, lease, instance, loop)
 
-    def _build(self, lease: HostLease, instance: Instance, loop: asyncio.AbstractEventLoop) -> EngineThread:
+    def _build(
+        self, backend: Backend, lease: HostLease | FilesLease, instance: Instance, loop: asyncio.AbstractEventLoop
+    ) -> EngineThread:
         settings = self.settings if instance.dtype == "auto" else self.settings.model_copy(update={"dtype": instance.dtype})
         wait = None if lease.arrivals is None else lease.arrivals.wait
-        tensors = lease.tensors
+        tensors: Mapping[str, Any] | None = lease.tensors
         path = Path(lease.path)
         device = pick_device(settings.device)
         copying: DeviceCopy | None = None
         memory = self.memory.account(instance.id, instance.model)
+        task = Task("generate") if instance.embedding is None else Task("embed", **instance.embedding)
         try:
-            if device.type == "cuda":
+            if device.type == "cuda" and isinstance(lease, HostLease):
                 memory.reserve(Kind.WEIGHTS, lay_out(lease.index, lease.plan).nbytes, "Unload another model of this worker.")
                 copying = DeviceCopy(instance.model, lease.index, lease.plan, lease.buffer, CudaDevice(device), lease.arrivals)
                 tensors, wait = copying.tensors, copying.arrived.wait
-            skeleton = self._skeleton(path, instance.embedding)
-            engine: LLMEngine | EmbeddingEngine
-            if isinstance(skeleton, EmbeddingSkeleton):
-                if wait is not None:
-                    wait(tuple(tensors))
-                engine = build_embedding_engine(path, tensors, settings, skeleton=skeleton, memory=memory)
-            else:
-                engine = build_engine(path, tensors, settings, skeleton=skeleton, wait=wait, memory=memory)
-                instance.read_adapter = engine.read_adapter
+            engine = backend.build(EngineSpec(instance.model, path, settings, task, tensors, wait, memory))
+            if isinstance(engine, LLMEngine):
                 _log_kv(instance, engine)
         except BaseException as error:
             if copying is not None:
@@ -714,9 +693,12 @@ class InstanceRegistry:
             if path == Path(lease.path):
                 raise
             # The directory has its final name only now, because a fetch was completed.
-            return self._build(lease, instance, loop)
-        instance.skeleton, instance.copying, instance.memory = skeleton, copying, memory
-        instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
+            return self._build(backend, lease, instance, loop)
+        instance.copying, instance.memory = copying, memory
+        if isinstance(engine, TakesAdapters):
+            instance.read_adapter = engine.read_adapter
+        if isinstance(engine, LLMEngine | EmbeddingEngine):
+            instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 
     def abort(self, instance_id: str, error: SllmError) -> int:

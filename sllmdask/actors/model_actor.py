@@ -19,10 +19,12 @@ EXTENSION = "sllmdask"
 class ModelActor:
     """Every method is ``async`` and returns to the loop soon: Dask runs the plain methods of all actors on one thread."""
 
-    def __init__(self, instance: str, model: str, source: str, dtype: str, embedding: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, instance: str, model: str, source: str, dtype: str, embedding: dict[str, Any] | None, backend: str
+    ) -> None:
         registry: InstanceRegistry = get_worker().extensions[EXTENSION]
         self._registry = registry
-        self._instance: Instance = registry.adopt_or_create(instance, model, source, dtype, embedding)
+        self._instance: Instance = registry.adopt_or_create(instance, model, source, dtype, embedding, backend)
 
     @only_ours
     async def load(self, peers: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.arriving import Arrived
+from sllmdask.actors.backends import FilesLease
 from sllmdask.actors.leaving import Leaving, MoveRecord, Ticket
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import AdapterUnsupported, InstanceGone, SllmError, StateRefused
@@ -28,7 +29,7 @@ class Movable:
     embedding: dict[str, Any] | None
     _registry: Any
     _engine: EngineThread | None
-    _lease: HostLease | None
+    _lease: HostLease | FilesLease | None
     _whole: bool
     _adapters: InstanceAdapters | None
     _uses: dict[str, AdapterUse]
@@ -78,7 +79,7 @@ class Movable:
                 tensors = lease.tensors
 
                 def identify(target: Any) -> None:
-                    if not hasattr(target, "import_tokens"):
+                    if tensors is None or not hasattr(target, "import_tokens"):
                         raise StateRefused("", f"what runs {self.id!r} cannot give requests away, nor take them")
                     target.identify(tensors)
 

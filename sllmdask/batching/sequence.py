@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from sllmdask.batching.params import SamplingParams, choice_seed
+from sllmdask.errors import InvalidRequest
 
 
 class FinishReason(StrEnum):
@@ -70,6 +71,16 @@ class Sequence:
         if start >= n_prompt:
             return self.output_ids[start - n_prompt : stop - n_prompt]
         return self.prompt_ids[start:] + self.output_ids[: stop - n_prompt]
+
+    def check(self, n_vocab: int) -> None:
+        """Raise :class:`InvalidRequest` if a model of `n_vocab` tokens has nothing to answer, or cannot."""
+        if not self.prompt_ids:
+            raise InvalidRequest("The prompt is empty.", "prompt")
+        strange = next((token for token in self.token_ids(0, self.n_tokens) if not 0 <= token < n_vocab), None)
+        if strange is not None:
+            raise InvalidRequest(f"Token id {strange} is not in the model's vocabulary of {n_vocab}.", "prompt")
+        if len(self.output_ids) >= self.params.max_tokens:
+            raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
 
     def choices(self, n: int) -> list[Sequence]:
         """`n` sequences that answer this prompt, each with a seed of its own; this is the first, and the leader of the others.

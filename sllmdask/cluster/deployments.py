@@ -134,7 +134,7 @@ class Deployments:
             min_instances=scaling.min_instances,
             max_instances=scaling.max_instances,
             keep_alive_s=self.keep_alive(asked),
-            variant=backend.variant,
+            variant=asked.variant,
             nodes=asked.placement_config.nodes,
             pinned=bool(self.pins.get(asked.model)),
             alpha=asked.scheduler_config.alpha,
@@ -241,7 +241,12 @@ class Deployments:
                 raise NoWorker(deployment.model, f"{who}. {hint}") from None
         allowed = [worker.address for worker in self.allowed(deployment)]
         backend = deployment.backend_config
-        choice: dict[str, Any] = {"task": backend.wanted_task, "pooling": backend.pooling, "normalize": backend.normalize}
+        choice: dict[str, Any] = {
+            "task": backend.wanted_task,
+            "pooling": backend.pooling,
+            "normalize": backend.normalize,
+            "backend": deployment.backend,
+        }
         asked = [self.ask(worker, "sllm_inspect", source=deployment.source, fetch=False, **choice) for worker in allowed]
         replies = await asyncio.gather(*asked)
         good = next((reply for reply in replies if "error" not in reply), None)
@@ -264,7 +269,7 @@ class Deployments:
         for name, source in (deployment.backend_config.lora_adapters or {}).items():
             reply: dict[str, Any] = {}
             for worker in self.allowed(deployment):
-                arguments = {"name": name, "source": source, "base": deployment.source}
+                arguments = {"name": name, "source": source, "base": deployment.source, "backend": deployment.backend}
                 reply = await self.ask(worker.address, "sllm_inspect_adapter", FETCH_S, **arguments)
                 if "error" not in reply:
                     break

@@ -225,6 +225,7 @@ class Effects:
             deployment.source,
             deployment.backend_config.torch_dtype,
             deployment.backend_config.embedding,
+            deployment.backend,
             key=actor_key(instance),
             workers=[worker],
             actor=True,

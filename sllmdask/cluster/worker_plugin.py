@@ -26,6 +26,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
 from sllmdask.actors.model_actor import EXTENSION
+from sllmdask.batching.backend import Task
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.config import Settings
 from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, HostPoolUnavailable, SllmError, from_wire
@@ -33,9 +34,6 @@ from sllmdask.policy.views import Tier
 
 if TYPE_CHECKING:  # torch is imported after the threads' environment is set, see `setup`
     from sllmdask.actors.instances import InstanceRegistry
-    from sllmdask.engine.families import FamilyInfo
-    from sllmdask.engine.pooling import EmbeddingInfo
-    from sllmdask.loader.format import CheckpointInfo
     from sllmdask.loader.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -183,27 +181,29 @@ class SllmWorkerPlugin(WorkerPlugin):
         return Status.dont_reply
 
     async def inspect(
-        self, source: str, fetch: bool, task: str = "auto", pooling: str | None = None, normalize: bool | None = None
+        self,
+        source: str,
+        fetch: bool,
+        task: str = "auto",
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        backend: str = "transformers",
     ) -> dict[str, Any]:
         """What a deployment of `source` would be, or ``{"error": ...}``; without `fetch`, only of what is on this disk.
 
-        ``embedding`` in the answer is ``None`` for a model that generates text; `task`, `pooling`, `normalize`: as deployed.
+        ``embedding`` in the answer is ``None`` for a model that generates text; the other arguments: as deployed.
         """
         assert self.registry is not None
         try:
+            await self.registry.backend(backend)  # first, since it needs no file
             on_disk = await self.registry.store.on_disk(resolve_source(source))
             if not fetch and not on_disk:
                 raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(source, resolve_source(source))
-            family, embedding = await asyncio.to_thread(_inspect, info, task, pooling, normalize)
-            choice = None if embedding is None else {"pooling": pooling, "normalize": normalize}
-            if not family.tested:
-                family = await self.registry.examine(info.path, info.config, choice)
-                logger.info("can be run, by its structure source=%s architecture=%s", source, family.architecture)
+            facts = await self.registry.inspect(backend, info.path, info.config, Task(task, pooling, normalize))
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
                 self._seen_on_disk(source)
-            self.registry.prepare(info.path, choice)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -211,20 +211,20 @@ class SllmWorkerPlugin(WorkerPlugin):
             return EngineError(f"inspecting {source!r} failed: {error!r}").as_wire()
         return {
             "nbytes": info.nbytes,
-            "architecture": family.architecture,
-            "max_model_len": family.max_model_len,
-            "embedding": embedding,
+            "architecture": facts.architecture,
+            "max_model_len": facts.max_model_len,
+            "embedding": None if facts.embedding is None else dict(facts.embedding),
             "account": self.account(),
         }
 
-    async def inspect_adapter(self, name: str, source: str, base: str) -> dict[str, Any]:
+    async def inspect_adapter(self, name: str, source: str, base: str, backend: str = "transformers") -> dict[str, Any]:
         """Whether the LoRA adapter at `source` is for the model at `base`; ``{"error": ...}`` with the reason if not."""
         assert self.registry is not None
         store = self.registry.store
         try:
             adapter = await store.inspect(source, resolve_source(source))
             model = await store.inspect(base, resolve_source(base))
-            await self.registry.check_adapter(name, adapter.path, model.path)
+            await self.registry.check_adapter(name, adapter.path, model.path, backend)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -349,20 +349,6 @@ def _pool_name(store_dir: str) -> str:
     """Those that keep their files in one place have their memory in one place, too."""
     where = os.path.realpath(Path(store_dir).expanduser())
     return f"sllmdask-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
-
-
-def _inspect(
-    info: CheckpointInfo, task: str, pooling: str | None, normalize: bool | None
-) -> tuple[FamilyInfo | EmbeddingInfo, dict[str, Any] | None]:
-    """What the engine would be, and how it makes embeddings, if it does."""
-    from sllmdask.engine.families import inspect_config
-    from sllmdask.engine.pooling import inspect_embedding, makes_embeddings
-
-    path = Path(info.path)
-    if task == "embed" or (task == "auto" and makes_embeddings(path, info.config)):
-        embedding = inspect_embedding(path, info.config, pooling, normalize)
-        return embedding, embedding.as_wire()
-    return inspect_config(info.config), None
 
 
 def _check_tokenizer(source: str, path: str) -> None:

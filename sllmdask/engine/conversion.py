@@ -115,12 +115,26 @@ def make_fusion(
     for pattern in MXFP4 if group.converter is None else group.converter.source_patterns:
         if pattern not in group.names:
             raise CheckpointCorrupt(checkpoint, _sibling(group, pattern), f"it is missing; {group.parameter!r} is made of it")
+    goal = _Goal(shapes, dtype, device, checkpoint)
     if group.converter is None:
-        return _Dequantized(group, shapes[group.parameter], tensors, dtype, device, checkpoint)
+        return _Dequantized(group, tensors, goal)
     slices = _slices(group, shapes[group.parameter], tensors, checkpoint)
     if slices is not None:
-        return _Sliced(group.parameter, shapes[group.parameter], slices, tensors, dtype, device)
-    return _Converted(group, model, shapes, tensors, dtype, device, checkpoint)
+        return _Sliced(group.parameter, slices, tensors, goal)
+    return _Converted(group, model, tensors, goal)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the parameters are to be: `shapes` by name, of `dtype` on `device`; `checkpoint` is named where that cannot be."""
+
+    shapes: Mapping[str, torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+    checkpoint: str
+
+    def empty(self, parameter: str) -> Tensor:
+        return torch.empty(self.shapes[parameter], dtype=self.dtype, device=self.device)
 
 
 #: Takes a tensor of the parameter's shape, and gives the part of it that a tensor of the checkpoint fills.
@@ -130,25 +144,17 @@ _View = Callable[[Tensor], Tensor]
 class _Sliced:
     """One parameter whose slices are the tensors of the checkpoint."""
 
-    def __init__(
-        self,
-        parameter: str,
-        shape: torch.Size,
-        slices: Mapping[str, _View],
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, parameter: str, slices: Mapping[str, _View], tensors: Mapping[str, Tensor], goal: _Goal) -> None:
         self.sources = tuple(slices)
         self.parameters: tuple[str, ...] = (parameter,)
         self._slices = slices
         self._tensors = {name: tensors[name] for name in slices}
-        self._make = lambda: torch.empty(shape, dtype=dtype, device=device)
+        self._goal = goal
         self._whole: Tensor | None = None
 
     def take(self, source: str) -> None:
         if self._whole is None:
-            self._whole = self._make()
+            self._whole = self._goal.empty(self.parameters[0])
         self._slices[source](self._whole).copy_(self._tensors.pop(source))
 
     def finish(self) -> dict[str, Tensor]:
@@ -160,31 +166,23 @@ class _Sliced:
 class _Converted:
     """Parameters that transformers' own operations make, once all tensors are there."""
 
-    def __init__(
-        self,
-        group: Group,
-        model: Any,
-        shapes: Mapping[str, torch.Size],
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        checkpoint: str,
-    ) -> None:
+    def __init__(self, group: Group, model: Any, tensors: Mapping[str, Tensor], goal: _Goal) -> None:
         self.sources = tuple(group)
         self._group = group
         self._model = model
         self._tensors = {name: tensors[name] for name in group}
-        self._to = device, dtype
+        self._goal = goal
         try:
             found = self._convert({name: torch.empty_like(tensor, device="meta") for name, tensor in self._tensors.items()})
         except (IndexError, RuntimeError, ValueError) as error:
-            raise CheckpointCorrupt(checkpoint, self.sources[0], f"{group.parameter!r} cannot be made of it ({error})") from error
+            reason = f"{group.parameter!r} cannot be made of it ({error})"
+            raise CheckpointCorrupt(goal.checkpoint, self.sources[0], reason) from error
         self.parameters = tuple(found)
         for name, tensor in found.items():
-            if name not in shapes or shapes[name] != tensor.shape:
-                expected = list(shapes[name]) if name in shapes else "no such parameter"
+            if goal.shapes.get(name) != tensor.shape:
+                expected = list(goal.shapes[name]) if name in goal.shapes else "no such parameter"
                 reason = f"it makes {name!r} of the shape {list(tensor.shape)}, but config.json asks for {expected}"
-                raise CheckpointCorrupt(checkpoint, self.sources[0], reason)
+                raise CheckpointCorrupt(goal.checkpoint, self.sources[0], reason)
 
     def take(self, source: str) -> None:
         pass
@@ -192,9 +190,8 @@ class _Converted:
     def finish(self) -> dict[str, Tensor]:
         made = self._convert(self._tensors)
         self._tensors.clear()
-        device, dtype = self._to
         return {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            name: tensor.to(self._goal.device, self._goal.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             for name, tensor in made.items()
         }
 
@@ -216,17 +213,10 @@ class _Dequantized:
     Source: OCP Microscaling Formats (MX) Specification 1.0.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        shape: torch.Size,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        checkpoint: str,
-    ) -> None:
+    def __init__(self, group: Group, tensors: Mapping[str, Tensor], goal: _Goal) -> None:
         self.sources = tuple(group)
         self.parameters: tuple[str, ...] = (group.parameter,)
+        shape = goal.shapes[group.parameter]
         [blocks], [scales] = (group.names[ending] for ending in MXFP4)
         n_experts, n_inner, n_outer = shape if len(shape) == 3 else (0, 0, 0)
         n_blocks = n_inner // _MXFP4_BLOCK
@@ -236,16 +226,16 @@ class _Dequantized:
         ):
             if list(tensors[name].shape) != expected or tensors[name].dtype != torch.uint8 or n_inner % _MXFP4_BLOCK:
                 reason = f"it is {tensors[name].dtype} {list(tensors[name].shape)}, but config.json asks for uint8 {expected}"
-                raise CheckpointCorrupt(checkpoint, name, reason)
+                raise CheckpointCorrupt(goal.checkpoint, name, reason)
         self._tensors = {"blocks": tensors[blocks], "scales": tensors[scales]}
-        self._make = lambda: torch.empty(shape, dtype=dtype, device=device)
+        self._goal = goal
 
     def take(self, source: str) -> None:
         pass
 
     def finish(self) -> dict[str, Tensor]:
         blocks, scales = self._tensors.pop("blocks"), self._tensors.pop("scales")
-        whole = self._make()
+        whole = self._goal.empty(self.parameters[0])
         numbers = torch.tensor(_E2M1, device=blocks.device)
         # One expert after the other: what is between takes eight times its room.
         for expert in range(len(whole)):

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from sllmdask.batching.memory import Kind, MemoryAccount
-from sllmdask.batching.params import Grammar, SamplingParams
+from sllmdask.batching.params import SamplingParams
+from sllmdask.batching.protocol import StepOutput, StepStats
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
 from sllmdask.engine.attention import NAME, AttentionOptions, Others, attending
@@ -46,13 +47,13 @@ from sllmdask.engine.construct import (
     _WithoutInitialisation,
     serving_dtype,
 )
-from sllmdask.engine.engine import _STEP_FAILURES, StepOutput
+from sllmdask.engine.engine import _STEP_FAILURES
 from sllmdask.engine.families import read_config
 from sllmdask.engine.pooling import EmbeddingInfo, inspect_embedding
 from sllmdask.engine.runner import pick_device
 from sllmdask.engine.shortage import is_shortage, not_enough
 from sllmdask.engine.sizing import activation_nbytes, own_ledger
-from sllmdask.errors import ContextTooLong, EngineError, InvalidRequest, SllmError, UnsupportedArchitecture
+from sllmdask.errors import ContextTooLong, EngineError, InstanceGone, InvalidRequest, SllmError, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 
@@ -89,25 +90,6 @@ class EmbeddingOutput(StepOutput):
     """The vector of one input, as little-endian float32 bytes."""
 
     vector: bytes = b""
-
-
-@dataclass(frozen=True)
-class EmbeddingStats:
-    """What an embedding engine holds and has done since it was built."""
-
-    n_running: int
-    n_waiting: int
-    n_steps: int
-    #: Seconds inside steps.
-    step_s: float
-    n_prompt_tokens: int
-    #: Vectors that were made; an answer of this engine is one "token", so that whoever counts answers sees them.
-    n_output_tokens: int
-    #: Seconds of the first step with work; ``None`` before it.
-    first_step_s: float | None = None
-
-    def as_wire(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -455,7 +437,7 @@ def build_embedding_engine(
 
 
 class EmbeddingEngine:
-    """Batches inputs over one :class:`EmbeddingRunner`. Used by one thread; it has what an ``EngineThread`` asks of an engine."""
+    """Batches inputs over one :class:`EmbeddingRunner`: an engine whose answers are vectors, one for each request."""
 
     def __init__(self, runner: EmbeddingRunner, settings: EngineSettings) -> None:
         self.settings = settings
@@ -466,6 +448,9 @@ class EmbeddingEngine:
         self._step_s = 0.0
         self._first_step_s: float | None = None
         self._n_prompt_tokens = self._n_vectors = 0
+        self._closed = False
+        #: Called at the end of :meth:`close`.
+        self._on_closed: list[Callable[[], None]] = []
 
     @property
     def info(self) -> EmbeddingInfo:
@@ -494,7 +479,9 @@ class EmbeddingEngine:
         return self._waiting.get(request_id)
 
     def add(self, sequence: Sequence) -> None:
-        """Take an input in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken."""
+        """Take an input in, or raise :class:`InvalidRequest`, :class:`ContextTooLong` or :class:`InstanceGone`."""
+        if self._closed:
+            raise InstanceGone("of this engine")
         if not isinstance(sequence, EmbeddingSequence):
             raise InvalidRequest(_NO_TEXT, "model")
         if sequence.request_id in self._waiting:
@@ -513,23 +500,9 @@ class EmbeddingEngine:
         self._waiting[sequence.request_id] = sequence
         self._n_prompt_tokens += len(sequence.prompt_ids)
 
-    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
-        """Raises :class:`InvalidRequest`: there is no text that could fit a grammar."""
-        del grammar, checkpoint_dir
-        raise InvalidRequest(_NO_TEXT, "model")
-
     def abort(self, request_id: str) -> bool:
         """Drop an input; ``False`` if it is not here. No output says so."""
         return self._waiting.pop(request_id, None) is not None
-
-    def settle(self) -> None:
-        """All weights were there from the start."""
-
-    def on_arrival(self, callback: Callable[[], None]) -> None:
-        """Never called: nothing is on its way."""
-
-    def interrupt(self) -> None:
-        """No step waits for weights."""
 
     def step(self) -> list[StepOutput]:
         """Run one batch. An input that fails ends with an error, and the others go on."""
@@ -543,14 +516,15 @@ class EmbeddingEngine:
                 outputs = [self._fail(batch[0], error)] if len(batch) == 1 else self._run_one_by_one(batch)
             for sequence in batch:
                 del self._waiting[sequence.request_id]
+        seconds = time.perf_counter() - started
         self._n_steps += 1
-        self._step_s += time.perf_counter() - started
+        self._step_s += seconds
         if batch and self._first_step_s is None:
-            self._first_step_s = time.perf_counter() - started
+            self._first_step_s = seconds
         return outputs
 
-    def stats(self) -> EmbeddingStats:
-        return EmbeddingStats(
+    def stats(self) -> StepStats:
+        return StepStats(
             n_running=0,
             n_waiting=len(self._waiting),
             n_steps=self._n_steps,
@@ -562,8 +536,17 @@ class EmbeddingEngine:
 
     def close(self) -> None:
         """Drop all inputs and let go of the model and the tensors that were lent to :func:`build_embedding_engine`."""
+        if self._closed:
+            return
+        self._closed = True
         self._waiting.clear()
         self._runner.close()
+        for callback in self._on_closed:
+            callback()
+
+    def on_closed(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the engine is closed and holds nothing any more, in the thread that closes it."""
+        self._on_closed.append(callback)
 
     def _next_batch(self) -> list[EmbeddingSequence]:
         """The oldest input, and of the others, oldest first, those that fit beside it into ``max_batch_tokens``.

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from sllmdask.batching.blocks import BlockPool
 from sllmdask.batching.memory import Kind, MemoryAccount
 from sllmdask.batching.params import Grammar, TokenLogprobs
+from sllmdask.batching.protocol import EngineProtocol, EngineStats, FollowsWeights, StepOutput, TakesGrammars
 from sllmdask.batching.scheduler import BatchScheduler, Chunk, Copy, Move, Park, ParkingCosts, StepPlan, Unpark
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.config import EngineSettings
@@ -71,72 +72,6 @@ _CPU_PREFILL_BESIDE_DECODE = 128
 _PARKING_BYTES_PER_S = 4e9
 #: Moves of less than that tell nothing about the speed.
 _MIN_MEASURED_NBYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """One token of one request, or its end.
-
-    `index` counts the answer's tokens from 0, those that a continued request brought included. The token that ended the answer
-    (EOS, a stop id) is given too, with its reason. `token_id` is ``None`` if there is none: the request was aborted, or failed
-    with `error`; both are final.
-    """
-
-    request_id: str
-    index: int
-    token_id: int | None
-    finish_reason: FinishReason | None = None
-    error: SllmError | None = None
-    #: Where asked for, those of this token; and with the first token, those of the prompt's tokens after its first.
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-
-    @property
-    def final(self) -> bool:
-        return self.finish_reason is not None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine holds and has done since it was built."""
-
-    n_running: int
-    n_waiting: int
-    blocks_total: int
-    #: What the next request may have: blocks that nobody holds, those that keep a prefix (`blocks_cached`) among them.
-    blocks_free: int
-    block_size: int
-    bytes_per_block: int
-    n_steps: int
-    #: Seconds inside steps.
-    step_s: float
-    n_prompt_tokens: int
-    n_output_tokens: int
-    n_preemptions: int
-    #: Seconds of the first step with work, the wait for weights on their way included; ``None`` before it.
-    first_step_s: float | None = None
-    #: Bytes of weights that are packed for the matrix library, in whole or in part beside the plain ones.
-    packed_nbytes: int = 0
-    #: What decides on the bits of its results: :func:`sllmdask.engine.numerics.numerics_id`.
-    numerics_id: str = ""
-    #: ``blocks_total == blocks_free + blocks_used + blocks_reserved``, always.
-    blocks_used: int = 0
-    #: Promised to requests that come from elsewhere.
-    blocks_reserved: int = 0
-    blocks_cached: int = 0
-    #: Tokens whose KV was not computed because a prefix was found.
-    n_reused_tokens: int = 0
-    #: Requests that are stopped: parked by somebody, or about to leave.
-    n_held: int = 0
-    #: Bytes of KV that are in host memory while their requests wait.
-    parked_nbytes: int = 0
-    #: Bytes of the KV cache; 0 while it is given away.
-    kv_nbytes: int = 0
-    #: Forward passes that found no memory, and were made in smaller ones.
-    n_shortages: int = 0
-
-    def as_wire(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def build_engine(
@@ -201,7 +136,7 @@ def build_engine(
 
 
 class LLMEngine:
-    """Continuous batching over one :class:`ModelRunner`. Used by one thread."""
+    """Continuous batching over one :class:`ModelRunner`: an engine with all that :mod:`sllmdask.batching.protocol` describes."""
 
     def __init__(
         self, runner: ModelRunner, settings: EngineSettings, eos_token_ids: frozenset[int], grammars: GrammarCompiler
@@ -230,6 +165,9 @@ class LLMEngine:
         self._transfer = Transfer(self._scheduler, runner, self._parked, self._check)
         self._paused = False
         self._stalled = False
+        self._closed = False
+        #: Called at the end of :meth:`close`.
+        self._on_closed: list[Callable[[], None]] = []
         self._parking_bytes_per_s = _PARKING_BYTES_PER_S
         self._prefill_tokens_per_s: float | None = None
         self._n_steps = 0
@@ -270,7 +208,7 @@ class LLMEngine:
         return self._scheduler.find(request_id)
 
     def add(self, sequence: Sequence) -> None:
-        """Take a request in. Raises :class:`InvalidRequest` or :class:`ContextTooLong`; then it was not taken.
+        """Take a request in, or raise :class:`InvalidRequest`, :class:`ContextTooLong` or :class:`InstanceGone`.
 
         For several answers to one prompt, add all of :meth:`Sequence.choices`: the prompt is computed once.
         """
@@ -284,16 +222,11 @@ class LLMEngine:
             self._n_prompt_tokens += len(sequence.prompt_ids)
 
     def _check(self, sequence: Sequence) -> None:
-        if not sequence.prompt_ids:
-            raise InvalidRequest("The prompt is empty.", "prompt")
+        if self._closed:
+            raise InstanceGone("of this engine")
+        sequence.check(self._runner.vocab_size)
         if sequence.salt and sequence.salt not in self._runner.adapters:
             raise InvalidRequest("The request's adapter is not loaded here.", "model")
-        strange = [token for token in sequence.token_ids(0, sequence.n_tokens) if not 0 <= token < self._runner.vocab_size]
-        if strange:
-            n_vocab = self._runner.vocab_size
-            raise InvalidRequest(f"Token id {strange[0]} is not in the model's vocabulary of {n_vocab}.", "prompt")
-        if len(sequence.output_ids) >= sequence.params.max_tokens:
-            raise InvalidRequest("The request has all of its max_tokens tokens already.", "max_tokens")
 
     def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
         """Compile a grammar before a request with it comes, which takes up to seconds. From any thread.
@@ -371,6 +304,8 @@ class LLMEngine:
 
         Raises what :meth:`settle` raises, while weights are on their way.
         """
+        if self._closed:
+            return []
         self.settle()
         if self._paused:
             return []
@@ -381,11 +316,12 @@ class LLMEngine:
             # Who has lost his blocks is computed again in a later step.
             chunks = tuple(chunk for chunk in chunks if chunk.sequence.block_table)
         outputs = self._run_passes(chunks)
+        seconds = time.perf_counter() - started
         self._n_steps += 1
-        self._step_s += time.perf_counter() - started
+        self._step_s += seconds
         if chunks and self._first_step_s is None:
-            self._first_step_s = time.perf_counter() - started
-        self._learn(plan, time.perf_counter() - started)
+            self._first_step_s = seconds
+        self._learn(plan, seconds)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -403,6 +339,7 @@ class LLMEngine:
             n_preemptions=self._scheduler.n_preemptions,
             first_step_s=self._first_step_s,
             packed_nbytes=self._runner.packed_nbytes,
+            copied_nbytes=self._runner.copied_nbytes,
             numerics_id=self._runner.numerics_id,
             blocks_used=self._pool.n_used,
             blocks_reserved=self._pool.n_reserved,
@@ -416,11 +353,20 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and let go of the model, the cache and the tensors that were lent to :func:`build_engine`."""
+        if self._closed:
+            return
+        self._closed = True
         for sequence in self.sequences:
             self.abort(sequence.request_id)
         self._transfer.close()
         self._parked.clear()
         self._runner.close()
+        for callback in self._on_closed:
+            callback()
+
+    def on_closed(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the engine is closed and holds nothing any more, in the thread that closes it."""
+        self._on_closed.append(callback)
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -550,6 +496,8 @@ class LLMEngine:
     def _refuse_paused(self, request_id: str) -> None:
         if self._paused:
             raise StateRefused(request_id, "the engine has given its memory away")
+        if self._closed:
+            raise StateRefused(request_id, "the engine is closed")
 
     @contextmanager
     def _refusing_for_memory(self, request_id: str) -> Iterator[None]:
@@ -780,41 +728,6 @@ class LLMEngine:
 # --- the engine in a thread of its own -----------------------------------------------------------------------------------
 
 
-class StepEngine(Protocol):
-    """What an :class:`EngineThread` asks of an engine; :class:`LLMEngine` says what each of them means."""
-
-    settings: EngineSettings
-
-    @property
-    def has_work(self) -> bool: ...
-
-    @property
-    def stalled(self) -> bool: ...
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]: ...
-
-    def find(self, request_id: str) -> Sequence | None: ...
-
-    def add(self, sequence: Sequence) -> None: ...
-
-    def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None: ...
-
-    def abort(self, request_id: str) -> bool: ...
-
-    def settle(self) -> None: ...
-
-    def on_arrival(self, callback: Callable[[], None]) -> None: ...
-
-    def interrupt(self) -> None: ...
-
-    def step(self) -> list[StepOutput]: ...
-
-    def stats(self) -> Any: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True, eq=False)
 class _Submit:
     sequence: Sequence
@@ -852,7 +765,7 @@ class EngineThread:
 
     def __init__(
         self,
-        engine: StepEngine,
+        engine: EngineProtocol,
         loop: asyncio.AbstractEventLoop,
         on_outputs: Callable[[list[StepOutput]], None],
         on_failed: Callable[[SllmError], None],
@@ -860,6 +773,7 @@ class EngineThread:
     ) -> None:
         self.name = name
         self._engine = engine
+        self._weights = engine if isinstance(engine, FollowsWeights) else None
         self._loop = loop
         self._on_outputs = on_outputs
         self._on_failed = on_failed
@@ -872,7 +786,8 @@ class EngineThread:
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._main, name=f"sllmdask-{name}", daemon=True)
         self._thread.start()
-        engine.on_arrival(self._on_arrival)
+        if self._weights is not None:
+            self._weights.on_arrival(self._on_arrival)
 
     @property
     def alive(self) -> bool:
@@ -887,18 +802,20 @@ class EngineThread:
         with suppress(InstanceGone):
             self._send(_Abort(request_id))
 
-    def call(self, run: Callable[[LLMEngine], T]) -> Future[T]:
+    def call(self, run: Callable[[Any], T]) -> Future[T]:
         """Run something between two steps, in the engine's thread; ``call(LLMEngine.stats)`` for instance."""
         future: Future[T] = Future()
         self._send(_Call(run, future))
         return future
 
     def prepare(self, grammar: Grammar, checkpoint_dir: Path | None = None) -> None:
-        """See :meth:`LLMEngine.prepare`. Waits, in the caller's thread."""
+        """See :class:`TakesGrammars`. Waits, in the caller's thread. Raises :class:`InvalidRequest`."""
+        if not isinstance(self._engine, TakesGrammars):
+            raise InvalidRequest("What runs this model cannot keep an answer to a grammar.", "grammar")
         self._engine.prepare(grammar, checkpoint_dir)
 
     def stats(self) -> dict[str, Any]:
-        """:class:`EngineStats` after the last step, as plain types."""
+        """What the engine tells of itself after the last step, as plain types."""
         return self._stats.as_wire()
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -909,7 +826,8 @@ class EngineThread:
         self._closing = True
         with suppress(InstanceGone):
             self._send(_Close())
-        self._engine.interrupt()
+        if self._weights is not None:
+            self._weights.interrupt()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
@@ -982,8 +900,8 @@ class EngineThread:
                         future.set_result(run(self._engine))
                     except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
                         future.set_exception(error)
-            case _Arrived():
-                self._engine.settle()
+            case _Arrived() if self._weights is not None:
+                self._weights.settle()
         return []
 
     def _fail(self, error: SllmError) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.backends import install
 from tests.checkpoints import make_checkpoint
 from tests.cluster.harness import Processes, post, until, workers
 
@@ -29,9 +31,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """A scheduler and one worker of one slot, as two separate programs."""
     cluster = Processes(tmp_path_factory.mktemp("processes"))
+    # The worker has a backend that another distribution has brought.
+    path = [str(install(cluster.directory / "site")), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     try:
         cluster.start_scheduler()
-        cluster.start_worker("0")
+        cluster.start_worker("0", PYTHONPATH=os.pathsep.join(filter(None, path)))
         yield cluster
     finally:
         cluster.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,17 @@ class TinyModel:
     directory: Path
     tensors: dict[str, torch.Tensor]
     reference: Any
+    #: Answers that were asked for: transformers needs more time for one than the engine for a batch.
+    _known: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def generate(self, prompt: list[int], n_tokens: int) -> list[int]:
         """What transformers generates greedily, alone."""
+        key = (tuple(prompt), n_tokens)
+        if key not in self._known:
+            self._known[key] = self._generate(prompt, n_tokens)
+        return list(self._known[key])
+
+    def _generate(self, prompt: list[int], n_tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
         output = self.reference.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
@@ -254,6 +262,47 @@ def drain(engine: LLMEngine, outputs: list[StepOutput] | None = None) -> dict[st
         outputs += engine.step()
     assert not engine.has_work
     return tokens_of(outputs)
+
+
+def answer(model: TinyModel, prompt: list[int], max_tokens: int = 24, **params: Any) -> list[int]:
+    """The answer of a request that is alone in an engine of its own."""
+    engine = make_engine(model)
+    engine.add(request("alone", prompt, max_tokens, **params))
+    return drain(engine)["alone"]
+
+
+def assert_the_same_in_a_crowd(model: TinyModel, asked: list[list[int]], params: list[dict[str, Any]]) -> None:
+    """Prompts that come one after the other, in so little memory that some are preempted, are answered as each of them alone."""
+    alone = {str(i): answer(model, prompt, **params[i]) for i, prompt in enumerate(asked)}
+    engine = make_engine(model, n_blocks=30, block_size=8, max_batch_tokens=40)
+    outputs: list[StepOutput] = []
+    for i, prompt in enumerate(asked):
+        engine.add(request(str(i), prompt, **params[i]))
+        outputs += engine.step()
+    assert drain(engine, outputs) == alone
+    assert engine.stats().n_preemptions > 0
+
+
+def assert_goes_on_elsewhere(model: TinyModel, **params: Any) -> None:
+    """A request that brings its first tokens is given those that follow."""
+    [prompt] = prompts(1, 20, 30)
+    whole = answer(model, prompt, 30, **params)
+    engine = make_engine(model)
+    engine.add(request("a", prompt, 30, output_ids=whole[:13], **params))
+    assert drain(engine)["a"] == whole[13:]
+
+
+def until_packed(engine: LLMEngine) -> None:
+    """Keep a hot engine busy until nothing is left to be packed."""
+    packer = engine._runner._packer
+    for number in range(1000):
+        engine.add(request(f"busy-{number}", [1, 2, 3], 4))
+        drain(engine)
+        assert packer._thread is not None
+        packer._thread.join(0.01)
+        if packer.ended:
+            return
+    raise AssertionError("it takes too long")
 
 
 def tokens_of(outputs: list[StepOutput]) -> dict[str, list[int]]:

@@ -13,7 +13,20 @@ from sllmdask.engine import logprobs
 from sllmdask.engine.engine import LLMEngine, StepOutput
 from sllmdask.engine.logprobs import PromptLogprobs, rows_at_once, token_logprobs
 from sllmdask.errors import InvalidRequest
-from tests.engine.models import VOCAB, TinyModel, assert_all_free, drain, make_engine, make_model, prompts, request, tokens_of
+from tests.engine.models import (
+    VOCAB,
+    TinyModel,
+    answer,
+    assert_all_free,
+    assert_goes_on_elsewhere,
+    assert_the_same_in_a_crowd,
+    drain,
+    make_engine,
+    make_model,
+    prompts,
+    request,
+    tokens_of,
+)
 
 PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4},
@@ -26,12 +39,6 @@ PENALTIES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_model(tmp_path_factory.mktemp("llama"))
-
-
-def answer(model: TinyModel, prompt: list[int], max_tokens: int = 24, **params: Any) -> list[int]:
-    engine = make_engine(model)
-    engine.add(request("alone", prompt, max_tokens, **params))
-    return drain(engine)["alone"]
 
 
 def penalised_by_hand(model: TinyModel, prompt: list[int], n_tokens: int, params: dict[str, Any]) -> list[int]:
@@ -78,15 +85,7 @@ def test_penalties_and_bias_give_the_tokens_of_their_formulas(model: TinyModel, 
 
 def test_penalties_are_the_same_alone_and_in_a_crowd_that_is_preempted(model: TinyModel):
     asked = prompts(8, 5, 60)
-    params = [PENALTIES[i % len(PENALTIES)] for i in range(len(asked))]
-    alone = {str(i): answer(model, prompt, **params[i]) for i, prompt in enumerate(asked)}
-    engine = make_engine(model, n_blocks=30, block_size=8, max_batch_tokens=40)
-    outputs: list[StepOutput] = []
-    for i, prompt in enumerate(asked):
-        engine.add(request(str(i), prompt, **params[i]))
-        outputs += engine.step()
-    assert drain(engine, outputs) == alone
-    assert engine.stats().n_preemptions > 0
+    assert_the_same_in_a_crowd(model, asked, [PENALTIES[i % len(PENALTIES)] for i in range(len(asked))])
 
 
 def test_a_seeded_request_with_everything_is_the_same_alone_and_among_32(model: TinyModel):
@@ -100,11 +99,7 @@ def test_a_seeded_request_with_everything_is_the_same_alone_and_among_32(model: 
 
 @pytest.mark.parametrize("params", PENALTIES, ids=str)
 def test_a_penalised_request_goes_on_elsewhere_as_if_nothing_had_happened(model: TinyModel, params: dict[str, Any]):
-    [prompt] = prompts(1, 20, 30)
-    whole = answer(model, prompt, 30, **params)
-    engine = make_engine(model)
-    engine.add(request("a", prompt, 30, output_ids=whole[:13], **params))
-    assert drain(engine)["a"] == whole[13:]
+    assert_goes_on_elsewhere(model, **params)
 
 
 def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused(model: TinyModel):

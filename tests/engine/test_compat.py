@@ -43,8 +43,8 @@ OFF_THE_INTERFACE = {
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_paged_cache_serves_whatever_goes_through_the_interface(tmp_path: Path, name: str):
-    runner = make_engine(make_model(tmp_path, name))._runner
+def test_the_paged_cache_serves_whatever_goes_through_the_interface(model_of, name: str):
+    runner = make_engine(model_of(name))._runner
     assert type(runner) is (CompatRunner if name in OFF_THE_INTERFACE else ModelRunner)
 
 

@@ -15,7 +15,10 @@ from sllmdask.errors import ContextTooLong, EngineError, InvalidRequest
 from tests.engine.models import (
     VOCAB,
     TinyModel,
+    answer,
     assert_all_free,
+    assert_goes_on_elsewhere,
+    assert_the_same_in_a_crowd,
     drain,
     make_engine,
     make_model,
@@ -33,35 +36,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_model(tmp_path_factory.mktemp("llama"))
 
 
-def answer(model: TinyModel, prompt: list[int], max_tokens: int = 24, **params: Any) -> list[int]:
-    """The answer of a request that is alone in an engine of its own."""
-    engine = make_engine(model)
-    engine.add(request("alone", prompt, max_tokens, **params))
-    return drain(engine)["alone"]
-
-
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
 def test_a_seeded_request_draws_the_same_tokens_alone_and_in_a_crowd(model: TinyModel):
     asked = prompts(7, 5, 60)
-    params = [{**SAMPLED, "seed": i, "top_k": i % 3 * 10} for i in range(len(asked))]
-    alone = {str(i): answer(model, prompt, **params[i]) for i, prompt in enumerate(asked)}
-    engine = make_engine(model, n_blocks=30, block_size=8, max_batch_tokens=40)
-    outputs: list[StepOutput] = []
-    for i, prompt in enumerate(asked):
-        engine.add(request(str(i), prompt, **params[i]))
-        outputs += engine.step()
-    assert drain(engine, outputs) == alone
-    assert engine.stats().n_preemptions > 0
+    assert_the_same_in_a_crowd(model, asked, [{**SAMPLED, "seed": i, "top_k": i % 3 * 10} for i in range(len(asked))])
 
 
 def test_a_sampled_request_goes_on_elsewhere_as_if_nothing_had_happened(model: TinyModel):
-    [prompt] = prompts(1, 20, 30)
-    whole = answer(model, prompt, 30, **SAMPLED)
-    engine = make_engine(model)
-    engine.add(request("a", prompt, 30, output_ids=whole[:13], **SAMPLED))
-    assert drain(engine)["a"] == whole[13:]
+    assert_goes_on_elsewhere(model, **SAMPLED)
 
 
 def test_the_noise_is_that_of_the_tokens_place_in_the_sequence(model: TinyModel):

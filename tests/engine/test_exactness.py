@@ -9,21 +9,9 @@ import pytest
 
 from sllmdask.engine.engine import LLMEngine, StepOutput
 from sllmdask.engine.families import TESTED
-from tests.engine.models import CONFIGS, TinyModel, assert_all_free, drain, make_engine, make_model, prompts, request
+from tests.engine.models import CONFIGS, assert_all_free, drain, make_engine, make_model, prompts, request
 
 N_TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, TinyModel] = {}
-
-    def model_of(name: str) -> TinyModel:
-        if name not in made:
-            made[name] = make_model(tmp_path_factory.mktemp(name), name)
-        return made[name]
-
-    return model_of
 
 
 def run_staggered(engine: LLMEngine, all_prompts: list[list[int]], seed: int = 0) -> dict[str, list[int]]:
@@ -66,9 +54,9 @@ def test_tokens_are_those_of_generate_when_alone(model_of, name: str):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_are_those_of_generate_when_the_pool_is_so_small_that_sequences_are_preempted(model_of, name: str):
     model = model_of(name)
-    asked = prompts(8, 20, 90)
+    asked = prompts(5, 20, 90)
     expected = {str(i): model.generate(prompt, N_TOKENS) for i, prompt in enumerate(asked)}
-    engine = make_engine(model, n_blocks=28, block_size=8, max_batch_tokens=48)
+    engine = make_engine(model, n_blocks=17, block_size=8, max_batch_tokens=48)
     assert run_staggered(engine, asked) == expected
     assert engine.stats().n_preemptions > 0
     assert_all_free(engine)

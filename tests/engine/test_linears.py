@@ -16,7 +16,7 @@ from sllmdask.engine import linears
 from sllmdask.engine.engine import LLMEngine, build_engine
 from sllmdask.engine.linears import LinearPacker, PackedLinear, Packing, can_pack, matrices_outside, packable
 from sllmdask.errors import DeterminismUnavailable
-from tests.engine.models import CONFIGS, TinyModel, drain, make_engine, make_model, prompts, request, settings
+from tests.engine.models import CONFIGS, TinyModel, drain, make_engine, make_model, prompts, request, settings, until_packed
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -193,19 +193,6 @@ def test_tokens_over_packed_weights_are_those_of_generate(tmp_path: Path, name: 
     engine.close()
     assert engine.stats().packed_nbytes == 0
     assert not any("forward" in vars(module) for module in engine._runner.model.modules())
-
-
-def until_packed(engine: LLMEngine) -> None:
-    """Keep the engine busy until nothing is left to be packed."""
-    for number in range(1000):
-        engine.add(request(f"busy-{number}", [1, 2, 3], 4))
-        drain(engine)
-        thread = packer_of(engine)._thread
-        assert thread is not None
-        thread.join(0.01)
-        if packer_of(engine).ended:
-            return
-    raise AssertionError("it takes too long")
 
 
 def test_layers_that_are_too_small_to_gain_stay_plain_in_a_hot_model(llama: TinyModel, monkeypatch: pytest.MonkeyPatch):

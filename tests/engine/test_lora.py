@@ -17,7 +17,18 @@ from sllmdask.engine.engine import LLMEngine, StepOutput, build_engine
 from sllmdask.engine.lora import read_adapter
 from sllmdask.errors import AdapterUnsupported, CheckpointNotFound, DeterminismUnavailable, InvalidRequest
 from tests.engine.adapters import TARGETS, Adapter, make_adapter, write_adapter
-from tests.engine.models import TinyModel, assert_all_free, drain, make_engine, make_model, prompts, request, settings, write_json
+from tests.engine.models import (
+    TinyModel,
+    assert_all_free,
+    drain,
+    make_engine,
+    make_model,
+    prompts,
+    request,
+    settings,
+    until_packed,
+    write_json,
+)
 
 N_TOKENS = 12
 
@@ -180,6 +191,8 @@ def test_layers_that_run_over_packed_weights_keep_their_adapters(tmp_path: Path,
     merged = adapter.merged_into(model)
     asked = prompts(6, 5, 50)
     for round_ in range(3):
+        if mode == "auto" and round_ == 2:
+            until_packed(engine)
         for i, prompt in enumerate(asked):
             ask(engine, f"{round_} {i}", prompt, salt if i % 2 else b"")
         found = drain(engine)
