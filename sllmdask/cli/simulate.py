@@ -13,6 +13,7 @@ import click
 
 from sllmdask.cli.output import Column, Waiting, print_json, print_rows, waiting_line
 from sllmdask.cli.shell import FAILED, Command, json_option
+from sllmdask.errors import ConfigError
 
 if TYPE_CHECKING:
     from sllmdask.sim.report import Summary
@@ -57,6 +58,7 @@ def run(
     """
     from sllmdask.sim.report import run_facts
 
+    _check_json(json_file)
     scenarios = [(path, _scenario(path, policies, seeds)) for path in files]
     if plot_file is not None:
         if len(files) > 1:
@@ -87,6 +89,7 @@ def sweep(
     from sllmdask.sim.report import sweep_facts
     from sllmdask.sim.scenario import read_variation, varied
 
+    _check_json(json_file)
     key, values = read_variation(over)
     scenario = _scenario(file, policies, seeds)
     scenarios = [(value, varied(scenario, key, value)) for value in values]
@@ -110,6 +113,12 @@ def _scenario(path: Path, policies: Sequence[str], seeds: int | None) -> Scenari
     from sllmdask.sim.scenario import read_scenario, with_choices
 
     return with_choices(read_scenario(path), policies, seeds)
+
+
+def _check_json(json_file: str | None) -> None:
+    """Better before the simulation than after."""
+    if json_file not in (None, "-") and (not Path(json_file).parent.is_dir() or Path(json_file).is_dir()):
+        raise ConfigError(f"--json {json_file}: a file cannot be written there")
 
 
 def _check_plot(path: Path) -> None:

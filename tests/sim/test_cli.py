@@ -70,6 +70,7 @@ def test_a_sweep_has_a_row_for_each_value_and_policy(tmp_path):
         (["sweep", SMALL, "--over", "rps=0"], "workload.rps: Input should be greater than 0"),
         (["run", SMALL, "--plot", "picture.jpeg"], "the picture is .png, .svg, .pdf"),
         (["run", SMALL, SMALL, "--plot", "picture.png"], "--plot draws one FILE"),
+        (["run", SMALL, "--json", "nowhere/out.json"], "--json nowhere/out.json: a file cannot be written there"),
         (["run"], "Missing argument"),
     ],
 )
