@@ -112,7 +112,12 @@ class Partial:
         """
         path = final.with_name(final.name + ".partial")
         while not final.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if os.path.lexists(path) and not path.is_dir():
+                    raise
+                continue  # it was there, and was renamed or removed before it could be seen to be a directory
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:

@@ -61,7 +61,8 @@ def load_parts(
         return None, {"queue": 0.0, "overhead": 0.0, "read": 0.0}
     limits = {own: inf}
     peer = next((each for each in peers if each.address != worker.address), None)
-    if peer is not None and own is not Tier.HOST:
+    # What is on its own disk, a worker reads from there.
+    if peer is not None and own is Tier.REMOTE:
         limits[Tier.PEER] = peer.bytes_per_s
     best: tuple[float, int, Tier, dict[str, float]] | None = None
     for tier, bytes_per_s in limits.items():

@@ -85,10 +85,15 @@ def test_all_that_applies_is_checked(llama: Subject, bert: Subject):
 
 
 def test_a_batch_that_fails_as_a_whole_is_found(llama: Subject, monkeypatch: pytest.MonkeyPatch):
-    def fail_all(engine: LLMEngine, chunks: tuple) -> list[StepOutput]:  # type: ignore[type-arg]
-        return [engine._fail(chunk.sequence, RuntimeError("boom")) for chunk in chunks]
+    run = LLMEngine._run
 
-    monkeypatch.setattr(LLMEngine, "_run_one_by_one", fail_all)
+    def fail_all(engine: LLMEngine, chunks: tuple) -> list[StepOutput]:  # type: ignore[type-arg]
+        try:
+            return run(engine, chunks)
+        except RuntimeError as error:
+            return [engine._fail(chunk.sequence, error) for chunk in chunks]
+
+    monkeypatch.setattr(LLMEngine, "_run", fail_all)
     [check] = CHECKS["fails"]
     with pytest.raises(AssertionError, match=r"R\d failed beside a request that fails\."):
         check(llama)

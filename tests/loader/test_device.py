@@ -1082,7 +1082,7 @@ def pretended(monkeypatch) -> SimpleNamespace:
 def test_a_gpu_without_room_is_an_error_with_numbers(pretended):
     with pytest.raises(InsufficientMemory) as caught:
         CudaDevice("cuda:0").allocate("opt-13b", 50_000)
-    assert caught.value.args == ("opt-13b", 50_000, 12_345)
+    assert (caught.value.model, caught.value.needed, caught.value.available) == ("opt-13b", 50_000, 12_345)
 
 
 def test_memory_is_locked_for_every_gpu_and_a_refusal_is_no_error_also_not_of_the_next_kernel(pretended):

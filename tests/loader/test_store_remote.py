@@ -574,7 +574,10 @@ async def test_where_the_worker_dies_in_the_middle_the_source_itself_goes_on(new
     before = site.n_data
     loading = asyncio.create_task(taker.load("m", source, whole=whole, peers=[giver.data_address]))
     await die.wait()
-    closing = asyncio.create_task(asyncio.to_thread(giver._sharing._server.close))
+    server = giver._sharing._server
+    closing = asyncio.create_task(asyncio.to_thread(server.close))
+    # Everybody is cut off before anything more is sent.
+    await asyncio.to_thread(eventually, lambda: server._listener.fileno() < 0)
     held.open()
     lease = await loading
     await lease.complete()
