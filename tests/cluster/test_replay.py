@@ -67,9 +67,9 @@ class Traffic:
 
 
 @asynccontextmanager
-async def one_slot(event_log: Path) -> AsyncIterator[tuple[SllmSchedulerPlugin, Traffic]]:
+async def one_slot(event_log: Path | None = None) -> AsyncIterator[tuple[SllmSchedulerPlugin, Traffic]]:
     """A scheduler in this process, one worker process of one slot, and a gateway."""
-    settings = Settings(engine=ENGINE, scheduler=SchedulerSettings(patience=0.3, event_log=str(event_log)))
+    settings = Settings(engine=ENGINE, scheduler=SchedulerSettings(patience=0.3, event_log=str(event_log or "")))
     async with local_cluster(1, settings) as cluster:
         gateway = Gateway(cluster.scheduler_address, settings)
         try:

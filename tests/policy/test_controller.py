@@ -167,7 +167,7 @@ def test_target_nodes_are_the_only_ones_used():
 def test_what_a_worker_pins_takes_memory_from_the_others_of_its_node_once_for_each_checkpoint():
     small = replace(NODE, host_capacity=3 * GiB, node="host")
     twin = replace(small, address="tcp://two", name="1")
-    apart = replace(small, address="tcp://far", name="9", node="elsewhere", bytes_per_s={Tier.DISK: 10 * GiB})
+    apart = replace(small, address="tcp://far", name="9", node="elsewhere", bytes_per_s={Tier.REMOTE: 10 * GiB})
     big = ModelView("big", nbytes=int(2.5 * GiB))
     for workers, where in (((small, twin), []), ((small, twin, apart), ["tcp://far"])):
         controller = controller_with(A, replace(A, name="same", checkpoint="a"), big, workers=workers)
