@@ -122,6 +122,9 @@ class Contender(Server):
     def model_name(self, number: int) -> str:
         return str(self.directories[number])
 
+    def wait_for_models(self) -> None:
+        """Until all are there to be asked for."""
+
     def state(self) -> dict[str, Any] | None:
         """What is held now; ``None``: it does not say."""
         return None
@@ -148,6 +151,16 @@ class Ours(Contender):
 
     def model_name(self, number: int) -> str:
         return self._name(number)
+
+    def wait_for_models(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=30) as response:
+                if len(json.load(response)["data"]) == len(self.directories):
+                    return
+            if time.monotonic() > deadline:
+                raise BenchError("not all models were deployed within a minute")
+            time.sleep(0.1)
 
     def state(self) -> dict[str, Any] | None:
         with urllib.request.urlopen(f"{self.url}/admin/cluster", timeout=30) as response:
@@ -241,6 +254,7 @@ def turn(name: str, directories: Sequence[Path], trace: Sequence[Arrival], args:
     """A server from its start to its end: its answers, and what it held before and after."""
     contender = CONTENDERS[name](directories, args.room)
     try:
+        contender.wait_for_models()
         # One request that does not count: what a process loads at its first one, it has then.
         warm = asyncio.run(play(contender, [Arrival(0.0, trace[0].model)], 2, progress))
         if warm[0].error:

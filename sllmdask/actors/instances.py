@@ -123,6 +123,8 @@ class Instance(Movable):
         self._refusal: SllmError | None = None
         #: (front door, epoch) of each request by id.
         self._requests: dict[str, tuple[str, int]] = {}
+        #: Who computes the prompt of a group, while it is here.
+        self._leaders: dict[str, str] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
         self._returning: set[asyncio.Task[None]] = set()
         #: Grammars of requests that the engine will get.
@@ -337,10 +339,12 @@ class Instance(Movable):
         output_ids: list[int],
         params: dict[str, Any],
         adapter: tuple[str, str] | None = None,
+        group: str = "",
     ) -> None:
         """Begin or continue a request; whatever is wrong with it is answered on the front door's stream.
 
-        `adapter`: name and source of the LoRA adapter that it is to have; it waits until that is loaded.
+        `adapter`: name and source of the LoRA adapter that it is to have; it waits until that is loaded. Of requests of one
+        `group`, which answer one prompt, the first one computes it for all that come while it is here.
         """
         if self._engine is None or self.closed or self._refusal is not None:
             self._registry.send(front_door, ["error", request_id, epoch, (self._refusal or InstanceGone(self.id)).as_wire()])
@@ -349,6 +353,9 @@ class Instance(Movable):
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
+        if group and not output_ids:
+            leader = self._leaders.setdefault(group, request_id)
+            sequence.leader = None if leader == request_id else leader
         self._requests[request_id] = (front_door, epoch)
         if adapter is not None:
             self._adapter_of[request_id] = adapter
@@ -542,6 +549,8 @@ class Instance(Movable):
             self._adapters.release(use)
         self._handed_over.discard(request_id)
         self._adapter_of.pop(request_id, None)
+        for group in [group for group, leader in self._leaders.items() if leader == request_id]:
+            del self._leaders[group]
         if not self._requests and not self._expected:
             self._idle.set()
         return known
@@ -782,13 +791,13 @@ class InstanceRegistry:
 
     def _receive(self, front_door: str, message: Message) -> None:
         match message:
-            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params, adapter]:
+            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params, adapter, group]:
                 instance = self._instances.get(instance_id)
                 if instance is None:
                     self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
                 else:
                     named = None if adapter is None else tuple(adapter)
-                    instance.submit(front_door, request_id, epoch, list(prompt_ids), list(output_ids), params, named)
+                    instance.submit(front_door, request_id, epoch, list(prompt_ids), list(output_ids), params, named, group)
             case ["embed", request_id, epoch, instance_id, inputs, dimensions]:
                 instance = self._instances.get(instance_id)
                 if instance is None:

@@ -23,6 +23,9 @@ class GenerateRequest:
     deadline_s: float | None = None
     #: Name and source of the LoRA adapter that it is to have.
     adapter: tuple[str, str] | None = None
+    #: A name that all answers to one prompt have in common, and nobody else: they share the prompt's KV where they meet.
+    #: Empty: there is only one.
+    group: str = ""
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -161,7 +164,8 @@ class Journal:
             missing = [[index, ids] for index, ids in enumerate(request.inputs) if index not in self.embedded]
             return ["embed", key, self.epoch, self.instance, missing, request.dimensions]
         params = request.params.as_wire()
-        return ["submit", key, self.epoch, self.instance, request.prompt_ids, self.output_ids, params, request.adapter]
+        tokens = [request.prompt_ids, self.output_ids]
+        return ["submit", key, self.epoch, self.instance, *tokens, params, request.adapter, request.group]
 
     def as_row(self) -> dict[str, Any]:
         """One row of ``GET /admin/requests``."""

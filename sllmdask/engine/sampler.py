@@ -28,8 +28,8 @@ from sllmdask.batching.params import SamplingParams
 _N_LIKELIEST = 1024
 #: Below it, sampling is greedy in float32 anyway.
 _MIN_TEMPERATURE = 1e-5
-#: Logits of which the largest is looked for at once.
-_BLOCK = 256
+#: Logits of which the largest is looked for at once; and below how many in all it costs more calls than it saves.
+_BLOCK, _LEAST_BLOCKWISE = 256, 1 << 17
 #: Logits that are sampled from at once: the noise is made in many passes, which should stay in a processor's cache.
 _N_AT_ONCE = 1 << 16
 _MASK_64 = (1 << 64) - 1
@@ -104,6 +104,8 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     The place is looked for in the block that has the maximum: torch computes maxima many at a time, places one by one.
     """
     logits = logits.float()  # torch is slower with maxima in half precision
+    if logits.numel() < _LEAST_BLOCKWISE:
+        return logits.max(dim=-1)
     n_vocab = logits.shape[1]
     n_whole = n_vocab - n_vocab % _BLOCK
     tops = logits[:, :n_whole].unflatten(1, (n_whole // _BLOCK, _BLOCK)).amax(dim=-1)

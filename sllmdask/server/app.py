@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import secrets
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -139,7 +140,11 @@ class FrontDoor:
         # The answers to one prompt are requests of their own, which have their prompt in common.
         params = [each for prompt in prompts for each in ask.choices(len(prompt), window)]
         ids = self._free_ids(exchange.request_id(request), len(params))
-        asked = [GenerateRequest(each, base, prompts[i // ask.n], params[i], adapter=adapter) for i, each in enumerate(ids)]
+        groups = [secrets.token_hex(8) if ask.n > 1 else "" for _ in prompts]
+        asked = [
+            GenerateRequest(each, base, prompts[i // ask.n], params[i], adapter=adapter, group=groups[i // ask.n])
+            for i, each in enumerate(ids)
+        ]
         writers = [
             make_writer(tokenizer, prompt, is_chat=ask.is_chat, n_top=ask.sampling.logprobs, echo=ask.echoed(i, tokenizer))
             for i, prompt in enumerate(prompts)

@@ -103,6 +103,20 @@ async def test_log_probabilities_go_with_their_tokens_and_those_of_the_prompt_wi
     assert all(len(message) == 6 for message in await door_of(instance).until_ended("plain"))
 
 
+async def test_answers_to_one_prompt_compute_it_once_and_are_those_of_requests_by_themselves(instance: Instance):
+    prompt = [n % 200 for n in range(3, 90)]
+    wires = [SamplingParams(max_tokens=12, seed=seed, temperature=1.0).as_wire() for seed in range(4)]
+    for seed, wire in enumerate(wires):
+        instance.submit("door", f"together-{seed}", 0, prompt, [], wire, None, "group")
+    together = [text_of(await door_of(instance).until_ended(f"together-{seed}")) for seed in range(4)]
+    assert instance.stats()["n_reused_tokens"] == 3 * (len(prompt) - 1)
+    assert not instance._leaders
+    for seed, wire in enumerate(wires):
+        instance.submit("door", f"alone-{seed}", 0, prompt, [], wire)
+        assert text_of(await door_of(instance).until_ended(f"alone-{seed}")) == together[seed]
+    assert len(set(together)) > 1
+
+
 async def test_a_request_with_a_grammar_is_answered_beside_one_without(instance: Instance):
     submit(instance, "date", grammar=DATE)
     submit(instance, "plain")

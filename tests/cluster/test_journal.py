@@ -28,6 +28,7 @@ def test_what_is_missing_is_asked_for_again():
 
 
 def test_a_request_for_text_takes_its_adapter_along():
-    request = GenerateRequest("r", "m", [1, 2], SamplingParams(), adapter=("polite", "org/polite"))
+    request = GenerateRequest("r", "m", [1, 2], SamplingParams(), adapter=("polite", "org/polite"), group="g")
     journal = Journal(request, instance="m/1", output_ids=[7])
-    assert journal.submission("k") == ["submit", "k", 0, "m/1", [1, 2], [7], SamplingParams().as_wire(), ("polite", "org/polite")]
+    adapter = ("polite", "org/polite")
+    assert journal.submission("k") == ["submit", "k", 0, "m/1", [1, 2], [7], SamplingParams().as_wire(), adapter, "g"]
