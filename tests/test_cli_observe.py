@@ -94,7 +94,9 @@ def test_events_are_lines_and_json_lines(serve: Serve):
 def test_events_are_followed_until_ctrl_c(serve: Serve):
     server = serve()
     see(server, cold_start)
-    code = "import sys; sys.argv[0] = 'sllmdask'; from sllmdask.cli import main; main()"
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and all that they start.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'sllmdask'\n"
+    code += "from sllmdask.cli import main\nmain()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "events", "-f", "--last", "1", "--server", server.url], stdout=subprocess.PIPE, text=True
     ) as process:
