@@ -52,7 +52,7 @@ def victims(
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """A checkpoint in host memory that nobody uses, which may be `pinned` all the same: then it does not leave.
+    """A checkpoint in host memory that nobody uses; what is pinned is in use.
 
     `nbytes` of its `total_nbytes` are resident; to read all of it again takes `reload_s`. `floor` is the worth of the dearest
     copy that had left when this one was last used, `last_used` grows with every use of any copy.
@@ -65,7 +65,6 @@ class HostCopy:
     uses: int
     floor: float
     last_used: int
-    pinned: bool = False
 
     @property
     def worth(self) -> float:
@@ -89,13 +88,13 @@ class Departure:
 def departures(copies: Sequence[HostCopy], nbytes: int, *, granule: int | None = None) -> list[Departure] | None:
     """What leaves so that at least `nbytes` bytes come free; ``None``: there is not that much.
 
-    The cheapest bytes leave first, of equal ones those that were used longest ago; what is pinned stays. With a `granule`, of
+    The cheapest bytes leave first, of equal ones those that were used longest ago. With a `granule`, of
     which every copy is a multiple, the last copy loses only as many granules as it must: then no choice of bytes is worth less
     (the fractional knapsack, Dantzig 1957). Without, whole copies leave, and one that turns out not to be needed stays.
     """
     chosen: list[Departure] = []
     missing = nbytes
-    for copy in sorted((each for each in copies if not each.pinned), key=lambda copy: (copy.worth, copy.last_used, copy.key)):
+    for copy in sorted(copies, key=lambda copy: (copy.worth, copy.last_used, copy.key)):
         if missing <= 0:
             break
         lost = copy.nbytes if granule is None else min(copy.nbytes, -(-missing // granule) * granule)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -63,10 +62,3 @@ def test_no_other_choice_of_granules_is_worth_less(seed):
         found = departures(copies, nbytes, granule=1)
         assert sum(each.nbytes for each in found) == nbytes
         assert sum(each.nbytes * worth[each.key] for each in found) == pytest.approx(least)
-
-
-def test_what_is_pinned_stays_whatever_it_is_worth():
-    pinned, plain = replace(copy("pinned", reload_s=1.0), pinned=True), copy("plain", reload_s=9.0)
-    assert [each.key for each in departures([pinned, plain], 8)] == ["plain"]
-    assert departures([pinned, plain], 9) is None
-    assert departures([pinned], 1, granule=2) is None
