@@ -16,6 +16,9 @@ from sllmdask.policy.views import InstanceState, InstanceView, Tier
 
 logger = logging.getLogger(__name__)
 
+#: Instances that failed whose reasons are kept.
+N_FAILED = 100
+
 
 class Wishes:
     """Operators' wishes that a model be loaded, by the name that the controller knows each by."""
@@ -86,6 +89,8 @@ class LoadProgress:
         self._told: dict[str, dict[str, Any]] = {}
         #: Those who wait for the last byte of an instance, by instance.
         self._readings: dict[str, asyncio.Future[None]] = {}
+        #: Model and reason of instances that failed a short while ago: who is about to wait for one may come later than its end.
+        self._failed: dict[str, tuple[str, str]] = {}
 
     def of(self, instance: InstanceView | None) -> dict[str, Any] | None:
         """How far a load is, ``done``, ``total`` in bytes, ``tier``, ``bytes_per_s``, until its last byte is there."""
@@ -134,12 +139,18 @@ class LoadProgress:
     def failed(self, instance: str, reason: str) -> None:
         """An instance that was being read is gone: who waits for its last byte hears why."""
         view, read = self._controller.instances.get(instance), self._readings.pop(instance, None)
+        model = view.model if view is not None else instance
+        self._failed[instance] = (model, reason)
+        for oldest in list(self._failed)[:-N_FAILED]:
+            del self._failed[oldest]
         if read is not None:
-            read.set_exception(LoadFailed(view.model if view is not None else instance, reason))
+            read.set_exception(LoadFailed(model, reason))
             read.exception()  # whoever waited may have gone
 
     async def until_read(self, instance: str) -> None:
         """Until the last byte of an instance is there, or it is gone; raises :class:`LoadFailed`."""
+        if instance in self._failed and instance not in self._controller.instances:
+            raise LoadFailed(*self._failed[instance])
         if self.of(self._controller.instances.get(instance)) is not None:
             read = self._readings.setdefault(instance, asyncio.get_running_loop().create_future())
             await asyncio.shield(read)
