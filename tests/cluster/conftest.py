@@ -29,8 +29,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A scheduler and one worker of one slot, as two separate programs."""
-    cluster = Processes(tmp_path_factory.mktemp("processes"))
+    """A scheduler and one worker of one slot, as two separate programs, which users would start in the same way."""
+    cluster = Processes(tmp_path_factory.mktemp("processes"), from_scratch=True)
     # The worker has a backend that another distribution has brought.
     path = [str(install(cluster.directory / "site")), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -14,8 +15,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests.cluster.forking import Forked, Forks
 
 BIN = Path(sys.executable).parent
 
@@ -40,26 +44,37 @@ def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
     raise AssertionError(f"{what}: not within {timeout_s} s")
 
 
-class Processes:
-    """A cluster of separate processes; everything that was started is stopped by :meth:`close`."""
+@cache
+def forks() -> Forks:
+    """The process that the others are forks of; it ends with the tests."""
+    started = Forks()
+    atexit.register(started.close)
+    return started
 
-    def __init__(self, directory: Path) -> None:
+
+class Processes:
+    """A cluster of separate processes; everything that was started is stopped by :meth:`close`.
+
+    They are forks of a process that has imported what they need (:mod:`tests.cluster.forking`); `from_scratch`, or with another
+    environment than the tests have, new interpreters, as users start them.
+    """
+
+    def __init__(self, directory: Path, *, from_scratch: bool = False) -> None:
         self.directory = directory
+        self.from_scratch = from_scratch
         self.port = free_port()
         self.scheduler = f"tcp://127.0.0.1:{self.port}"
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, subprocess.Popen[bytes] | Forked] = {}
 
-    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes] | Forked:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        line = [str(BIN / command[0]), *command[1:]]
+        process: subprocess.Popen[bytes] | Forked
         with (self.directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [str(BIN / command[0]), *command[1:]],
-                stdout=log,
-                stderr=log,
-                cwd=self.directory,
-                env=env,
-                start_new_session=True,
-            )
+            if not self.from_scratch and command[0] in ("dask", "sllmdask") and forks().can(env):
+                process = forks().start(line, log.fileno(), self.directory, env)
+            else:
+                process = subprocess.Popen(line, stdout=log, stderr=log, cwd=self.directory, env=env, start_new_session=True)
         self.running[name] = process
         return process
 

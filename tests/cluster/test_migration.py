@@ -12,6 +12,8 @@ from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
 
+pytestmark = pytest.mark.cluster
+
 #: Tokens of an answer, of a model that takes some milliseconds for each.
 N = 300
 #: Long enough to be moved several times, and drawn so that a lost or doubled token changes all that follows.

@@ -257,7 +257,7 @@ def test_without_a_worker_the_front_door_is_not_ready_and_says_what_to_do(tmp_pa
 
 
 def test_a_front_door_without_a_scheduler_says_so_and_exits_with_3(tmp_path):
-    cluster = Processes(tmp_path)
+    cluster = Processes(tmp_path, from_scratch=True)
     process = cluster.start("door", "sllmdask", "serve", "--scheduler", "tcp://127.0.0.1:1", "--port", "0")
     assert process.wait(60) == 3
     assert "not reachable" in cluster.log("door")
