@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -14,10 +15,12 @@ from tests.cluster.harness import Processes, post, until, workers
 
 
 @pytest.fixture(autouse=True)
-def a_store_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_store_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test starts without a word about it shares files and host memory with no other test."""
-    monkeypatch.setenv("DASK_SLLMDASK__WORKER__STORE_DIR", str(tmp_path / "store"))
-    monkeypatch.setenv("DASK_SLLMDASK__WORKER__MEMORY_GRACE", "0")
+    with patch.dict(os.environ):  # a nanny in this process would leave there what it sets for its worker
+        monkeypatch.setenv("DASK_SLLMDASK__WORKER__STORE_DIR", str(tmp_path / "store"))
+        monkeypatch.setenv("DASK_SLLMDASK__WORKER__MEMORY_GRACE", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

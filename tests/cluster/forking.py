@@ -5,8 +5,9 @@ process that has imported them, and has no thread. It forks, and the child becom
 its own, its directory, environment, arguments and log, Dask's configuration read from that environment, and the script's own
 ``main()``. From there on nothing is different: sockets, signals, exit status, and what Python does at its end.
 
-A nanny starts its worker by ``multiprocessing``, as a new interpreter. The one started here has a child beside it that forks
-those, with the same pipes and the same arguments (:func:`_serve_spawns`); they are the nanny's children, as ever.
+A nanny starts its worker by ``multiprocessing``, as a new interpreter. One that is started here has a child beside it that forks
+those, with the same pipes and the same arguments (:func:`_serve_spawns`); they are the nanny's children, as ever. A nanny in the
+process of the tests asks the :class:`Forks` (:meth:`~Forks.spawning`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from multiprocessing import util
 from pathlib import Path
@@ -50,7 +51,7 @@ MODULES = (
 #: Variables that are read when a process runs; all others are read, or may be, by what is imported.
 READ_LATE = ("DASK_", "SLLMDASK_", "LLM_SERVER_URL", "PYTEST_CURRENT_TEST")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
-_MAX_MESSAGE = 128 * 1024
+_MAX_MESSAGE, _MAX_FDS = 128 * 1024, 16
 
 
 class Forked:
@@ -118,11 +119,26 @@ class Forks:
     def start(self, command: Sequence[str], log: int, cwd: Path, environment: Mapping[str, str]) -> Forked:
         """Run a console script of this Python's environment with its arguments; `log`: the file for what it prints."""
         request = {"command": list(command), "cwd": str(cwd), "environment": dict(environment)}
+        return Forked(self, self._fork(request, [log]))
+
+    @contextmanager
+    def spawning(self) -> Iterator[None]:
+        """While this lasts, ``multiprocessing`` gets forks where this process asks it for interpreters."""
+        spawn = util.spawnv_passfds
+        _look_after_orphans(True)
+        util.spawnv_passfds = _by(self._fork, spawn)
+        try:
+            yield
+        finally:
+            util.spawnv_passfds = spawn
+            _look_after_orphans(False)
+
+    def _fork(self, request: Mapping[str, Any], fds: Sequence[int]) -> int:
         with self._lock:
-            socket.send_fds(self._control, [json.dumps(request).encode()], [log])
+            socket.send_fds(self._control, [json.dumps(request).encode()], fds)
             while not self._started:
                 self._hear(None)
-            return Forked(self, self._started.pop())
+            return self._started.pop()
 
     def hear(self, timeout_s: float | None) -> None:
         """Wait for news of the processes; ``None``: for as long as it takes."""
@@ -183,18 +199,20 @@ def _serve(control: socket.socket) -> Callable[[], object] | None:
                 control.send(json.dumps({"ended": ended[0], "status": status}).encode())
         if not select.select([control], [], [], 0)[0]:
             continue
-        data, fds, _, _ = socket.recv_fds(control, _MAX_MESSAGE, 1)
+        data, fds, _, _ = socket.recv_fds(control, _MAX_MESSAGE, _MAX_FDS)
         if not data:
             return None
-        pid = os.fork()
+        request = json.loads(data)
+        pid = os.fork() if "command" in request else _fork_for_parent()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
             os.close(woken)
             os.close(wake)
-            return _become(json.loads(data), *fds)
-        os.close(fds[0])
+            return _become(request, *fds) if "command" in request else _spawned(request, fds)
+        for fd in fds:
+            os.close(fd)
         control.send(json.dumps({"started": pid}).encode())
 
 
@@ -237,25 +255,57 @@ def _enter(environment: Mapping[str, str], path: str | None, argv: list[str]) ->
 def _spawn_by_forks() -> Callable[[], object] | None:
     """From here on ``multiprocessing`` gets forks where it asks for interpreters. In such a fork: what to run."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # The forks' own parent ends at once; who looks after orphans is this process, as a nanny looks after its children.
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    _look_after_orphans(True)
     if os.fork() == 0:
         ours.close()
         return _serve_spawns(theirs)
     theirs.close()
-    spawn, lock = util.spawnv_passfds, threading.Lock()
+    lock = threading.Lock()
 
-    def fork(path: bytes, args: Sequence[Any], fds: Sequence[int]) -> int:
-        if not any("spawn_main" in str(arg) for arg in args):
-            return spawn(path, args, fds)
-        request = {"args": [str(arg) for arg in args], "fds": list(fds), "environment": dict(os.environ)}
-        with lock, suppress(OSError, ValueError):
-            socket.send_fds(ours, [json.dumps(request).encode()], list(fds))
+    def fork(request: Mapping[str, Any], fds: Sequence[int]) -> int:
+        with lock:
+            socket.send_fds(ours, [json.dumps(request).encode()], fds)
             return int(ours.recv(_MAX_MESSAGE))
-        return spawn(path, args, fds)  # who forks was killed, as a test may
 
-    util.spawnv_passfds = fork
+    util.spawnv_passfds = _by(fork, util.spawnv_passfds)
     return None
+
+
+def _by(fork: Callable[[Mapping[str, Any], Sequence[int]], int], spawn: Callable[..., int]) -> Callable[..., int]:
+    """``multiprocessing``'s way to start an interpreter, replaced by a `fork`; by `spawn` where there is nobody to fork."""
+
+    def start(path: bytes, args: Sequence[Any], fds: Sequence[int]) -> int:
+        if any("spawn_main" in str(arg) for arg in args):
+            request = {"args": [str(arg) for arg in args], "fds": list(fds), "environment": dict(os.environ)}
+            with suppress(OSError, ValueError):  # who forks was killed, as a test may
+                return fork(request, list(fds))
+        return spawn(path, args, fds)
+
+    return start
+
+
+def _look_after_orphans(on: bool) -> None:
+    """Whether this process is the next parent of its descendants whose parent has ended."""
+    ctypes.CDLL(None).prctl(_SUBREAPER, int(on), 0, 0, 0)
+
+
+def _fork_for_parent() -> int:
+    """Fork a child of the process above this one, which looks after orphans. As ``os.fork``: 0 in the child, or its id."""
+    told, tell = os.pipe()
+    between = os.fork()
+    if between == 0:
+        child = os.fork()
+        if child:
+            os.write(tell, str(child).encode())
+            os._exit(0)
+        os.close(told)
+        os.close(tell)
+        return 0
+    os.close(tell)
+    os.waitpid(between, 0)
+    child = int(os.read(told, 32))
+    os.close(told)
+    return child
 
 
 def _serve_spawns(control: socket.socket) -> Callable[[], object]:
@@ -263,33 +313,27 @@ def _serve_spawns(control: socket.socket) -> Callable[[], object]:
     # Signals are for the nanny; where its group gets them, this process would otherwise leave before it, and with a word.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     while True:
-        data, received, _, _ = socket.recv_fds(control, _MAX_MESSAGE, 16)
+        data, fds, _, _ = socket.recv_fds(control, _MAX_MESSAGE, _MAX_FDS)
         if not data:
             os._exit(0)
-        told, tell = os.pipe()
-        between = os.fork()
-        if between == 0:
-            child = os.fork()
-            if child:
-                os.write(tell, str(child).encode())
-                os._exit(0)
+        pid = _fork_for_parent()
+        if pid == 0:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             control.close()
-            os.close(told)
-            os.close(tell)
-            request = json.loads(data)
-            _put(received, request["fds"])
-            args = request["args"]
-            code = args[args.index("-c") + 1]
-            _enter(request["environment"], None, ["-c", *args[args.index("-c") + 2 :]])
-            return lambda: exec(code, {"__name__": "__main__"})
-        os.close(tell)
-        os.waitpid(between, 0)
-        control.send(os.read(told, 32))
-        os.close(told)
-        for fd in received:
+            return _spawned(json.loads(data), fds)
+        for fd in fds:
             os.close(fd)
+        control.send(str(pid).encode())
+
+
+def _spawned(request: Mapping[str, Any], fds: Sequence[int]) -> Callable[[], object]:
+    """What the interpreter that ``multiprocessing`` asked for was to run, with its files."""
+    _put(fds, request["fds"])
+    args = request["args"]
+    code = args[args.index("-c") + 1]
+    _enter(request["environment"], None, ["-c", *args[args.index("-c") + 2 :]])
+    return lambda: exec(code, {"__name__": "__main__"})
 
 
 def _put(fds: Sequence[int], numbers: Sequence[int]) -> None:

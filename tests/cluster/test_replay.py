@@ -24,6 +24,7 @@ from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.sim.replay import replay
+from tests.cluster.harness import forks
 
 pytestmark = pytest.mark.cluster
 
@@ -70,13 +71,14 @@ class Traffic:
 async def one_slot(event_log: Path | None = None) -> AsyncIterator[tuple[SllmSchedulerPlugin, Traffic]]:
     """A scheduler in this process, one worker process of one slot, and a gateway."""
     settings = Settings(engine=ENGINE, scheduler=SchedulerSettings(patience=0.3, event_log=str(event_log or "")))
-    async with local_cluster(1, settings) as cluster:
-        gateway = Gateway(cluster.scheduler_address, settings)
-        try:
-            await gateway.start()
-            yield cluster.scheduler.plugins[SllmSchedulerPlugin.name], Traffic(gateway)
-        finally:
-            await gateway.close()
+    with forks().spawning():
+        async with local_cluster(1, settings) as cluster:
+            gateway = Gateway(cluster.scheduler_address, settings)
+            try:
+                await gateway.start()
+                yield cluster.scheduler.plugins[SllmSchedulerPlugin.name], Traffic(gateway)
+            finally:
+                await gateway.close()
 
 
 async def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
