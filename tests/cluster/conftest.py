@@ -1,4 +1,4 @@
-"""Small random models and a cluster of processes, both made once."""
+"""Small random models, made once, and a cluster of processes for each module that asks for one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.backends import install
 from tests.checkpoints import make_checkpoint
 from tests.cluster.harness import Processes, post, until, workers
 
@@ -30,21 +29,33 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_checkpoint(root / name, family) for name, family in (("a", "llama"), ("b", "qwen2"))}
 
 
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A scheduler and one worker of one slot, as two separate programs, which users would start in the same way."""
-    cluster = Processes(tmp_path_factory.mktemp("processes"), from_scratch=True)
-    # The worker has a backend that another distribution has brought.
-    path = [str(install(cluster.directory / "site")), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+@pytest.fixture(scope="module")
+def processes(
+    tmp_path_factory: pytest.TempPathFactory, worker_environment: dict[str, str], from_scratch: bool
+) -> Iterator[Processes]:
+    """A scheduler and one worker of one slot, as two separate programs."""
+    cluster = Processes(tmp_path_factory.mktemp("processes"), from_scratch=from_scratch)
     try:
         cluster.start_scheduler()
-        cluster.start_worker("0", PYTHONPATH=os.pathsep.join(filter(None, path)))
+        cluster.start_worker("0", **worker_environment)
         yield cluster
     finally:
         cluster.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def from_scratch() -> bool:
+    """Whether they are started as users start theirs, see :class:`Processes`; for a module to say."""
+    return False
+
+
+@pytest.fixture(scope="module")
+def worker_environment() -> dict[str, str]:
+    """What is set for the worker only; for a module to say."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def url(processes: Processes, checkpoints: dict[str, Path]) -> str:
     """A front door on them, with both models deployed."""
     url = processes.start_door()

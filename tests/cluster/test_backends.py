@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.backends import install
 from tests.cluster.asking import register
 from tests.cluster.harness import instances, post, until
 
 pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def worker_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The worker finds the other distribution."""
+    path = [str(install(tmp_path_factory.mktemp("site"))), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def told(url: str, n_output_tokens: int) -> dict[str, Any] | None:

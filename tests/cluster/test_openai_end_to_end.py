@@ -26,7 +26,7 @@ NAME, COLD_START, STORY = "What is your name?", "What is a cold start?", "Tell m
 QUESTIONS = (NAME, COLD_START, "What does sllmdask do?", "What is live migration?")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Both demo models on one worker of two slots."""
     cluster = Processes(tmp_path_factory.mktemp("demo"))

@@ -21,6 +21,11 @@ LONG = {"prompt": "once upon a time", "max_tokens": 1500, "temperature": 0, "ign
 SHORT = {"prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
+@pytest.fixture(scope="module")
+def from_scratch() -> bool:
+    return True
+
+
 def reference(path: Path, prompt: str, max_tokens: int) -> str:
     """What plain ``generate()`` of transformers answers, greedily."""
     import torch
