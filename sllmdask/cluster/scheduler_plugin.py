@@ -82,6 +82,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 max_queue=settings.scheduler.max_queue,
                 min_residency_s=settings.scheduler.min_residency,
                 patience_s=settings.scheduler.patience,
+                can_migrate=settings.scheduler.migrate,
                 max_requests=settings.engine.max_running,
             )
         )
@@ -501,11 +502,13 @@ def _residency(account: dict[str, Any]) -> dict[str, Tier]:
 
 @click.command()
 @click.option("--hardware-config", help="file with the hardware of nodes (scheduler.hardware_config)")
-async def dask_setup(scheduler: Scheduler, hardware_config: str | None) -> None:
+@click.option("--enable-migration/--no-migration", default=None, help="whether running instances make room (scheduler.migrate)")
+async def dask_setup(scheduler: Scheduler, hardware_config: str | None, enable_migration: bool | None) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``; the options are given after it."""
     log_as_dask_does()
     try:
-        plugin = SllmSchedulerPlugin(scheduler, read_settings({"scheduler": {"hardware_config": hardware_config}}))
+        flags = {"scheduler": {"hardware_config": hardware_config, "migrate": enable_migration}}
+        plugin = SllmSchedulerPlugin(scheduler, read_settings(flags))
     except ConfigError as error:
         # Dask would log the failed preload and run a scheduler that knows no model.
         logger.error("%s", error.message)

@@ -38,8 +38,8 @@ _MAX_WORKERS, _MAX_IDLE = 128, 48
 #: Steps of the search for victims: some milliseconds at the very most.
 _MAX_NODES = 200
 
+NO_MIGRATION = "running instances make no room here: scheduler.migrate is false"
 #: No worker can be asked to do it yet.
-NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
 #: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much
