@@ -392,7 +392,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
                 self.observer.log.told(request_id, told)
-                self.on(ev.RequestEnded(now, request_id))
+                self.on(ev.RequestEnded(now, request_id, told["n_tokens"]))
             case ["read", instance]:
                 self._progress.is_read(instance)
             case ["rows", number, rows]:
