@@ -69,9 +69,11 @@ def make_long_model(path: Path) -> Path:
     """A Qwen2 checkpoint with random weights, large enough to take some milliseconds for a token; the tokenizer is a real one."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
     import sllmdask
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     demo = Path(sllmdask.__file__).parent / "demo" / "demo-qwen"
     config = Qwen2Config(
@@ -100,8 +102,9 @@ def deployment(file: Path, source: str) -> dict[str, Any]:
 
 
 def play(url: str, long: str, short: str, *, n_long: int, n_short: int = 64, ignore_eos: bool = True) -> tuple[Answer, Answer]:
-    """Ask the `long` model, and when its answer has begun the `short` one; both answers."""
+    """Ask the `long` model, which is loaded on node 0, and when its answer has begun the `short` one; both answers."""
     with Client(url) as client, ThreadPoolExecutor(2) as pool:
+        client.load(long, node="0")
         began = time.perf_counter()
 
         def begin(model: str, question: str, n_tokens: int, ignore: bool) -> Any:
@@ -151,7 +154,8 @@ def report(runs: Mapping[str, tuple[Answer, Answer]]) -> bool:
     print()
     for check, good in checks.items():
         print(f"{'yes' if good else 'NO '}  {check}")
-    print(f"\nThe short answer came {format_seconds(short_without.ended_s - short_with.ended_s)} sooner: {short_with.text.strip()!r}")
+    sooner = format_seconds(short_without.ended_s - short_with.ended_s)
+    print(f"\nWith migration the short answer came {sooner} sooner: {short_with.text.strip()!r}")
     return all(checks.values())
 
 

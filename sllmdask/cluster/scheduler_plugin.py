@@ -375,7 +375,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
                 self.observer.log.told(request_id, told)
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
-                if what == "returned" and request_id in self.controller.running:
+                if what == "returned" and (running := self.controller.running.get(request_id)) is not None:
+                    if told["lost"] not in (None, running.instance):  # what it has left has done nothing wrong
+                        self.on(ev.RequestMoved(now, request_id, told["lost"]))
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.

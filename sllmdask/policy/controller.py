@@ -647,7 +647,7 @@ class Controller:
         moments = [ways.again_at] if ways.again_at < inf else []
         if chosen is not None:
             moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
-            load = ways.soonest(Way.FREE, Way.EVICT)
+            load = ways.soonest(Way.FREE, Way.EVICT, Way.MIGRATE)
             moments += [request.arrived_at + load.ready_in_s] if load is not None else []
         if may_claim and not self.claims.has(request.id):
             moments.append(request.arrived_at + self.settings.patience_s)

@@ -44,7 +44,7 @@ NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
 #: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much
 #: as to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
-_WAITED = "the request has waited for as long as it takes to load"
+_WAITED = "the request has waited for as long as another way takes"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
 
 
@@ -164,7 +164,7 @@ class WayFinder:
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
         if coming_s < inf and n_without <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
-        load = ways.soonest(Way.FREE, Way.EVICT)
+        load = ways.soonest(Way.FREE, Way.EVICT, Way.MIGRATE)
         if load is not None and at >= request.arrived_at + load.ready_in_s:
             ways.options = [
                 replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
