@@ -330,6 +330,8 @@ class Controller:
             instance = replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None)
             self.state.put_instance(instance)
             self.fleet.may_settle(instance, at)
+            if instance.successor and instance.idle:
+                self.fleet.has_nothing_to_move(instance, at)
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request

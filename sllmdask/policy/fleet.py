@@ -225,9 +225,16 @@ class Fleet:
         """The instance goes on; what was to take its place is planned anew."""
         successor = self._state.instances.get(successor_id)
         if successor is not None:
-            self._back_off.failed(successor.model, successor.worker, reason, at)
+            if successor.state is not InstanceState.UNLOADING:  # it was not called off
+                self._back_off.failed(successor.model, successor.worker, reason, at)
             self.drop(successor_id, at)
         self._stays(instance_id, at)
+
+    def has_nothing_to_move(self, instance: InstanceView, at: float) -> None:
+        """Its last request has ended while its successor was loaded: it can leave at once, and nobody waits for the other."""
+        successor = self._state.instances.get(instance.successor)
+        if successor is not None and successor.state is InstanceState.LOADING and not self._queue.waits(instance.model):
+            self.drain(successor, "nothing is left to move", at)
 
     def _stays(self, instance_id: str, at: float) -> None:
         """An instance does not move after all: nothing that waits for its slots is planned any more."""

@@ -18,8 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Scheduler
 
+from sllmdask.cluster.scheduler_plugin import SllmSchedulerPlugin
+from sllmdask.config import SchedulerSettings, Settings
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import ask, register, worker
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
@@ -49,7 +51,7 @@ def example() -> ModuleType:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     processes = Processes(tmp_path_factory.mktemp("scenario"))
     try:
-        processes.start_scheduler()
+        processes.start_scheduler("--enable-migration")
         for name in ("0", "1"):
             processes.start_worker(name, "--store-dir", str(processes.directory / f"store-{name}"))
         yield processes
@@ -91,6 +93,15 @@ def runs(cluster: Processes, url: str, example: ModuleType) -> dict[str, tuple[A
     for model in (LONG, SHORT):
         post(url, "/delete", {"model": model})
     return found
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("migrate", [True, False])
+async def test_the_setting_decides_whether_anything_moves_by_itself(migrate: bool):
+    scheduler = Scheduler(dashboard=False)
+    settings = Settings(scheduler=SchedulerSettings(migrate=migrate))
+    assert SllmSchedulerPlugin(scheduler, settings).controller.settings.can_migrate is migrate
+    await scheduler.close()
 
 
 def test_without_migration_the_short_answer_waits_for_the_long_one(runs: dict[str, tuple[Any, Any]]):

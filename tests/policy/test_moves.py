@@ -116,6 +116,28 @@ def test_after_a_move_that_failed_who_waits_waits_and_it_is_tried_again_more_and
     assert [(type(each), each.instance) for each in decisions] == [(Unload, load.instance)]
 
 
+def test_what_has_ended_before_it_could_move_leaves_at_once():
+    controller, load = crowded()
+    (migrate,) = ask(controller, "ra", "a", 1.0)
+    called_off, unload = acts(controller.handle(ev.RequestEnded(1.05, "rb")))
+    assert (type(called_off), called_off.instance) == (Unload, migrate.successor)
+    assert (type(unload), unload.instance) == (Unload, load.instance)
+    (load,) = acts(controller.handle(ev.UnloadFinished(1.06, unload.instance)))
+    assert (type(load), load.model, load.worker) == (Load, "a", "tcp://0")
+    assert acts(controller.handle(ev.MigrationFailed(1.1, migrate.instance, migrate.successor, "it is gone"))) == []
+    assert [each.request for each in acts(loaded(controller, load, 1.2))] == ["ra"]
+    assert controller.back_off.ends_at("b", 1.2) is None
+
+
+def test_what_has_ended_before_it_could_move_is_loaded_there_for_those_who_wait_for_it():
+    controller, _ = crowded()
+    (migrate,) = ask(controller, "ra", "a", 1.0)
+    ask(controller, "rb2", "b", 1.02)
+    assert acts(controller.handle(ev.RequestEnded(1.05, "rb"))) == []
+    load, dispatch = move(controller, migrate, 1.2)
+    assert (load.model, dispatch.request, dispatch.instance) == ("a", "rb2", migrate.successor)
+
+
 def test_what_cannot_go_on_elsewhere_is_waited_for():
     controller, _ = crowded(SHORT, replace(B, moves=False))
     (chose,) = records(decisions := controller.handle(request("ra", "a", 1.0)))
