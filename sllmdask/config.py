@@ -298,6 +298,8 @@ class SchedulerSettings(Frozen):
     min_residency: Seconds = Field(default=0.0, ge=0)
     #: Seconds after which a request that waits for a slot closes the instances that hold it to newcomers.
     patience: Seconds = Field(default=10.0, ge=0)
+    #: Whether running instances go to other workers to make room, where that is predicted to serve a request the soonest.
+    migrate: bool = True
     #: A file to which every event and decision is appended, for ``sllmdask simulate replay``; empty: none is written.
     event_log: str = ""
     #: A file with the hardware of nodes, which estimates begin with; empty: none.

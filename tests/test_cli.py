@@ -607,6 +607,18 @@ def test_up_reads_settings_and_models_from_a_file_and_flags_go_over_it(cluster: 
     assert "'port'" in run("up", "-c", str(tmp_path / "typo.yaml"), code=2).stderr
 
 
+def test_up_switches_migration_off_and_on(cluster: dict[str, Any], tmp_path: Path):
+    (tmp_path / "off.yaml").write_text("scheduler: {migrate: false}\n")
+    for flags, on in (
+        ([], True),
+        (["--no-migration"], False),
+        (["-c", str(tmp_path / "off.yaml")], False),
+        (["-c", str(tmp_path / "off.yaml"), "--enable-migration"], True),
+    ):
+        run("up", *flags)
+        assert cluster["settings"].scheduler.migrate is on, flags
+
+
 def test_a_taken_port_is_a_failure_that_names_the_flag_before_anything_starts(cluster: dict[str, Any]):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

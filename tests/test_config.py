@@ -433,6 +433,15 @@ def test_the_example_of_a_deployment_can_be_deployed() -> None:
     assert read.warnings() == []
 
 
+def test_the_files_of_the_migration_example_are_read_and_put_the_long_model_on_both_nodes() -> None:
+    example = CONFIGS.parent / "examples" / "live_migration"
+    for size, nodes, delta in (("3b", ("0", "1"), 20), ("1.5b", ("0",), 10)):
+        read = read_deployment(example / f"config-qwen-{size}.json")
+        assert read.model == read.source == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+        assert read.placement_config.nodes == read.placement_config.memory_pool == nodes
+        assert (read.router_config.migration_delta, read.auto_scaling_config.target, read.warnings()) == (delta, 1, [])
+
+
 # --- units -----------------------------------------------------------------------------------------------------------
 
 

@@ -25,11 +25,10 @@ from sllmdask.batching.precopy import Kind
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import InstanceGone, SllmError, StateRefused
 from sllmdask.loader.peer_wire import checked_token
+from sllmdask.policy.estimate import N_MOVES_AT_ONCE
 
 logger = logging.getLogger(__name__)
 
-#: Requests of one instance that leave at a time.
-N_AT_ONCE = 8
 #: Seconds before a request that could not leave is tried again, and for which it is.
 RETRY_S, EVACUATE_S = 0.25, 600.0
 
@@ -199,7 +198,7 @@ class Moves:
         if host is None:
             raise InstanceGone(instance)
         newest: dict[str, MoveRecord] = {}
-        places = asyncio.Semaphore(N_AT_ONCE)
+        places = asyncio.Semaphore(N_MOVES_AT_ONCE)
 
         async def one(request: str) -> MoveRecord | None:
             async with places:

@@ -44,6 +44,11 @@ def _run_options(command: F) -> F:
 @click.option("--slots-per-worker", type=click.IntRange(min=1), help="Instances that a worker runs at once.  [default: 1]")
 @click.option("--demo", is_flag=True, help="Also deploy the two small models that come with sllmdask.")
 @click.option("--hardware-config", metavar="FILE", help="Sizes and bandwidths of the nodes, which estimates begin with.")
+@click.option(
+    "--enable-migration/--no-migration",
+    default=None,
+    help="Whether running models go to other workers to make room.  [default: enable-migration]",
+)
 @_run_options
 def up(
     models: tuple[str, ...],
@@ -51,6 +56,7 @@ def up(
     slots_per_worker: int | None,
     demo: bool,
     hardware_config: str | None,
+    enable_migration: bool | None,
     host: str | None,
     port: int | None,
     insecure: bool,
@@ -70,7 +76,7 @@ def up(
     flags: dict[str, dict[str, Any]] = {
         "server": {"host": host, "port": port},
         "worker": {"slots": slots_per_worker},
-        "scheduler": {"hardware_config": hardware_config},
+        "scheduler": {"hardware_config": hardware_config, "migrate": enable_migration},
     }
     settings = _read_settings(flags, file, insecure)
     from sllmdask.config import read_hardware

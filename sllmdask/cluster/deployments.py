@@ -137,6 +137,7 @@ class Deployments:
             variant=asked.variant,
             nodes=asked.placement_config.nodes,
             pinned=bool(self.pins.get(asked.model)),
+            moves=not facts.get("embedding"),
             alpha=asked.scheduler_config.alpha,
             beta=asked.scheduler_config.beta,
         )

@@ -200,6 +200,7 @@ class Effects:
             if migrate.destination == worker:
                 task.cancel()
                 reason = f"the worker {worker} has left"
+                logger.warning("migration failed instance=%s to=%s cause=%s", migrate.instance, worker, reason)
                 self._on(ev.MigrationFailed(time.monotonic(), migrate.instance, migrate.successor, reason))
 
     async def _own_client(self) -> Client:

@@ -616,8 +616,9 @@ class Gateway(Lookout):
             )
         self._stop(active.key, active.following.elsewhere())
         active.following = Following(journal)
+        lost = journal.instance
         journal.begin_anew()
-        self._ask_for_place(active, "returned")
+        self._ask_for_place(active, "returned", lost)
 
     def _check_revision(self, active: _Active) -> None:
         """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
@@ -640,10 +641,11 @@ class Gateway(Lookout):
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
-    def _ask_for_place(self, active: _Active, what: str = "request") -> None:
+    def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None) -> None:
+        """Have the request wait; `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved."""
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
-        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:

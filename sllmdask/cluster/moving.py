@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a move that has not ended is not waited for any more; the worker ends it sooner, if it can.
 MOVE_LIMIT_S = 900.0
-#: Seconds for which requests that cannot leave yet are tried again.
+#: Seconds for which requests that cannot leave yet are tried again, where an operator asked.
 EVACUATE_S = 600.0
+#: The same where the controller decided: so many times as long as was predicted, and no less than the latter. Meanwhile another
+#: model's request waits for the place, and those of this model for the new one.
+DECIDED, DECIDED_S = 5.0, 20.0
 
 
 class Head(Protocol):
@@ -183,17 +186,16 @@ class Moving:
         if to is None:
             return "its destination has left"
         order = self._order(source, migrate.successor, to, None, migrate.cause)
-        moves, left = await self._evacuate(migrate.instance, migrate.worker, migrate.destination, order)
+        limit_s = max(DECIDED_S, DECIDED * migrate.moved_in_s)
+        moves, left = await self._evacuate(migrate.instance, migrate.worker, migrate.destination, order, limit_s)
         reasons = sorted({str(record["reason"]) for record in moves.values() if record["outcome"] == "stayed"})
         return ("; ".join(reasons) or f"{left} requests could not leave") if left else None
 
     async def _evacuate(
-        self, instance: str, worker: str, destination: str, order: dict[str, Any]
+        self, instance: str, worker: str, destination: str, order: dict[str, Any], limit_s: float = EVACUATE_S
     ) -> tuple[dict[str, dict[str, Any]], int]:
         with _Noted(self._under_way, (worker, destination)):
-            reply = await self._head.ask(
-                worker, "sllm_evacuate", MOVE_LIMIT_S, instance=instance, order=order, limit_s=EVACUATE_S
-            )
+            reply = await self._head.ask(worker, "sllm_evacuate", MOVE_LIMIT_S, instance=instance, order=order, limit_s=limit_s)
         if "error" in reply:
             raise from_wire(reply)
         return reply["moves"], int(reply["left"])

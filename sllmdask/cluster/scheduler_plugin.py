@@ -82,6 +82,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 max_queue=settings.scheduler.max_queue,
                 min_residency_s=settings.scheduler.min_residency,
                 patience_s=settings.scheduler.patience,
+                can_migrate=settings.scheduler.migrate,
                 max_requests=settings.engine.max_running,
             )
         )
@@ -374,7 +375,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
                 self.observer.log.told(request_id, told)
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
-                if what == "returned" and request_id in self.controller.running:
+                if what == "returned" and (running := self.controller.running.get(request_id)) is not None:
+                    if told["lost"] not in (None, running.instance):  # what it has left has done nothing wrong
+                        self.on(ev.RequestMoved(now, request_id, told["lost"]))
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
@@ -391,7 +394,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
                 self.observer.log.told(request_id, told)
-                self.on(ev.RequestEnded(now, request_id))
+                self.on(ev.RequestEnded(now, request_id, told["n_tokens"]))
             case ["read", instance]:
                 self._progress.is_read(instance)
             case ["rows", number, rows]:
@@ -501,11 +504,13 @@ def _residency(account: dict[str, Any]) -> dict[str, Tier]:
 
 @click.command()
 @click.option("--hardware-config", help="file with the hardware of nodes (scheduler.hardware_config)")
-async def dask_setup(scheduler: Scheduler, hardware_config: str | None) -> None:
+@click.option("--enable-migration/--no-migration", default=None, help="whether running instances make room (scheduler.migrate)")
+async def dask_setup(scheduler: Scheduler, hardware_config: str | None, enable_migration: bool | None) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``; the options are given after it."""
     log_as_dask_does()
     try:
-        plugin = SllmSchedulerPlugin(scheduler, read_settings({"scheduler": {"hardware_config": hardware_config}}))
+        flags = {"scheduler": {"hardware_config": hardware_config, "migrate": enable_migration}}
+        plugin = SllmSchedulerPlugin(scheduler, read_settings(flags))
     except ConfigError as error:
         # Dask would log the failed preload and run a scheduler that knows no model.
         logger.error("%s", error.message)

@@ -30,6 +30,10 @@ class Awaited:
         for instance_id in instances:
             self._by_instance.setdefault(instance_id, {})[demand] = None
 
+    def of(self, demand: Demand) -> tuple[str, ...]:
+        """The instances whose end `demand` waits for."""
+        return self._of.get(demand, ())
+
     def before(self, instance_id: str, request: RequestView) -> list[str]:
         """The models that those wait for whose turn is before that of `request`, and who wait for the same end."""
         turn, own = turn_of(request), demand_of(request)

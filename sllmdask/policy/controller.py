@@ -189,8 +189,8 @@ class Controller:
                 return self._delete(name, replaced, at)
             case ev.RequestArrived(request=request):
                 return self._admit(request)
-            case ev.RequestEnded(request=request_id):
-                self._end(request_id, at, served=True)
+            case ev.RequestEnded(request=request_id, n_tokens=n_tokens):
+                self._end(request_id, at, served=True, n_tokens=n_tokens)
             case ev.RequestReturned(request=request_id, deadline_at=deadline_at):
                 return self._return(request_id, at, deadline_at)
             case ev.LoadRequested(request=request):
@@ -310,8 +310,9 @@ class Controller:
             self.state.touch_model(instance.model)
             self.state.touch_worker(instance.worker)
 
-    def _end(self, request_id: str, at: float, *, served: bool = False) -> RequestView | None:
-        """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes."""
+    def _end(self, request_id: str, at: float, *, served: bool = False, n_tokens: int = 0) -> RequestView | None:
+        """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes, and for
+        how many tokens."""
         request = self.queue.end(request_id)
         if request is None:
             return None
@@ -322,13 +323,15 @@ class Controller:
             return request
         if served and not request.load_only and request.dispatched_at is not None:
             known = self.service.get(request.model, ServiceTime())
-            self.service[request.model] = known.after(at - request.dispatched_at)
+            self.service[request.model] = known.after(at - request.dispatched_at, n_tokens)
         instance = self.instances.get(request.instance)
         if instance is not None:
             n_requests = instance.n_requests - 1
             instance = replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None)
             self.state.put_instance(instance)
             self.fleet.may_settle(instance, at)
+            if instance.successor and instance.idle:
+                self.fleet.has_nothing_to_move(instance, at)
             # It serves: what went wrong elsewhere, and may be tried again, is over.
             self.back_off.served(instance.model, at)
         return request
@@ -541,7 +544,22 @@ class Controller:
             worker = self.workers[address]
             if unfit(model, worker) is None and self.finder.load_seconds(model, worker, at) < worth_s:
                 return True
+        if self._may_leave(demand, offered, worth_s, at):
+            return True
         return until == inf and self._is_impatient(request, at)
+
+    def _may_leave(self, demand: Demand, offered: list[str], worth_s: float, at: float) -> bool:
+        """Whether what `demand` waits for the end of could go to one of the workers with free slots in the meantime."""
+        for instance in [self.instances[each] for each in self.awaited.of(demand) if each in self.instances]:
+            model = self.models.get(instance.model)
+            if model is None or self.finder.migration_lost:
+                continue
+            for worker in [self.workers[address] for address in offered if address != instance.worker]:
+                if self.state.free_slots(worker.address) < instance.n_slots or unfit(model, worker) is not None:
+                    continue
+                if self.finder.load_seconds(model, worker, at) < worth_s:
+                    return True
+        return False
 
     def _wanted(self, request: RequestView) -> ModelView:
         """The request's model, where it has to be."""
@@ -628,10 +646,10 @@ class Controller:
         self, demand: Demand, request: RequestView, ways: Ways, chosen: Option | None, *, may_claim: bool, at: float
     ) -> None:
         """When time alone may have changed the answer."""
-        moments = []
+        moments = [ways.again_at] if ways.again_at < inf else []
         if chosen is not None:
             moments.append(at + max(chosen.parts.get("wait", 0.0), _LOOK_AGAIN_S))
-            load = ways.soonest(Way.FREE, Way.EVICT)
+            load = ways.soonest(Way.FREE, Way.EVICT, Way.MIGRATE)
             moments += [request.arrived_at + load.ready_in_s] if load is not None else []
         if may_claim and not self.claims.has(request.id):
             moments.append(request.arrived_at + self.settings.patience_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
+from heapq import heapreplace, nsmallest
 from math import inf
 from types import MappingProxyType
 
@@ -118,9 +118,16 @@ def move_seconds(
     return min(resume_seconds(n_tokens, alpha, beta), copy_seconds(kv_nbytes, bytes_per_s, overhead_s))
 
 
+#: Requests of an instance that move at a time; the others follow, each when one has gone.
+N_MOVES_AT_ONCE = 8
+
+
 def migration_seconds(load_s: float, requests_s: Iterable[float]) -> float:
-    """Seconds to move an instance: its load at the destination, then its requests, each by itself and all at once."""
-    return load_s + max(requests_s, default=0.0)
+    """Seconds to move an instance: its load at the destination, then its requests, :data:`N_MOVES_AT_ONCE` at a time."""
+    ends_s = [0.0] * N_MOVES_AT_ONCE
+    for each_s in requests_s:
+        heapreplace(ends_s, ends_s[0] + each_s)
+    return load_s + max(ends_s)
 
 
 # --- forms of a checkpoint -------------------------------------------------------------------------------------------

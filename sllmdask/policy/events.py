@@ -61,10 +61,11 @@ class RequestArrived:
 
 @dataclass(frozen=True)
 class RequestEnded:
-    """Finished, failed or cancelled; waiting or running."""
+    """Finished, failed or cancelled; waiting or running. `n_tokens` of its answer, 0 where that is not told."""
 
     at: float
     request: str
+    n_tokens: int = 0
 
 
 @dataclass(frozen=True)

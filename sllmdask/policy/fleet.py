@@ -9,6 +9,7 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
+from sllmdask.policy.estimate import migration_seconds
 from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import missing_nbytes
 from sllmdask.policy.queue import RequestQueue
@@ -18,6 +19,9 @@ from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier
 from sllmdask.units import format_seconds
 
+#: An instance that has moved stays for so many times as long as that took: moves take no more than a small share of its time,
+#: and two models that want the same node do not chase each other.
+REST = 10.0
 #: Seconds after it became ready for which a worker's account may be older than an instance.
 ACCOUNT_LAG_S = 5.0
 
@@ -165,7 +169,7 @@ class Fleet:
         model, target = self._state.models[victim.model], self._state.workers[destination]
         tier, parts = self._ways.load_parts(model, target, at)
         load_s = sum(parts.values())
-        moved_in_s = load_s + max(self._ways.move_seconds(victim), default=0.0)
+        moved_in_s = migration_seconds(load_s, self._ways.move_seconds(victim))
         successor = InstanceView(
             id=self._next_id(victim.model),
             model=victim.model,
@@ -206,7 +210,8 @@ class Fleet:
         state.unpromise(successor_id, at)
         if new is not None:
             n_requests = self._queue.move(instance_id, successor_id)
-            new = replace(new, n_requests=n_requests, draining=(old.draining if old else "") or new.draining)
+            draining = (old.draining if old else "") or new.draining
+            new = replace(new, n_requests=n_requests, draining=draining, rests_until=at + REST * (at - new.since))
             if new.state is InstanceState.LOADING:
                 self._back_off.loaded(new.model, new.worker)
                 self._ready(new, loaded_from, at)
@@ -220,9 +225,16 @@ class Fleet:
         """The instance goes on; what was to take its place is planned anew."""
         successor = self._state.instances.get(successor_id)
         if successor is not None:
-            self._back_off.failed(successor.model, successor.worker, reason, at)
+            if successor.state is not InstanceState.UNLOADING:  # it was not called off
+                self._back_off.failed(successor.model, successor.worker, reason, at)
             self.drop(successor_id, at)
         self._stays(instance_id, at)
+
+    def has_nothing_to_move(self, instance: InstanceView, at: float) -> None:
+        """Its last request has ended while its successor was loaded: it can leave at once, and nobody waits for the other."""
+        successor = self._state.instances.get(instance.successor)
+        if successor is not None and successor.state is InstanceState.LOADING and not self._queue.waits(instance.model):
+            self.drain(successor, "nothing is left to move", at)
 
     def _stays(self, instance_id: str, at: float) -> None:
         """An instance does not move after all: nothing that waits for its slots is planned any more."""

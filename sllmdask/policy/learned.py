@@ -120,8 +120,9 @@ class ServiceTime:
     def remaining_s(self, running_s: float, n_tokens: int = 0, max_tokens: int | None = None) -> float:
         """Seconds until a request ends that has run for `running_s` and made `n_tokens` of at most `max_tokens`.
 
-        Without `n_tokens`, or as long as no answer's length is known, the seconds of other requests tell; otherwise the tokens
-        that are to come, at the pace that this one has had. At least :data:`LEAST_REMAINING_S`.
+        Without `n_tokens`, or as long as no answer's length is known, the seconds of other requests tell, and no more than it
+        takes to make `max_tokens` at their pace; otherwise the tokens that are to come, at the pace that this one has had. At
+        least :data:`LEAST_REMAINING_S`.
         """
         if n_tokens > 0 and running_s > 0 and self.mean_tokens > 0:
             tokens = max(self.mean_tokens - n_tokens, _OVERDUE * n_tokens)
@@ -130,7 +131,10 @@ class ServiceTime:
             return max(tokens * running_s / n_tokens, LEAST_REMAINING_S)
         # The mean residual life of those that ran for longer: of lengths with a heavy tail it does not fall with time.
         longer = [seconds for seconds in self.last_s if seconds > running_s] or [self.mean_s]
-        return max(sum(longer) / len(longer) - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
+        total_s = sum(longer) / len(longer)
+        if max_tokens is not None and self.mean_tokens > 0:  # all that it may make, at the pace of the others
+            total_s = min(total_s, max_tokens * self.mean_s / self.mean_tokens)
+        return max(total_s - running_s, _OVERDUE * running_s, LEAST_REMAINING_S)
 
 
 #: Weight of the last load in the moving average of errors.

@@ -38,13 +38,13 @@ _MAX_WORKERS, _MAX_IDLE = 128, 48
 #: Steps of the search for victims: some milliseconds at the very most.
 _MAX_NODES = 200
 
+NO_MIGRATION = "running instances make no room here: scheduler.migrate is false"
 #: No worker can be asked to do it yet.
-NO_MIGRATION = "running requests cannot move between workers here"
 NO_PREEMPTION = "running requests cannot be sent back to the queue here"
 _COMING = "an instance is on its way: nobody is disturbed for another one"
 #: Who waits for ends that are predicted too early waits in vain. Source of the bound: to rent skis until they have cost as much
 #: as to buy them costs at most twice what would have been best (Karlin, Manasse, Rudolph, Sleator 1988).
-_WAITED = "the request has waited for as long as it takes to load"
+_WAITED = "the request has waited for as long as another way takes"
 _NO_GAIN = "an instance is on its way: another one would not halve the time"
 
 
@@ -95,7 +95,8 @@ class WayFinder:
     def remaining_s(self, request: RequestView, at: float) -> float:
         """Until a running request is predicted to end."""
         service = self._service.get(request.model, _UNKNOWN)
-        return service.remaining_s(at - (at if request.dispatched_at is None else request.dispatched_at))
+        running_s = at - (at if request.dispatched_at is None else request.dispatched_at)
+        return service.remaining_s(running_s, max_tokens=request.max_new_tokens or None)
 
     def settles_in(self, instance: InstanceView, at: float) -> float:
         """Seconds for which an instance may not be taken away yet."""
@@ -158,11 +159,12 @@ class WayFinder:
         found = chain(own, ways.options)
         enough_s = min((option.ready_in_s for option in found if not option.lost), default=inf)
         later = search.disturbing(enough_s)
+        ways.again_at = search.again_at
         ways.options = sorted([*own, *ways.options, *later], key=rank)
         coming_s = min((option.ready_in_s for option in own if option.way is Way.COMING), default=inf)
         if coming_s < inf and n_without <= 0:
             ways.options = [self._beside(option, coming_s) for option in ways.options]
-        load = ways.soonest(Way.FREE, Way.EVICT)
+        load = ways.soonest(Way.FREE, Way.EVICT, Way.MIGRATE)
         if load is not None and at >= request.arrived_at + load.ready_in_s:
             ways.options = [
                 replace(option, lost=_WAITED) if option.way is Way.WAIT and not option.lost else option for option in ways.options
@@ -281,6 +283,8 @@ class _Search:
         self._any_fit = self._any_allowed = False
         #: Free slots and idle instances: which of equally fast ones comes first, and the option.
         self.found: list[tuple[float, Option]] = []
+        #: When what may not move now may: it has rested, or its last failure is long enough ago.
+        self.again_at = inf
         #: Workers where something that works would have to leave: seconds to load, name, and how the seconds divide.
         self._full: list[tuple[float, str, WorkerView, Tier | None, dict[str, float]]] = []
 
@@ -464,7 +468,15 @@ class _Search:
         room_nbytes: dict[str, int] = {}
 
         def leaves(instance: InstanceView) -> list[Leave]:
-            found = []
+            found: list[Leave] = []
+            model = self._state.models.get(instance.model)
+            if model is None or not model.moves:
+                return found
+            if self._at < instance.rests_until:
+                self.again_at = min(self.again_at, instance.rests_until)
+                return found
+            again_at = self._finder.back_off.ends_at(instance.model, self._at)
+            self.again_at = min(self.again_at, inf if again_at is None else again_at)
             for target, load_s in self._finder.destinations(instance, self._at):
                 lacks = missing_nbytes(0, "", target, self._others(target, ()))
                 room[target.address], room_nbytes[target.address] = self._state.free_slots(target.address), -lacks
@@ -518,7 +530,9 @@ class _Search:
             movable = instance.state is InstanceState.READY and not instance.draining and not instance.successor
             if not movable or instance.id in self._own or state.is_kept(instance):
                 continue
-            if self._finder.settles_in(instance, self._at):
+            settles_in_s = self._finder.settles_in(instance, self._at)
+            if settles_in_s:
+                self.again_at = min(self.again_at, self._at + settles_in_s)
                 continue
             ways = [Leave(Way.EVICT, 0.0)] if instance.idle else leaves(instance)
             nbytes = 0 if instance.checkpoint in beside else instance.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from types import MappingProxyType
 
 from sllmdask.policy.choice import Choice, Option, Way
@@ -39,6 +40,8 @@ class Ways:
     #: Whether a worker was seen that can run the model, and of these one that may be asked to load it now.
     any_fit: bool = False
     any_allowed: bool = False
+    #: When there may be more of them, by time alone; ``inf``: never.
+    again_at: float = inf
 
     @property
     def open(self) -> list[Option]:

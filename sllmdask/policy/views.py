@@ -45,6 +45,8 @@ class ModelView:
     nodes: tuple[str, ...] = ()
     #: Whether its instances give way to no other model.
     pinned: bool = False
+    #: Whether its requests can go on in another instance.
+    moves: bool = True
     #: Priors of what a request costs that is computed again elsewhere: seconds per token, and seconds.
     alpha: float = 0.01
     beta: float = 0.1
@@ -100,6 +102,8 @@ class InstanceView:
     successor: str = ""
     #: The instance whose requests it gets before it is ready.
     moved_from: str = ""
+    #: Of one that was moved here: until when it does not move again.
+    rests_until: float = 0.0
 
     @property
     def idle(self) -> bool:

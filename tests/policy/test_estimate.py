@@ -235,3 +235,7 @@ def test_an_instance_has_moved_when_it_is_loaded_and_its_slowest_request_is_ther
     assert migration_seconds(2.0, [resume_seconds(353, 0.01, 0.1)]) == pytest.approx(5.63)
     assert migration_seconds(2.0, [0.5, 3.0, 1.0]) == 5.0
     assert migration_seconds(2.0, []) == 2.0
+    # Eight leave at a time, and the ninth when the first has gone.
+    assert migration_seconds(2.0, [1.0] * 8) == 3.0
+    assert migration_seconds(2.0, [1.0] * 9) == 4.0
+    assert migration_seconds(2.0, [3.0, *[1.0] * 8]) == 5.0

@@ -119,6 +119,10 @@ def test_what_is_left_is_never_nothing_and_more_for_what_is_long_overdue():
     assert service.remaining_s(2.0) == pytest.approx(0.2)
     assert service.remaining_s(30.0) == pytest.approx(3.0)
     assert ServiceTime().after(0.0).remaining_s(0.0) == LEAST_REMAINING_S
+    at_100_ms = ServiceTime().after(10.0, n_tokens=100)
+    assert at_100_ms.remaining_s(1.0, max_tokens=30) == pytest.approx(2.0)
+    assert at_100_ms.remaining_s(1.0, max_tokens=300) == at_100_ms.remaining_s(1.0) == 9.0
+    assert at_100_ms.remaining_s(5.0, max_tokens=30) == pytest.approx(0.5)
 
 
 def test_where_tokens_are_told_those_that_are_to_come_count_at_the_requests_own_pace():
