@@ -98,8 +98,15 @@ class Stopping:
         except OSError as error:
             logger.warning("worker=%s ends without its requests having left: %s", worker.address, error)
         finally:
-            # Dask closes it with its service, which may have come first.
-            await worker.close(reason="SIGTERM")
+            await self._end()
+
+    async def _end(self) -> None:
+        """By its nanny, which waits for it in good order, or else by itself."""
+        if self._worker.nanny:
+            with suppress(OSError, TimeoutError):  # the connection ends with this worker
+                async with asyncio.timeout(END_S), self._worker.rpc(self._worker.nanny) as nanny:
+                    await nanny.terminate(timeout=2 * END_S, reason="SIGTERM")
+        await self._worker.close(reason="SIGTERM")
 
     async def _empty(self) -> None:
         """Until no request is left here: they move if there is a scheduler to see to it, and end otherwise."""
