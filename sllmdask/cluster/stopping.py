@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds in which a worker that has nothing to do any more must have ended.
 END_S = 10.0
+#: Seconds between two attempts to be drained.
+AGAIN_S = 1.0
 
 
 class Stopping:
@@ -111,15 +113,18 @@ class Stopping:
     async def _empty(self) -> None:
         """Until no request is left here: they move if there is a scheduler to see to it, and end otherwise."""
         worker = self._worker
-        try:
-            drained = await worker.scheduler.sllm_drain(node=str(worker.name), cause=STOPPING)
-            if "error" not in drained:
-                return
-            logger.warning("worker=%s is not drained: %s", worker.address, drained["error"])
-        except (OSError, AttributeError) as error:  # AttributeError: a scheduler without our preload
-            logger.warning("worker=%s is not drained, as there is no scheduler: %s", worker.address, error)
-        if worker.status in (Status.running, Status.paused):
-            await worker.extensions[EXTENSION].until_idle()
+        while worker.status in (Status.running, Status.paused):
+            try:
+                drained = await worker.scheduler.sllm_drain(node=str(worker.name), cause=STOPPING)
+                if "error" not in drained:
+                    return
+                logger.warning("worker=%s is not drained: %s", worker.address, drained["error"])
+            except OSError as error:
+                logger.warning("worker=%s is not drained, as there is no scheduler: %s", worker.address, error)
+            with suppress(TimeoutError):  # another scheduler may come
+                async with asyncio.timeout(AGAIN_S):
+                    await worker.extensions[EXTENSION].until_idle()
+                    return
 
 
 class ForwardSignal(NannyPlugin):
