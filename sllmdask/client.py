@@ -452,6 +452,14 @@ class AsyncClient:
         body = {"request": request, "instance": instance, "to": to, "kind": kind, "wait": wait}
         return dict(await self._work("/admin/migrate", body))
 
+    async def drain(self, node: str, *, wait: bool = True, undo: bool = False) -> dict[str, Any]:
+        """Empty `node`: it takes nothing new, its requests move to other nodes, and what cannot move ends there.
+
+        Returns when nothing is left on it, or at once with ``wait=False``: ``state``, ``requests`` and ``instances`` that are
+        left, ``moved``, ``ended``, and ``stuck``, what cannot move and why. ``undo=True`` ends it: the node takes requests again.
+        """
+        return dict(await self._work("/admin/drain", {"node": node, "wait": wait, "undo": undo}))
+
     async def status(self) -> dict[str, Any]:
         """``url``, ``ready``, ``reason`` (why not ready), ``workers``, ``models`` and ``requests``, as operators see them."""
         reason = None
@@ -727,6 +735,10 @@ class Client:
     ) -> dict[str, Any]:
         """See :meth:`AsyncClient.migrate`."""
         return self._wait(self._client.migrate(to, request=request, instance=instance, kind=kind, wait=wait))
+
+    def drain(self, node: str, *, wait: bool = True, undo: bool = False) -> dict[str, Any]:
+        """See :meth:`AsyncClient.drain`."""
+        return self._wait(self._client.drain(node, wait=wait, undo=undo))
 
     def status(self) -> dict[str, Any]:
         """See :meth:`AsyncClient.status`."""

@@ -275,6 +275,8 @@ class WorkerSettings(Frozen):
     peers: bool = True
     #: Bytes of KV per second that requests which leave a worker may send together; 0: what the network carries.
     migration_bandwidth: BytesPerSecond = Field(default=0.0, ge=0)
+    #: Seconds that requests have to move away, or to end, after SIGTERM; 0: none. The workers of ``up`` have none.
+    grace: Seconds = Field(default=25.0, ge=0)
     #: Bytes per read.
     chunk_size: Bytes = Field(default=2 * 1024**2, ge=4096)
     #: Threads that read one checkpoint.

@@ -20,6 +20,7 @@
     │   ├── ModelDeleted
     │   ├── AdapterNotFound
     │   ├── RecordNotFound
+    │   ├── NodeDraining
     │   ├── WrongTask
     │   ├── RouteNotFound
     │   ├── MethodNotAllowed
@@ -336,6 +337,21 @@ class RecordNotFound(RequestError):
     def message(self) -> str:
         kept = f" The last {self.n_kept} that have ended are kept, the oldest since {self.kept_s:.0f} s." if self.n_kept else ""
         return f"Nothing is known of {self.name!r}: it is no model, and no request that is under way or has ended lately.{kept}"
+
+
+class NodeDraining(RequestError):
+    """``NodeDraining(node, cause)``: something was to be brought to a node that is to be empty soon."""
+
+    http_status, code, param = 409, "node_draining", "node"
+
+    def __init__(self, node: str, cause: str) -> None:
+        super().__init__(node, cause)
+        self.node, self.cause = node, cause
+
+    @property
+    def message(self) -> str:
+        what_to_do = "Choose another node, or end that first: sllmdask drain NODE --undo."
+        return f"Node {self.node} takes nothing new: it is being drained ({self.cause}). {what_to_do}"
 
 
 class WrongTask(RequestError):

@@ -115,6 +115,9 @@ class FakeGateway:
         self.registered: list[Deployment] = []
         #: What operators asked for, in order.
         self.operated: list[tuple[Any, ...]] = []
+        #: What is told of its one worker, and whether that is there.
+        self.draining: dict[str, Any] | None = None
+        self.has_worker = True
         #: What the scheduler would have seen; a test tells it.
         self.observer = Observer(Controller(ControllerSettings()), {}, {})
         self.n_running = 0
@@ -243,6 +246,18 @@ class FakeGateway:
         move |= {"kind": kind or "kv", "steps": [65536, 4096], "nbytes": 69632, "n_tokens": 512, "stop_ms": 1.25}
         return {"state": "moved", "to": to, "instance": "m/2", "left": 0, "moves": [move]}
 
+    async def drain(self, node: str, wait: bool, undo: bool) -> dict[str, Any]:
+        self.operated.append(("drain", node, wait, undo))
+        if node == "7":
+            raise InvalidRequest("There is no node '7'. Connected are '0'.", "node")
+        if undo:
+            return {"node": node, "state": "ready"}
+        told = {"moved": 2, "ended": 1, "seconds": 0.5, "stuck": []}
+        left = (
+            {"requests": 0, "instances": 0, "state": "drained"} if wait else {"requests": 3, "instances": 1, "state": "draining"}
+        )
+        return {"node": node, **told, **left}
+
     def requests(self) -> list[dict[str, Any]]:
         return [journal.as_row() for journal in self._journals.values()]
 
@@ -282,10 +297,12 @@ class FakeGateway:
             }
             for name, model in self.deployed.items()
         ]
+        worker["draining"] = self.draining
         worker["estimate"] = {"n": 5, "error_ratio": 0.08}
         warnings = ["the hardware file names node '7', which is not connected"]
         device, host = {"used": 80 * 1024**2, "capacity": 1024**3}, {"used": 4 * 1024**2, "capacity": 1024**3}
-        return {"workers": [{**worker, "tiers": {"device": device, "host": host}}], "warnings": warnings}
+        workers = [{**worker, "tiers": {"device": device, "host": host}}] if self.has_worker else []
+        return {"workers": workers, "warnings": warnings}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
         journal = self._journals[request.id] = Journal(request)

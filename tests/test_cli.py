@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from sllmdask import __version__
 from sllmdask.batching.params import Grammar
-from sllmdask.cli import main
+from sllmdask.cli import main, moves
 from sllmdask.cluster.journal import Progress
 from sllmdask.config import Deployment, Settings
 from sllmdask.errors import LoadFailed, QueueTimeout
@@ -58,7 +58,7 @@ def test_help_is_quick_and_lists_only_what_exists():
     code = f"import sys, sllmdask.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     commands = {"up", "serve", "status", "deploy", "delete", "models", "load", "unload", "pull", "convert", "verify", "bench"}
-    commands |= {"requests", "explain", "events", "cancel", "migrate", "simulate"}
+    commands |= {"requests", "explain", "events", "cancel", "migrate", "drain", "simulate"}
     assert set(main.commands) == commands | {"generate", "chat", "encode", "version", "update", "pin", "unpin"}
     for command in set(main.commands) - {"bench", "simulate"}:
         assert "--debug" in run(command, "--help").output
@@ -98,7 +98,7 @@ def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
     server = serve(m=FakeModel())
     lines = [line.split("\t") for line in run("status").output.splitlines()]
     memory = ["4.0 MiB of 1.0 GiB", "80.0 MiB of 1.0 GiB", "m 1.0 MiB of 64.0 MiB"]
-    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "1/2", *memory, "8% off (5 loads)", "m (ready)"]
+    assert lines[1] == ["0", "tcp://127.0.0.1:1", "1", "ready", "1/2", *memory, "8% off (5 loads)", "m (ready)"]
     assert "the hardware file names node '7'" in run("status").stderr
     server.gateway.ready = False
     status = json.loads(run("status", "--json").output)
@@ -379,6 +379,25 @@ def test_unload_names_the_nodes_and_says_so_when_there_was_nothing(serve: Serve)
     assert run("unload", "m", "--node", "3").output == "m is not loaded on node 3\n"
     assert json.loads(run("unload", "m", "--json").output)["instances"] == []
     assert server.gateway.operated[0] == ("unload", "m", "3", True)
+
+
+def test_drain_tells_how_far_it_is_and_what_came_of_it(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    server = serve(m=FakeModel())
+    monkeypatch.setattr(moves, "LOOK_S", 0.0)
+    server.gateway.draining = {"state": "drained", "requests": 0, "instances": 0, "moved": 2, "ended": 1}
+    drained = run("drain", "0")
+    assert drained.stdout == "node 0 is drained: 2 requests moved, 1 ended there, 0.5 s\n"
+    assert "draining node 0: 3 requests and 1 instance left" in drained.stderr
+    assert json.loads(run("drain", "0", "--json").stdout)["moved"] == 2
+    assert run("drain", "0", "--no-wait").stdout == "draining node 0: 3 requests and 1 instance\n"
+    assert run("drain", "0", "--undo").stdout == "node 0 takes requests again\n"
+    assert server.gateway.operated[-2:] == [("drain", "0", False, False), ("drain", "0", False, True)]
+    assert "3 requests and 1 instance left after 0 s" in run("drain", "0", "--timeout", "0", code=4).stderr
+    assert "Connected are '0'" in run("drain", "7", code=1).stderr
+    server.gateway.draining = None
+    assert "somebody has undone it" in run("drain", "0", code=1).stderr
+    server.gateway.has_worker = False
+    assert run("drain", "0").stdout == "node 0 has left\n"
 
 
 def test_migrate_takes_a_request_or_an_instance_and_says_what_became_of_it(serve: Serve):

@@ -61,6 +61,7 @@ def test_a_model_is_loaded_and_unloaded_and_files_are_pulled(serve: Serve):
         assert client.unload("m")["instances"] == [{"instance": "m/1", "node": "0"}]
         assert client.pull("org/x", node="1")["fetched"] is True
         assert client.migrate("1", request="r-1")["moves"][0]["destination"] == "1"
+        assert client.drain("0")["state"] == "drained" and client.drain("0", undo=True)["state"] == "ready"
         with pytest.raises(errors.MoveFailed, match="no room"):
             client.migrate("1", request="stuck")
         with pytest.raises(errors.ModelNotFound):

@@ -40,6 +40,7 @@ EXAMPLES: list[SllmError] = [
     errors.AdapterNotFound("qwen", "polite"),
     errors.RecordNotFound("req-7", 2048, 1800.0),
     errors.RecordNotFound("req-7", 0, 0.0),
+    errors.NodeDraining("1", "an operator asked"),
     errors.WrongTask("minilm", "embed"),
     errors.WrongTask("qwen", "generate"),
     errors.RouteNotFound("GET", "/v2"),

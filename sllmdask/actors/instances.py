@@ -750,11 +750,15 @@ class InstanceRegistry:
         task = asyncio.create_task(instance.close(None if while_loading else InstanceGone(instance.id, error.message)))
         task.add_done_callback(lambda done: done.exception())
 
+    async def until_idle(self) -> None:
+        """Until no request runs here."""
+        await asyncio.gather(*(instance.until_idle() for instance in self._instances.values()))
+
     async def drain(self, timeout_s: float) -> None:
         """Let running requests end, for `timeout_s` seconds at most, then unload everything to the host tier."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*(instance.until_idle() for instance in self._instances.values()))
+                await self.until_idle()
         for instance in list(self._instances.values()):
             await self.unload(instance.id, forget=False, grace_s=0)
 

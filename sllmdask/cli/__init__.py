@@ -50,6 +50,7 @@ for each in (
     requests.chat,
     requests.encode,
     moves.migrate,
+    moves.drain,
     observe.requests,
     observe.explain,
     observe.events,

@@ -258,6 +258,7 @@ def _worker_columns() -> list[Column]:
         ("WORKER", lambda row: row["name"]),
         ("ADDRESS", lambda row: row["address"]),
         ("PID", lambda row: row["pid"]),
+        ("STATE", lambda row: (row.get("draining") or {"state": "ready"})["state"]),
         ("SLOTS", lambda row: f"{row['slots_used']}/{row['slots']}"),
         ("HOST MEMORY", lambda row: memory(row, "host")),
         ("DEVICE MEMORY", lambda row: memory(row, "device")),

@@ -122,6 +122,10 @@ class DecisionLog:
             case ev.WorkerLeft(address=address):
                 lost = self._lose_all_of(address, at)
                 self._note(at, "left", node=self.node(address), instances=lost)
+            case ev.WorkerDrains(address=address, cause=cause):
+                self._note(at, "draining", node=self.node(address), cause=cause)
+            case ev.WorkerUndrained(address=address):
+                self._note(at, "undrained", node=self.node(address))
             case ev.ModelDeployed(model=view):
                 model = self._model(view.name)
                 model.nbytes, model.n_slots, model.deployed = view.nbytes, view.n_slots, True

@@ -31,6 +31,8 @@ async def local_cluster(n_workers: int, settings: Settings) -> AsyncIterator[Loc
                 update={
                     "host_memory": settings.worker.host_memory or MEMORY_LIMIT // 2 // n_workers,
                     "memory_fraction": settings.worker.memory_fraction / n_workers,
+                    # They end with the service: nothing could take their requests.
+                    "grace": 0.0,
                 }
             ),
             "engine": settings.engine.model_copy(

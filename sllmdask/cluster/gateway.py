@@ -269,7 +269,8 @@ class Gateway(Lookout):
     def not_ready_reason(self) -> str:
         if self._outbox is None:
             return f"The scheduler at {self._scheduler} is not connected."
-        return "No worker is connected. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
+        start_one = "Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin"
+        return f"No worker is connected, or all are being drained. {start_one}"
 
     def models(self) -> list[dict[str, Any]]:
         """The deployed models as the scheduler last told; never waits."""
@@ -381,6 +382,10 @@ class Gateway(Lookout):
         reply = await self._ask("sllm_migrate", requests=named, instance=instance, to=to, kind=kind, wait=wait)
         moves = [{**move, "request": ids.get(key, key)} for key, move in reply["moves"].items()]
         return {**reply, "moves": moves}
+
+    async def drain(self, node: str, wait: bool, undo: bool) -> dict[str, Any]:
+        """Empty a node, or let it be; see ``POST /admin/drain``. Raises :class:`InvalidRequest` if there is no such node."""
+        return await self._ask("sllm_drain", node=node, wait=wait, undo=undo)
 
     async def tokenizer(self, model: str) -> Tokenizer:
         """The model's tokenizer, fetched once; raises :class:`ModelNotFound`."""

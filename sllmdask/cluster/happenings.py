@@ -127,6 +127,8 @@ def _preempted(facts: Mapping[str, Any]) -> str:
 _TEXTS = {
     "joined": _joined,
     "left": _left,
+    "draining": lambda facts: f"node {facts['node']} takes nothing new, and is emptied{_cause(facts)}",
+    "undrained": lambda facts: f"node {facts['node']} is not emptied any more: it takes requests again",
     "deployed": lambda facts: f"{facts['model']} is deployed, {format_bytes(facts['nbytes'])}",
     "deleted": lambda facts: f"{facts['model']} is not deployed any more{_cause(facts)}",
     "placed": lambda facts: f"{facts['instance']} is loaded{_source(facts)} on node {facts['node']}{_predicted(facts)}",

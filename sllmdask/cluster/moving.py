@@ -15,10 +15,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from sllmdask.config import Deployment
-from sllmdask.errors import InvalidRequest, MoveFailed, from_wire
+from sllmdask.errors import InvalidRequest, MoveFailed, SllmError, from_wire
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.decisions import Migrate
+from sllmdask.policy.decisions import Migrate, Move
 from sllmdask.policy.views import InstanceState, InstanceView, WorkerView
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,10 @@ class Head(Protocol):
 
     def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
         """An instance of `model` on `where` with all of its bytes, other than `replaces`, in whose stead it may be loaded."""
+        ...
+
+    async def until_read(self, instance: str) -> None:
+        """Until the last byte of an instance is there; raises :class:`LoadFailed`."""
         ...
 
     async def until_gone(self, instance: str) -> None: ...
@@ -128,6 +132,36 @@ class Moving:
             if reply["outcome"] == "moved":
                 self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
             return reply
+
+    async def decided(self, move: Move) -> bool:
+        """Move one request as the controller decided, and tell it what came of that; whether it has moved."""
+        reason = None
+        try:
+            to = self._head.controller.workers.get(move.destination)
+            if to is None:
+                raise MoveFailed(f"The request {move.request!r}", move.destination, "that worker has left")
+            await self._head.until_read(move.successor)
+            source = InstanceView(move.instance, move.model, move.worker, 1, InstanceState.READY, 0.0)
+            order = {**self._order(source, move.successor, to, None, move.cause), "request": move.request}
+            with _Noted(self._under_way, (move.worker, move.destination)):
+                reply = await self._head.ask(move.worker, "sllm_move", MOVE_LIMIT_S, instance=move.instance, order=order)
+            if "error" in reply:
+                raise from_wire(reply)
+            if reply["outcome"] != "moved":
+                reason = str(reply["reason"] or f"it has {reply['outcome']}")
+        except SllmError as error:
+            reason = error.message
+        except Exception as error:
+            # The controller keeps a place for it until it hears of its move.
+            logger.exception("move failed request=%s", move.request)
+            reason = f"internal error: {error!r}"
+        now = time.monotonic()
+        if reason is None:
+            self._head.on(ev.RequestMoved(now, move.request, move.successor))
+        else:
+            logger.info("not moved request=%s to=%s cause=%s", move.request, move.successor, reason)
+            self._head.on(ev.RequestStayed(now, move.request, reason))
+        return reason is None
 
     # --- an instance ---
 

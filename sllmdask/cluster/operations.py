@@ -13,7 +13,7 @@ from typing import Any
 from sllmdask.cluster.deployments import Deployed, Deployments
 from sllmdask.cluster.effects import FETCH_S, Effects
 from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
-from sllmdask.errors import CheckpointNotFound, InvalidRequest, ModelNotFound, NoWorker, from_wire
+from sllmdask.errors import CheckpointNotFound, InvalidRequest, ModelNotFound, NodeDraining, NoWorker, from_wire
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
 from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
@@ -41,7 +41,7 @@ class Operations:
     async def load(self, model: str, node: str | None, tier: str, wait: bool) -> dict[str, Any]:
         """Make an instance of a model ready, or bring its checkpoint to host memory; on `node`, or where it is best placed."""
         deployed = self._deployments.find(model)
-        where = self.node(node)
+        where = self._open_node(node)
         view = self._controller.models[model]
         if where is not None and view.nodes and where.name not in view.nodes:
             raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "node")
@@ -77,8 +77,7 @@ class Operations:
 
     async def _load_to_host(self, deployed: Deployed, view: ModelView, wait: bool) -> dict[str, Any]:
         source = deployed.deployment.source
-        allowed = [worker for worker in self._controller.workers.values() if not view.nodes or worker.name in view.nodes]
-        holding = [worker for worker in allowed if worker.residency.get(source) is Tier.HOST]
+        holding = [worker for worker in self._open_to(view) if worker.residency.get(source) is Tier.HOST]
         worker = min(holding, key=lambda worker: worker.name, default=None)
         worker = worker or self._controller.best_worker(view, time.monotonic())
         if worker is None:
@@ -127,14 +126,13 @@ class Operations:
         """Bring a checkpoint's files to the disk of `node`, or of one that may run it. `source` may name a deployed model too."""
         by_name = self._deployments.by_name
         deployed = self._deployments.find(model) if model is not None else by_name.get(source or "")
-        where = self.node(node)
+        where = self._open_node(node)
         view = ModelView(source or "", nbytes=0) if deployed is None else self._controller.models[deployed.deployment.model]
         source = (source or "") if deployed is None else deployed.deployment.source
         if where is None:
             where = self._controller.best_worker(view, time.monotonic())
-            there = [worker for worker in self._controller.workers.values() if source in worker.residency]
-            allowed = [worker for worker in there if not view.nodes or worker.name in view.nodes]
-            where = min(allowed, key=lambda worker: worker.name, default=where)
+            there = [worker for worker in self._open_to(view) if source in worker.residency]
+            where = min(there, key=lambda worker: worker.name, default=where)
         if where is None:
             raise NoWorker(view.name, "no worker is connected that could hold it")
         began_at = time.monotonic()
@@ -186,11 +184,10 @@ class Operations:
         }
 
     def _where_to_pin(self, view: ModelView, node: str | None) -> list[WorkerView]:
-        where = self.node(node)
+        where = self._open_node(node)
         if where is not None:
             return [where]
-        allowed = [worker for worker in self._controller.workers.values() if not view.nodes or worker.name in view.nodes]
-        holding = [worker for worker in allowed if worker.residency.get(view.checkpoint_key) is Tier.HOST]
+        holding = [worker for worker in self._open_to(view) if worker.residency.get(view.checkpoint_key) is Tier.HOST]
         best = self._controller.best_worker(view, time.monotonic())
         found = sorted(holding, key=lambda worker: worker.name) or ([] if best is None else [best])
         if not found:
@@ -206,6 +203,8 @@ class Operations:
         view = self._controller.models.get(model)
         if view is None:
             raise ModelNotFound(model)
+        if where.draining:
+            raise NodeDraining(where.name, where.draining)
         if view.nodes and where.name not in view.nodes:
             raise InvalidRequest(f"{model!r} may only run on its nodes {', '.join(view.nodes)} (target_nodes).", "to")
         misfit = self._controller.feasible(replace(view, nodes=(where.name,)))
@@ -231,6 +230,18 @@ class Operations:
                 await gone
             finally:
                 self._departures.forget(gone)
+
+    def _open_to(self, view: ModelView) -> list[WorkerView]:
+        """The workers to which something of a model may be brought."""
+        workers = [worker for worker in self._controller.workers.values() if not worker.draining]
+        return [worker for worker in workers if not view.nodes or worker.name in view.nodes]
+
+    def _open_node(self, name: str | None) -> WorkerView | None:
+        """As :meth:`node`, for something that is to be brought there; raises :class:`NodeDraining`, too."""
+        where = self.node(name)
+        if where is not None and where.draining:
+            raise NodeDraining(where.name, where.draining)
+        return where
 
     def node(self, name: str | None, param: str = "node") -> WorkerView | None:
         """The worker of that name; raises :class:`InvalidRequest` with near ones."""

@@ -8,6 +8,7 @@ from typing import Any
 from distributed import Scheduler
 
 from sllmdask.cluster.deployments import Deployed, Deployments
+from sllmdask.cluster.draining import Drains
 from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.waiting import LoadProgress
 from sllmdask.policy.controller import Controller
@@ -25,9 +26,11 @@ class Rows:
         progress: LoadProgress,
         accounts: Mapping[str, dict[str, Any]],
         estimates: Estimates,
+        drains: Drains,
     ) -> None:
         self._scheduler, self._controller, self._deployments = scheduler, controller, deployments
         self._progress, self._accounts, self._estimates = progress, accounts, estimates
+        self._drains = drains
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployed models by name."""
@@ -101,6 +104,7 @@ class Rows:
             "address": view.address,
             "pid": facts["pid"],
             "slots": view.slots,
+            "draining": self._drains.row(view),
             "slots_used": sum(instance.n_slots for instance in taken),
             "tiers": account["tiers"],
             "bandwidth": account["bandwidth"],

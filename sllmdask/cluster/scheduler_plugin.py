@@ -25,6 +25,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from sllmdask.actors.streams import Message, Outbox, messages
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.deployments import Deployments
+from sllmdask.cluster.draining import Drains
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
 from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.event_log import Recorder
@@ -38,7 +39,7 @@ from sllmdask.config import Deployment, Settings, read_hardware
 from sllmdask.errors import ConfigError, EngineError, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.decisions import Decision, Dispatch, Load
+from sllmdask.policy.decisions import Decision, Dispatch, Load, Move
 from sllmdask.policy.views import InstanceState, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 patience_s=settings.scheduler.patience,
                 can_migrate=settings.scheduler.migrate,
                 max_requests=settings.engine.max_running,
+                can_move=True,
             )
         )
         self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
@@ -112,7 +114,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self.deployed = self.deployments.by_name
         self._wishes, self._departures = Wishes(), Departures()
         self._progress = LoadProgress(self.controller, self._tell_soon)
-        self._made_rows = Rows(scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates)
+        self.drains = Drains(self.controller, self.on, self._worker_named)
+        self._made_rows = Rows(
+            scheduler, self.controller, self.deployments, self._progress, self._accounts, self._estimates, self.drains
+        )
         self._operations = Operations(
             self.controller,
             self.deployments,
@@ -135,6 +140,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_unload"] = answer(self._operations.unload)
         scheduler.handlers["sllm_pull"] = answer(self._operations.pull)
         scheduler.handlers["sllm_migrate"] = self.migrate
+        scheduler.handlers["sllm_drain"] = answer(self.drains.drain)
+        scheduler.handlers["retire_workers"] = self.drains.retiring(scheduler)
         scheduler.handlers["sllm_pin"] = self.pin
         scheduler.handlers["sllm_update"] = self.update
         scheduler.stream_handlers["sllm-report"] = self.worker_report
@@ -164,6 +171,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 logger.exception("cannot enact %r", decision)
         self._departures.settle(self.controller.instances)
         self._progress.settle()
+        self.drains.settle()
         self._learn()
         self._tell_soon()
 
@@ -173,7 +181,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             instance = self.controller.instances.get(decision.instance)
             if self._progress.of(instance) is not None:
                 self._tell()  # how far the instance is, before a token can come from there
-        if not self._wishes.answer(decision):
+        if isinstance(decision, Move):
+            self.effects.start(self._move(decision))
+        elif not self._wishes.answer(decision):
             self.effects.enact(decision)
 
     # --- Dask's hooks ---
@@ -416,7 +426,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         rows = self._made_rows.models()
         changed = [row for name, row in rows.items() if row != self._rows.get(name)]
         gone = [name for name in self._rows if name not in rows]
-        n_workers = len(self.controller.workers)
+        n_workers = sum(not worker.draining for worker in self.controller.workers.values())
         if changed or gone or n_workers != self._n_workers_told:
             for outbox in self._doors.values():
                 outbox.put(["models", changed, gone, n_workers])
@@ -471,6 +481,16 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             return await self.moving.instance(instance, where, kind, wait)
         return await self.moving.requests(requests or {}, where, kind, wait)
 
+    async def _move(self, move: Move) -> None:
+        logger.info("move request=%s instance=%s to=%s cause=%s", move.request, move.instance, move.successor, move.cause)
+        if await self.moving.decided(move):
+            self.drains.moved_off(move.worker)
+
+    def _worker_named(self, name: str) -> WorkerView:
+        worker = self._operations.node(name)
+        assert worker is not None
+        return worker
+
     def deployment(self, model: str) -> Deployment:
         return self.deployments.find(model).deployment
 
@@ -484,6 +504,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
         return self._operations.ready_there(model, where, replaces)
+
+    async def until_read(self, instance: str) -> None:
+        await self._progress.until_read(instance)
 
     async def until_gone(self, instance: str) -> None:
         await self._operations.until_gone(instance)

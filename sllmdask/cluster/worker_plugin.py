@@ -28,6 +28,7 @@ from distributed.system import MEMORY_LIMIT
 from sllmdask.actors.model_actor import EXTENSION
 from sllmdask.batching.backend import Task
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
+from sllmdask.cluster.stopping import Stopping
 from sllmdask.config import Settings
 from sllmdask.errors import CheckpointNotFound, ConfigError, EngineError, HostPoolUnavailable, SllmError, from_wire
 from sllmdask.policy.views import Tier
@@ -412,3 +413,5 @@ async def dask_setup(
         logger.error("%s", error.message)
         raise SystemExit(2) from None
     await worker.plugin_add(SllmWorkerPlugin(settings), name=SllmWorkerPlugin.name, catch_errors=False)
+    if settings.worker.grace > 0:
+        Stopping(worker, settings.worker.grace).listen()

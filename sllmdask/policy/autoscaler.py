@@ -20,6 +20,8 @@ from sllmdask.policy.views import InstanceState, InstanceView, ModelView
 
 #: Why an instance that works gets no more requests; it goes on if they become more before it has left.
 SCALED_DOWN = "scaled down"
+#: Why an instance beyond the most takes no more requests.
+LIMITED = "max_instances"
 #: Models that lack instances and are looked at when there is room: the others follow with the next event.
 _MAX_SHORT = 16
 
@@ -59,7 +61,7 @@ class Autoscaler:
         """What is more than the most, which was lowered, takes no more requests."""
         living = self._state.living(model.name)
         for instance in fewest_first(living)[: max(0, len(living) - model.max_instances)]:
-            self._fleet.drain(instance, "max_instances", at)
+            self._fleet.drain(instance, LIMITED, at)
 
     def scale(self, at: float) -> list[Decision]:
         """Begin what is missing, and let go of what is too much."""

@@ -17,6 +17,7 @@ from sllmdask.errors import (
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
+    NodeDraining,
     QueueFull,
     QueueTimeout,
     SllmError,
@@ -29,6 +30,7 @@ from sllmdask.policy.choosers import CHOOSERS
 from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
 from sllmdask.policy.dispatch import least_requests, takes_requests
+from sllmdask.policy.draining import Drainer
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import WayFinder
@@ -60,6 +62,8 @@ class ControllerSettings:
     #: Whether a running instance can move to another worker, and requests be sent back to the queue.
     can_migrate: bool = False
     can_preempt: bool = False
+    #: Whether single requests can move to another instance of their model: off drained nodes, and off instances that leave.
+    can_move: bool = False
     #: Whether the place of a request of another model may be taken by a newer one of the same class, as Shepherd does.
     preempts_older: bool = False
     #: The rule that picks one of the ways to serve a request: a name of :data:`~sllmdask.policy.choosers.CHOOSERS`.
@@ -100,6 +104,19 @@ class Controller:
         self._choose = CHOOSERS[settings.chooser](settings.seed)
         self.autoscaler = Autoscaler(
             self.state, self.queue, self.back_off, self.finder, self.fleet, self.timers, self._choose, settings.min_residency_s
+        )
+        self.drainer = Drainer(
+            self.state,
+            self.queue,
+            self.claims,
+            self.back_off,
+            self.finder,
+            self.fleet,
+            self.autoscaler,
+            self.timers,
+            self._choose,
+            max_requests=settings.max_requests,
+            can_move=settings.can_move,
         )
         self.records = Records(self.queue)
         #: When what is waited for is predicted to be had: what comes sooner is of interest.
@@ -158,9 +175,10 @@ class Controller:
 
     def feasible(self, model: ModelView) -> SllmError | None:
         """Why no worker that is connected now could ever run `model`, or ``None``: some could, or none is connected."""
-        if not self.workers or any(unfit(model, worker) is None for worker in self.workers.values()):
+        workers = [_undrained(worker) for worker in self.workers.values()]
+        if not workers or any(unfit(model, worker) is None for worker in workers):
             return None
-        return why_unplaceable(model, self.workers.values())
+        return why_unplaceable(model, workers)
 
     def best_worker(self, model: ModelView, at: float) -> WorkerView | None:
         """Where a request for `model` would be placed now, or if every slot is taken, where it would load the fastest."""
@@ -183,6 +201,12 @@ class Controller:
                 self._report(event)
             case ev.WorkerLeft(address=address):
                 self._drop_worker(address, at)
+            case ev.WorkerDrains(address=address, cause=cause):
+                self.drainer.drain(address, cause, at)
+                self._dirty.update(dict.fromkeys(self.queue.in_turn()))
+            case ev.WorkerUndrained(address=address):
+                self.drainer.undrain(address, at)
+                self._dirty.update(dict.fromkeys(self.queue.in_turn()))
             case ev.ModelDeployed(model=model):
                 self._deploy(model, at)
             case ev.ModelDeleted(model=name, replaced=replaced):
@@ -197,7 +221,10 @@ class Controller:
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
             case ev.RequestMoved(request=request_id, instance=instance):
+                self.drainer.gone(request_id, at)
                 self._rebind(request_id, instance, at)
+            case ev.RequestStayed(request=request_id, reason=reason):
+                self.drainer.stayed(request_id, reason, at)
             case ev.InstanceLeaves(instance=instance, cause=cause):
                 if instance in self.instances:
                     self.fleet.drain(self.instances[instance], cause, at)
@@ -253,7 +280,7 @@ class Controller:
         self.back_off.forget_model(model.name)
         for instance in self.instances_of(model.name):
             same = old is None or (old.variant, old.n_slots) == (model.variant, model.n_slots)
-            if not same or unfit(model, self.workers[instance.worker]) is not None:
+            if not same or unfit(model, _undrained(self.workers[instance.worker])) is not None:
                 self.fleet.drain(instance, "replaced", at)
         self.autoscaler.limit(model, at)
 
@@ -317,6 +344,7 @@ class Controller:
         if request is None:
             return None
         self.fleet.request_gone(request_id)
+        self.drainer.gone(request_id, at)
         self.state.touch_model(request.model)
         if request.instance is None:
             self._forget(request)
@@ -380,6 +408,7 @@ class Controller:
         without that, two waiting models can evict each other for ever.
         """
         decisions = self._on_time(at)
+        decisions += self.drainer.load_elsewhere(at)
         decisions += self.fleet.unload_drained(at)
         models, workers = self.state.take_changed()
         decisions += self.fleet.begin_planned(workers, at)
@@ -394,7 +423,8 @@ class Controller:
         decisions += self._dispatch(models, at)
         self.autoscaler.look_at(models)
         decisions += self.autoscaler.scale(at)
-        return decisions + self._dispatch(self.state.changed_models, at)
+        decisions += self._dispatch(self.state.changed_models, at)
+        return decisions + self.drainer.move(at)
 
     def _on_time(self, at: float) -> list[Decision]:
         decisions: list[Decision] = []
@@ -412,6 +442,8 @@ class Controller:
                     self.state.touch_instance(key[0])
                 case "missing":
                     self.fleet.drop(key[0], at)
+                case "drain":
+                    self.state.touch_model(key[0])
         return decisions
 
     def _why_waiting(self, model: str) -> str:
@@ -572,6 +604,8 @@ class Controller:
         if request is None:
             return []
         model = self.models[request.model]
+        if request.node and (there := self.state.named((request.node,))) and all(each.draining for each in there):
+            return self._refuse_all(demand, NodeDraining(request.node, there[0].draining))
         if request.node and model.nodes and request.node not in model.nodes:
             error = InvalidRequest(f"{model.name} may only run on its nodes {', '.join(model.nodes)} (target_nodes).", "node")
             return self._refuse_all(demand, error)
@@ -681,6 +715,11 @@ class Controller:
     def _refuse_all(self, demand: Demand, error: SllmError, why: dict[str, str] | None = None) -> list[Decision]:
         """Refuse all that wait for the same."""
         return [self._refuse(request, error, why) for request in self.queue.members(demand)]
+
+
+def _undrained(worker: WorkerView) -> WorkerView:
+    """As it is when it is not drained."""
+    return replace(worker, draining="") if worker.draining else worker
 
 
 def _waited_for(instance: InstanceView, request: RequestView) -> Tier | None:

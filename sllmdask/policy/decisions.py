@@ -97,6 +97,22 @@ class Migrate:
 
 
 @dataclass(frozen=True)
+class Move:
+    """Have a running request go on at `successor`, a ready instance of its model on another worker, or on the same one.
+
+    Answered by ``RequestMoved`` or ``RequestStayed``.
+    """
+
+    request: str
+    model: str
+    instance: str
+    worker: str
+    successor: str
+    destination: str
+    cause: str
+
+
+@dataclass(frozen=True)
 class Preempt:
     """Stop `requests` of `instance`, which belong to a lower class; each comes back as ``RequestReturned``."""
 
@@ -106,4 +122,4 @@ class Preempt:
     cause: str
 
 
-Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt | Chose | Migrate | Preempt
+Decision = Load | Unload | Dispatch | ReportLoaded | Refuse | WakeAt | Chose | Migrate | Move | Preempt

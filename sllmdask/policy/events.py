@@ -37,6 +37,23 @@ class WorkerLeft:
 
 
 @dataclass(frozen=True)
+class WorkerDrains:
+    """A worker is to be empty soon, and takes nothing new: its requests move, its instances leave."""
+
+    at: float
+    address: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class WorkerUndrained:
+    """A worker stays after all."""
+
+    at: float
+    address: str
+
+
+@dataclass(frozen=True)
 class ModelDeployed:
     """A model was deployed, or deployed again with other settings."""
 
@@ -87,6 +104,15 @@ class RequestMoved:
     at: float
     request: str
     instance: str
+
+
+@dataclass(frozen=True)
+class RequestStayed:
+    """A running request that was to move is still answered by the instance that has it; it may be tried again."""
+
+    at: float
+    request: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -179,12 +205,15 @@ Event = (
     WorkerJoined
     | WorkerReported
     | WorkerLeft
+    | WorkerDrains
+    | WorkerUndrained
     | ModelDeployed
     | ModelDeleted
     | RequestArrived
     | RequestEnded
     | RequestReturned
     | RequestMoved
+    | RequestStayed
     | InstanceLeaves
     | LoadRequested
     | UnloadRequested

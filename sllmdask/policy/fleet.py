@@ -24,6 +24,8 @@ from sllmdask.units import format_seconds
 REST = 10.0
 #: Seconds after it became ready for which a worker's account may be older than an instance.
 ACCOUNT_LAG_S = 5.0
+#: Why the instances of a worker that is drained leave.
+NODE_DRAINED = "its node is drained"
 
 
 class Fleet:
@@ -262,9 +264,19 @@ class Fleet:
         """What nobody will be sent to any more leaves when its last request has ended; a load is called off."""
         decisions: list[Decision] = []
         for instance in [self._state.instances[each] for each in self._state.draining]:
-            if instance.state is InstanceState.LOADING or (instance.idle and not instance.successor):
+            if instance.state is InstanceState.LOADING or (
+                instance.idle and not instance.successor and not self._awaits_another(instance)
+            ):
                 decisions.append(self.unload(instance, instance.draining, at))
         return decisions
+
+    def _awaits_another(self, instance: InstanceView) -> bool:
+        """Whether one of a model's minimum stays on its drained node until the one that is on its way elsewhere is ready."""
+        model = self._state.models.get(instance.model)
+        if model is None or instance.draining != NODE_DRAINED or not model.min_instances:
+            return False
+        n_ready = sum(each.state is InstanceState.READY for each in self._state.living(model.name))
+        return n_ready < min(model.min_instances, len(self._state.living(model.name)))
 
     def unload(self, instance: InstanceView, cause: str, at: float) -> Unload:
         self._state.put_instance(

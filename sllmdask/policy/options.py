@@ -247,7 +247,9 @@ class WayFinder:
             closed = not request.load_only and self.claims.closed(instance.id, request)
             return [option(Way.LIVE, 0.0, lost="kept for a request that waits longer" if closed else "")]
         running = self.queue.on_instance(instance.id)
-        found = [option(Way.WAIT, min(self.remaining_s(each, at) for each in running))]
+        # Where only those have the places who are on their way to it, one of them may come to nothing soon.
+        ends_in_s = min((self.remaining_s(each, at) for each in running), default=LEAST_REMAINING_S)
+        found = [option(Way.WAIT, ends_in_s)]
         if any(each.priority < request.priority for each in running):
             found.append(option(Way.PREEMPT, LEAST_REMAINING_S, "move", self.preemption_lost))
         return found
@@ -527,7 +529,8 @@ class _Search:
         candidates = []
         beside = {each.checkpoint for each in state.neighbours(worker.address)} | {model.checkpoint_key}
         for instance in state.on_worker(worker.address):
-            movable = instance.state is InstanceState.READY and not instance.draining and not instance.successor
+            stays = instance.draining or instance.successor or instance.n_arriving
+            movable = instance.state is InstanceState.READY and not stays
             if not movable or instance.id in self._own or state.is_kept(instance):
                 continue
             settles_in_s = self._finder.settles_in(instance, self._at)

@@ -11,7 +11,9 @@ from sllmdask.units import format_bytes
 
 
 def unfit(model: ModelView, worker: WorkerView) -> str | None:
-    """Why `worker` can never run `model`, or ``None`` when it can."""
+    """Why `worker` can never run `model`, or not while it is drained, or ``None`` when it can."""
+    if worker.draining:
+        return f"it is being drained: {worker.draining}"
     if model.nodes and worker.name not in model.nodes:
         return f"not among the model's nodes {', '.join(model.nodes)}"
     if model.n_slots > worker.slots:
@@ -27,6 +29,10 @@ def why_unplaceable(model: ModelView, workers: Iterable[WorkerView]) -> SllmErro
     if not small:
         who = f"its nodes {', '.join(model.nodes)} are not connected" if model.nodes else "no worker is connected"
         return NoWorker(model.name, f"{who}. Start one: dask worker SCHEDULER --preload sllmdask.cluster.worker_plugin")
+    if all(worker.draining for worker in small):
+        nodes = ", ".join(sorted(worker.name for worker in small))
+        return NoWorker(model.name, f"every node that may run it is being drained: {nodes}. sllmdask drain NODE --undo ends that")
+    small = [worker for worker in small if not worker.draining]
     slots = max(worker.slots for worker in small)
     if model.n_slots > slots:
         return NoWorker(model.name, f"it needs {model.n_slots} slots (num_gpus) and the largest worker has {slots}")

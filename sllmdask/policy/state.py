@@ -353,6 +353,11 @@ class ClusterState:
             self._gained_workers[self.instances[instance_id].worker] = None
 
     @property
+    def any_gained(self) -> bool:
+        """Whether :meth:`take_changed` would tell of workers."""
+        return bool(self._gained_workers)
+
+    @property
     def changed_models(self) -> list[str]:
         """What :meth:`take_changed` would tell of models."""
         return list(self._changed_models)

@@ -74,6 +74,8 @@ class WorkerView:
     #: Seconds that a load from a tier takes whatever its size.
     overhead_s: Mapping[Tier, float] = field(default_factory=dict)
     version: int = 0
+    #: Why it takes nothing new and what it has leaves: an operator asked, its process is about to end. Empty: it stays.
+    draining: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class InstanceView:
     checkpoint: str = ""
     nbytes: int = 0
     n_requests: int = 0
+    #: Requests of other instances that are on their way to it: it keeps room for them, and is not idle.
+    n_arriving: int = 0
     #: Why it gets no new requests and leaves when it is idle: its model was deleted, it was replaced, an operator asked.
     #: Empty: it stays.
     draining: str = ""
@@ -107,7 +111,7 @@ class InstanceView:
 
     @property
     def idle(self) -> bool:
-        return self.state is InstanceState.READY and self.n_requests == 0
+        return self.state is InstanceState.READY and self.n_requests == 0 and self.n_arriving == 0
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Cluster(Protocol):
         self, request: str | None, instance: str | None, to: str, kind: str | None, wait: bool
     ) -> dict[str, Any]: ...
 
+    async def drain(self, node: str, wait: bool, undo: bool) -> dict[str, Any]: ...
+
 
 class Admin:
     """The handlers, over one gateway."""
@@ -124,6 +126,15 @@ class Admin:
             _flag(wait),
         )
         return exchange.answer(moved, status=202 if moved["state"] == "moving" else 200)
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """Empty a node: it takes nothing new, and what it has goes elsewhere; or, ``"undo": true``, let it be."""
+        node, wait, undo = _read(await exchange.read_json(request), ("node", "wait", "undo"))
+        where = _node(node)
+        if where is None:
+            raise InvalidRequest("node must name the node to drain.", "node")
+        drained = await self._gateway.drain(where, _flag(wait), undo is not None and _flag(undo, "undo"))
+        return exchange.answer(drained, status=202 if drained["state"] == "draining" else 200)
 
     async def cluster(self, _: web.Request) -> web.Response:
         return exchange.answer(await self._gateway.cluster())

@@ -256,6 +256,7 @@ def make_app(gateway: Gateway, settings: ServerSettings) -> web.Application:
             web.post(tolerant("/admin/pin"), admin.pin),
             web.post(tolerant("/admin/pull"), admin.pull),
             web.post(tolerant("/admin/migrate"), admin.migrate),
+            web.post(tolerant("/admin/drain"), admin.drain),
         ]
     )
     return app

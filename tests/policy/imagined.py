@@ -10,7 +10,7 @@ from random import Random
 
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.decisions import Decision, Dispatch, Load, Migrate, Preempt, Refuse, ReportLoaded, Unload, WakeAt
+from sllmdask.policy.decisions import Decision, Dispatch, Load, Migrate, Move, Preempt, Refuse, ReportLoaded, Unload, WakeAt
 from sllmdask.policy.views import InstanceState, Tier, WorkerView
 
 
@@ -55,6 +55,10 @@ class Imagined:
                 self.push(ev.WorkerJoined(now + self.rng.uniform(0.1, 5.0), replace(view, version=0)))
                 gone = [each for each in self.controller.instances.values() if each.worker == event.address]
                 self._cut({each.id for each in gone}, now)
+            if isinstance(event, ev.RequestMoved):
+                there = self.controller.instances.get(event.instance)
+                if there is None or there.state is not InstanceState.READY or event.request not in self._serving:
+                    event = ev.RequestStayed(now, event.request, "nobody takes it there")
             if isinstance(event, ev.LoadFailed | ev.InstanceLost):
                 self._cut({event.instance}, now)
             if isinstance(event, ev.RequestEnded):
@@ -75,7 +79,8 @@ class Imagined:
     def _enact(self, decision: Decision, now: float) -> None:
         fails = self.rng.random() < self.p_fault
         match decision:
-            case Load(instance=instance, ready_in_s=ready_in_s):
+            case Load(instance=instance, worker=worker, ready_in_s=ready_in_s):
+                assert not self.controller.workers[worker].draining
                 done_at = now + max(0.01, ready_in_s * self.rng.uniform(0.8, 1.3))
                 self.push(ev.LoadFailed(done_at, instance, "no") if fails else ev.LoadFinished(done_at, instance, Tier.DISK))
             case Unload(instance=instance):
@@ -84,12 +89,18 @@ class Imagined:
                 done_at = now + moved_in_s
                 failed = ev.MigrationFailed(done_at, instance, successor, "no")
                 self.push(failed if fails else ev.InstanceMigrated(done_at, instance, successor, Tier.HOST))
+            case Move(request=request, instance=source, successor=successor, destination=destination):
+                assert self.controller.running[request].instance == source != successor
+                assert not self.controller.workers[destination].draining
+                moved = ev.RequestMoved(now + 0.02, request, successor)
+                self.push(ev.RequestStayed(now + 0.02, request, "no") if fails else moved)
             case Preempt(requests=requests):
                 assert requests
                 for request in requests:
                     assert self._serving.pop(request, None), f"{request} does not run"
                     self.push(ev.RequestReturned(now + 0.01, request))
-            case Dispatch(request=request, instance=instance):
+            case Dispatch(request=request, instance=instance, worker=worker):
+                assert not self.controller.workers[worker].draining
                 assert self.controller.instances[instance].state is InstanceState.READY
                 self.outcome.dispatched.setdefault(request, now)
                 end = ev.RequestEnded(now + self.rng.expovariate(1 / self.service_s), request)
@@ -131,5 +142,6 @@ def check_invariants(controller: Controller) -> None:
         n_running = sum(request.instance == instance.id for request in controller.running.values())
         assert n_running == instance.n_requests
         assert instance.state is InstanceState.READY or n_running == 0
-        assert n_running <= controller.settings.max_requests
+        assert n_running + instance.n_arriving <= controller.settings.max_requests
+        assert instance.n_arriving >= 0
     assert not set(controller.waiting) & set(controller.running)
