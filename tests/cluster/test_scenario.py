@@ -22,6 +22,8 @@ from distributed import Client, Scheduler
 
 from sllmdask.cluster.scheduler_plugin import SllmSchedulerPlugin
 from sllmdask.config import SchedulerSettings, Settings
+from sllmdask.policy import events as ev
+from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import ask, register, worker
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
@@ -101,6 +103,29 @@ async def test_the_setting_decides_whether_anything_moves_by_itself(migrate: boo
     scheduler = Scheduler(dashboard=False)
     settings = Settings(scheduler=SchedulerSettings(migrate=migrate))
     assert SllmSchedulerPlugin(scheduler, settings).controller.settings.can_migrate is migrate
+    await scheduler.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("lost", "closed"), [("a/1", True), ("a/2", False)])
+async def test_a_request_that_is_lost_after_it_has_moved_closes_nothing_that_it_has_left(
+    monkeypatch: pytest.MonkeyPatch, lost: str, closed: bool
+):
+    scheduler = Scheduler(dashboard=False)
+    plugin = SllmSchedulerPlugin(scheduler, Settings())
+    monkeypatch.setattr(plugin.effects, "enact", lambda _: None)
+    for event in (
+        ev.WorkerJoined(0.0, WorkerView("tcp://one", "0", 1, 1000, residency={"a": Tier.DISK})),
+        ev.ModelDeployed(0.0, ModelView("a", nbytes=10)),
+        *(ev.RequestArrived(0.0, RequestView(name, "a", "door", 0.0, 1e9)) for name in ("stays", "moves")),
+        ev.LoadFinished(0.1, "a/1", Tier.DISK),
+    ):
+        plugin.controller.handle(event)
+    assert plugin.controller.instances["a/1"].n_requests == 2
+    told = {"id": "moves", "n_prompt_tokens": 1, "max_new_tokens": 1, "lost": lost}
+    plugin._receive("door", ["returned", "moves", "a", 0, None, told])
+    assert bool(plugin.controller.instances["a/1"].draining) is closed
+    assert plugin.controller.instances["a/1"].n_requests == (1 if closed else 2), "it takes the request again, if it may"
     await scheduler.close()
 
 
