@@ -91,14 +91,13 @@ class Stopping:
         end_at = time.monotonic() + self._grace_s
         try:
             if worker.nanny:  # it is not to start another one in its place
-                async with asyncio.timeout(END_S), worker.rpc(worker.nanny) as nanny:
-                    await nanny.close_gracefully(reason="SIGTERM")
+                with suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(END_S), worker.rpc(worker.nanny) as nanny:
+                        await nanny.close_gracefully(reason="SIGTERM")
             async with asyncio.timeout(end_at - time.monotonic()):
                 await self._empty()
         except TimeoutError:
             logger.warning("worker=%s ends before all requests have left: they are continued elsewhere", worker.address)
-        except OSError as error:
-            logger.warning("worker=%s ends without its requests having left: %s", worker.address, error)
         finally:
             await self._end()
 

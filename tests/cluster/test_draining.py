@@ -15,7 +15,7 @@ from distributed import Client
 from sllmdask.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register, worker
-from tests.cluster.harness import Processes, Stream, get, post, until, workers
+from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
 
 #: Tokens of an answer, of a model that takes some milliseconds for each. Drawn: a lost or doubled one changes what follows.
 N = 400
@@ -115,6 +115,18 @@ def test_a_drained_node_gives_its_requests_away_takes_nothing_new_and_can_be_had
     assert run(url, "drain", node).output.startswith(f"node {node} is drained: 2 requests moved")
     assert run(url, "drain", node, "--undo").output == f"node {node} takes requests again\n"
     assert worker(url, node)["draining"] is None
+
+
+def test_an_instance_too_many_gives_its_requests_to_the_other_and_leaves(url: str, undisturbed: str):
+    assert post(url, "/update", {"model": "a", "auto_scaling_config": {"max_instances": 2, "target": 1}})["status"] == "ok"
+    answers = [Reading(url, f"too-many-{i}") for i in range(2)]
+    until("there are two", lambda: [each["state"] for each in instances(url)] == ["ready"] * 2)
+    answers += [Reading(url, f"too-many-{i}") for i in range(2, 4)]
+    assert post(url, "/update", {"model": "a", "auto_scaling_config": {"max_instances": 1, "target": 100}})["status"] == "ok"
+    until("there is one", lambda: len(instances(url)) == 1)
+    assert [answer.whole() for answer in answers] == [undisturbed] * 4
+    moves = [move for i in range(4) for move in row_of(url, f"too-many-{i}")["moves"]]
+    assert {(move["cause"], move["outcome"]) for move in moves} == {("max_instances", "moved")}
 
 
 def test_on_the_only_node_left_requests_end_and_the_operator_hears_why(url: str, undisturbed: str):
