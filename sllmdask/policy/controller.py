@@ -31,6 +31,7 @@ from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportL
 from sllmdask.policy.dispatch import least_requests, takes_requests
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
+from sllmdask.policy.move_times import MoveTimes
 from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import unfit, why_unplaceable
 from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
@@ -82,6 +83,7 @@ class Controller:
         self.back_off = BackOff()
         #: How long requests run, by model.
         self.service: dict[str, ServiceTime] = {}
+        self.move_times = MoveTimes()
         self.timers = Timers()
         self.finder = WayFinder(
             self.state,
@@ -90,6 +92,7 @@ class Controller:
             self.awaited,
             self.back_off,
             self.service,
+            self.move_times,
             max_requests=settings.max_requests,
             min_residency_s=settings.min_residency_s,
             can_migrate=settings.can_migrate,
@@ -189,8 +192,8 @@ class Controller:
                 return self._delete(name, replaced, at)
             case ev.RequestArrived(request=request):
                 return self._admit(request)
-            case ev.RequestEnded(request=request_id):
-                self._end(request_id, at, served=True)
+            case ev.RequestEnded(request=request_id, n_tokens=n_tokens):
+                self._end(request_id, at, served=True, n_tokens=n_tokens)
             case ev.RequestReturned(request=request_id, deadline_at=deadline_at):
                 return self._return(request_id, at, deadline_at)
             case ev.LoadRequested(request=request):
@@ -198,6 +201,13 @@ class Controller:
                 return self._admit(request)
             case ev.RequestMoved(request=request_id, instance=instance):
                 self._rebind(request_id, instance, at)
+            case ev.MoveEnded():
+                self.move_times.observe(event, self.models.get(event.model))
+                if event.outcome == "moved":
+                    self._rebind(event.request, event.successor, at)
+            case ev.TokensCounted(n_tokens=counts):
+                for request_id, n_tokens in counts.items():
+                    self.queue.count(request_id, n_tokens, at)
             case ev.InstanceLeaves(instance=instance, cause=cause):
                 if instance in self.instances:
                     self.fleet.drain(self.instances[instance], cause, at)
@@ -244,6 +254,7 @@ class Controller:
             for instance in self.state.drop_worker(address):
                 self.fleet.dropped(instance, at)
             self.back_off.forget_worker(address)
+            self.move_times.forget_worker(address)
             self._dirty.update(dict.fromkeys(self.queue.in_turn()))
 
     def _deploy(self, model: ModelView, at: float) -> None:
@@ -270,6 +281,7 @@ class Controller:
         self.state.drop_model(name)
         self.back_off.forget_model(name)
         self.service.pop(name, None)
+        self.move_times.forget_model(name)
         for instance in self.instances_of(name):
             self.fleet.drain(instance, "replaced" if replaced else "deleted", at)
         error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
@@ -310,7 +322,7 @@ class Controller:
             self.state.touch_model(instance.model)
             self.state.touch_worker(instance.worker)
 
-    def _end(self, request_id: str, at: float, *, served: bool = False) -> RequestView | None:
+    def _end(self, request_id: str, at: float, *, served: bool = False, n_tokens: int = 0) -> RequestView | None:
         """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes."""
         request = self.queue.end(request_id)
         if request is None:
@@ -322,7 +334,7 @@ class Controller:
             return request
         if served and not request.load_only and request.dispatched_at is not None:
             known = self.service.get(request.model, ServiceTime())
-            self.service[request.model] = known.after(at - request.dispatched_at)
+            self.service[request.model] = known.after(at - request.dispatched_at, n_tokens)
         instance = self.instances.get(request.instance)
         if instance is not None:
             n_requests = instance.n_requests - 1
@@ -358,7 +370,9 @@ class Controller:
         if instance is not None and not preempted:
             self.fleet.drain(instance, "replaced", at)
         deadline_at = request.deadline_at if deadline_at is None else deadline_at
-        request = replace(request, instance=None, dispatched_at=None, deadline_at=deadline_at)
+        request = replace(
+            request, instance=None, dispatched_at=None, deadline_at=deadline_at, n_output_before=request.n_output, counted_at=None
+        )
         self._enqueue(request)
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]

@@ -165,7 +165,7 @@ class Fleet:
         model, target = self._state.models[victim.model], self._state.workers[destination]
         tier, parts = self._ways.load_parts(model, target, at)
         load_s = sum(parts.values())
-        moved_in_s = load_s + max(self._ways.move_seconds(victim), default=0.0)
+        moved_in_s = load_s + self._ways.move_seconds(victim, target.address)
         successor = InstanceView(
             id=self._next_id(victim.model),
             model=victim.model,
@@ -205,7 +205,8 @@ class Fleet:
         self._moving.pop(successor_id, None)
         state.unpromise(successor_id, at)
         if new is not None:
-            n_requests = self._queue.move(instance_id, successor_id)
+            self._queue.move(instance_id, successor_id)
+            n_requests = len(self._queue.on_instance(successor_id))  # of some, the worker has told before
             new = replace(new, n_requests=n_requests, draining=(old.draining if old else "") or new.draining)
             if new.state is InstanceState.LOADING:
                 self._back_off.loaded(new.model, new.worker)
