@@ -20,9 +20,7 @@ KV = 32 * 1024
 
 def kv_move(n_tokens: int, seconds: float, source: str = "one", destination: str = "two", **more) -> MoveEnded:
     nbytes = n_tokens * KV
-    return MoveEnded(
-        0.0, "r", "m", "m/1", "m/2", source, destination, "moved", "kv", n_tokens, nbytes, nbytes, seconds, **more
-    )
+    return MoveEnded(0.0, "r", "m", "m/1", "m/2", source, destination, "moved", "kv", n_tokens, nbytes, nbytes, seconds, **more)
 
 
 def token_move(n_tokens: int, seconds: float, **more) -> MoveEnded:
