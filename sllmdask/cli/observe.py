@@ -152,17 +152,38 @@ def _explain_request(told: Mapping[str, Any]) -> None:
         facts.append(f"first token after {format_seconds(told['first_token_s'])}")
     if told["n_tokens"] is not None:
         facts.append(f"{told['n_prompt_tokens']} tokens of prompt, {told['n_tokens']} of answer")
+    facts += _interruptions(told)
     if facts:
         click.echo(f"\nwhat happened: {', '.join(facts)}")
     if told["load"] is not None:
         click.echo(f"load: {_load_text(told['load'])}")
-    for move in told["moves"]:
-        click.echo(f"move: {move['text']}")
-    for resume in told["resumes"]:
-        click.echo(f"resume: {resume['text']}")
+    _show_untold(told)
     _show_story(told["happened"])
     if told["n_others"]:
         click.echo(f"({told['n_others']} earlier requests had the same id)")
+
+
+def _show_untold(told: Mapping[str, Any]) -> None:
+    """Moves and losses that are not all in the story: it is bounded, and another scheduler may have seen them."""
+    events = [each["event"] for each in told["happened"]]
+    if events.count("moved") + events.count("stayed") < len(told["moves"]):
+        for move in told["moves"]:
+            click.echo(move["text"])
+    if events.count("resumed") < len(told["resumes"]):
+        for resume in told["resumes"]:
+            click.echo(resume["text"])
+
+
+def _interruptions(told: Mapping[str, Any]) -> list[str]:
+    """Moves, and deaths that it went on after."""
+    counts = {
+        "moved": sum(move["outcome"] == "moved" for move in told["moves"]),
+        "could not move": sum(move["outcome"] == "stayed" for move in told["moves"]),
+        "went on after a loss": sum(resume["outcome"] == "resumed" for resume in told["resumes"]),
+    }
+    said = [what if n == 1 else f"{what} {n} times" for what, n in counts.items() if n]
+    pauses = _pause(told)
+    return said if pauses == "-" else [*said, f"at most {pauses} without a token by that"]
 
 
 def _explain_model(told: Mapping[str, Any]) -> None:

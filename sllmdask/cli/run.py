@@ -200,8 +200,7 @@ def status(wait: bool, timeout: float, server: str | None, as_json: bool) -> Non
         running = sum(1 for request in found["requests"] if request["state"] in ("queued", "running"))
         click.echo(f"{found['url']}  {why}  {len(found['models'])} models  {running} requests under way")
     print_rows(found["workers"], _worker_columns(), "No workers are connected.")
-    if found.get("moves"):
-        click.echo()
+    if found.get("moves") and sys.stdout.isatty():  # who reads lines reads one table
         print_rows(found["moves"], _move_columns(), "")
     for warning in found.get("warnings") or ():
         click.echo(f"Warning: {warning}", err=True)

@@ -194,7 +194,7 @@ class DecisionLog:
                 self._told.pop(key, None)
                 record = self.requests.get(key)
                 if record is not None and record.ended_at is None:
-                    record.state, record.instance = "queued", None
+                    record.state, record.instance, record.returned_at = "queued", None, at
                     self._note_request(record, at, "returned")
             case ev.FrontDoorLeft(front_door=front_door):
                 for record in [record for record in self.live() if record.front_door == front_door]:
@@ -328,7 +328,11 @@ class DecisionLog:
         if record is None:
             return
         record.state = "running"
-        self._take(record, dispatch.instance, dispatch.node, dispatch.queue_s, dispatch.loaded_from)
+        # One that lost its instance has not waited while it ran.
+        queue_s = dispatch.queue_s if record.returned_at is None else at - record.returned_at
+        first_s = queue_s if record.queue_s is None else record.queue_s
+        self._take(record, dispatch.instance, dispatch.node, first_s, dispatch.loaded_from)
+        record.returned_at = None
         self._copy_happenings(record)
         self._note_request(
             record,
@@ -336,7 +340,7 @@ class DecisionLog:
             "dispatched",
             node=dispatch.node,
             instance=dispatch.instance,
-            seconds=dispatch.queue_s,
+            seconds=queue_s,
             tier=None if dispatch.loaded_from is None else str(dispatch.loaded_from),
         )
 

@@ -214,6 +214,9 @@ def _why_there(log: DecisionLog, load: LoadRecord | None) -> str:
         return "its slots are being freed"
     if load.moved_from:
         return f"it has taken over from {load.moved_from}"
+    wish = log.requests.get(load.choice.request) if load.choice is not None else None
+    if load.choice is not None and wish is not None and wish.load_only:
+        return f"an operator asked for it, or moved requests there: {load.choice.reason}"
     if load.choice is not None and load.choice.request:
         return f"loaded for request {_id(log, load.choice.request)}: {load.choice.reason}"
     if load.choice is not None:

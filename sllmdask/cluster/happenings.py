@@ -151,15 +151,16 @@ def move_text(move: Mapping[str, Any]) -> str:
 
 def resume_text(resume: Mapping[str, Any]) -> str:
     """What became of a request that lost its worker or instance."""
-    what = "its worker was lost" if resume["reason"] == "worker" else "its instance was lost"
-    had = f"{resume['n_tokens']} token{'' if resume['n_tokens'] == 1 else 's'} of its answer there"
-    pause = "" if resume["pause_ms"] is None else f" after {resume['pause_ms']:.0f} ms"
-    went = {
+    did = {
         None: "is to go on elsewhere",
-        "resumed": f"went on on node {resume['to']}{pause}",
+        "resumed": f"went on on node {resume['to']}",
         "cancelled": "was cancelled before it went on",
+        "failed": "could not go on",
     }
-    return f"{what} on node {resume['node']} with {had}, and it {went.get(resume['outcome'], 'could not go on')}"
+    n = resume["n_tokens"]
+    had = f"with {n} token{'' if n == 1 else 's'} of its answer" if n else "before its first token"
+    pause = "" if resume["pause_ms"] is None else f"; its client waited {resume['pause_ms']:.0f} ms for the next token"
+    return f"{did[resume['outcome']]}: its {resume['reason']} on node {resume['node']} was lost {had}{pause}"
 
 
 _TEXTS = {
@@ -185,7 +186,7 @@ _TEXTS = {
     "returned": lambda facts: f"{_request(facts)} is back in the queue: its instance was gone",
     "moved": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",
     "stayed": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",
-    "resumed": lambda facts: f"{_request(facts)} goes on: {resume_text(facts)}",
+    "resumed": lambda facts: f"{_request(facts)} {resume_text(facts)}",
     "refused": lambda facts: f"{_request(facts)} is refused{_cause(facts)}",
     "ended": _ended,
 }

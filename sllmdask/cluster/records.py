@@ -128,6 +128,8 @@ class RequestRecord:
     moves: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[dict[str, Any]] = field(default_factory=list)
     queue_s: float | None = None
+    #: When its instance was gone, while it waits for another one.
+    returned_at: float | None = None
     #: ``hit``, or the tier that its model was loaded from while it waited.
     cold_start: str | None = None
     load: LoadRecord | None = None

@@ -1,7 +1,7 @@
 """How long it takes to move requests, learnt from those that moved; until enough have, what the deployment assumes.
 
 A move by tokens costs what the destination needs to compute them again, ``a * (t_in + t_out) + b`` by model and destination; one
-by KV what its bytes take between these two workers. Source: ServerlessLLM (OSDI '24), section 6.2, for the line; the copy is ours.
+by KV what its bytes take between these two workers. Source of the line: ServerlessLLM (OSDI '24), section 6.2; the copy is ours.
 """
 
 from __future__ import annotations
