@@ -98,8 +98,8 @@ class MovesSeen:
         if (request, epoch) in self._untold:
             self._tell((request, epoch))
 
-    def request_ends(self, request: str, moves: Iterable[Mapping[str, Any]]) -> None:
-        """There will be no further token; `moves` as its front door knows them."""
+    def no_more(self, request: str, moves: Iterable[Mapping[str, Any]] = ()) -> None:
+        """There will be no further token where the request is; `moves` as its front door knows them."""
         for move in moves:
             if move.get("pause_ms") is not None:
                 self._log.paused(request, move["epoch"], move["pause_ms"])

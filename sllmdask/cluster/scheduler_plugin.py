@@ -385,6 +385,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 self.observer.log.told(request_id, told)
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and request_id in self.controller.running:
+                    self.moves_seen.no_more(request_id)
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
@@ -400,7 +401,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
-                self.moves_seen.request_ends(request_id, told["moves"])
+                self.moves_seen.no_more(request_id, told["moves"])
                 self.observer.log.told(request_id, told)
                 self.on(ev.RequestEnded(now, request_id, told["n_tokens"]))
             case ["paused", request_id, epoch, pause_ms]:

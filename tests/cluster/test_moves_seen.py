@@ -99,11 +99,15 @@ async def test_a_move_is_counted_and_told_once_with_its_pause_whoever_speaks_fir
     told = {**move()["record"], "pause_ms": 4.5}
 
     def end() -> None:
-        head.seen.request_ends("door:1", [told])
+        head.seen.no_more("door:1", [told])
         head.log.told("door:1", {**ENDED, "moves": [told]})
         head.on(ev.RequestEnded(9.0, "door:1", 40))
 
-    steps = {"report": lambda: head.seen.ended("tcp://one", move()), "pause": lambda: head.seen.paused("door:1", 1, 4.5), "end": end}
+    steps = {
+        "report": lambda: head.seen.ended("tcp://one", move()),
+        "pause": lambda: head.seen.paused("door:1", 1, 4.5),
+        "end": end,
+    }
     for step in order:
         steps[step]()
     assert head.samples("sllmdask_migrations_total") == {("kv", "operator", "moved"): 1}
@@ -132,12 +136,12 @@ async def test_a_move_is_counted_and_told_once_with_its_pause_whoever_speaks_fir
 
 
 @pytest.mark.asyncio
-async def test_a_move_whose_client_never_gets_another_token_is_told_when_the_request_ends():
+async def test_a_move_whose_client_never_gets_another_token_is_told_when_the_no_more():
     head = Head()
     head.two_instances()
     head.seen.ended("tcp://one", move())
     assert head.events() == []
-    head.seen.request_ends("door:1", [{**move()["record"], "pause_ms": None}])
+    head.seen.no_more("door:1", [{**move()["record"], "pause_ms": None}])
     (event,) = head.events()
     assert event["pause_ms"] is None and "waited" not in event["text"]
     assert head.samples("sllmdask_migration_downtime_seconds") == {}
@@ -190,7 +194,10 @@ async def test_what_is_under_way_is_listed_until_it_is_over_or_its_worker_has_le
         about = {"request": key, "epoch": epoch, "model": "a", "instance": "a/1", "successor": "a/2", "destination": "tcp://two"}
         head.seen.began("tcp://one", {**about, "to": "1", "cause": "drain of node 0"})
     rows = head.seen.rows()
-    assert [(row["request"], row["source"], row["destination"]) for row in rows] == [("mine", "0", "1"), ("door:unknown", "0", "1")]
+    assert [(row["request"], row["source"], row["destination"]) for row in rows] == [
+        ("mine", "0", "1"),
+        ("door:unknown", "0", "1"),
+    ]
     head.seen.ended("tcp://one", move())
     assert [row["request"] for row in head.seen.rows()] == ["door:unknown"]
     head.seen.worker_left("tcp://one")
