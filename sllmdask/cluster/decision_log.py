@@ -159,6 +159,12 @@ class DecisionLog:
         record = self.requests.get(key)
         return record is not None and record.ended_at is None
 
+    def knows_pause(self, key: str, epoch: int) -> bool:
+        """Whether it was told what the client noticed of a move."""
+        record = self.requests.get(key)
+        moves = [] if record is None else record.moves
+        return any(move["epoch"] == epoch and move.get("pause_ms") is not None for move in moves)
+
     def shown(self, key: str) -> str:
         """What its client calls a request."""
         record = self.requests.get(key)

@@ -61,9 +61,10 @@ class MovesSeen:
         self._on(ended)
         about = {"model": told["model"], "instance": told["instance"], "successor": told["successor"]}
         self._log.move_ended(told["request"], {**record, **about, "expected_s": expected_s})
-        if moved and self._log.is_running(told["request"]):
+        if moved and self._log.is_running(told["request"]) and not self._log.knows_pause(*key):
             self._untold[key] = asyncio.get_running_loop().call_later(PAUSE_S, self._tell, key)
         else:
+            self._tell_before(*key)
             self._log.tell_move(*key, now)
 
     def worker_left(self, worker: str) -> None:
@@ -103,12 +104,19 @@ class MovesSeen:
         for move in moves:
             if move.get("pause_ms") is not None:
                 self._log.paused(request, move["epoch"], move["pause_ms"])
-        for key in [key for key in self._untold if key[0] == request]:
+        for key in sorted(key for key in self._untold if key[0] == request):
             self._tell(key)
 
     def _tell(self, key: MoveKey) -> None:
+        self._tell_before(*key)
         self._untold.pop(key).cancel()
         self._log.tell_move(*key, time.monotonic())
+
+    def _tell_before(self, request: str, epoch: int) -> None:
+        """Moves of a request are told in their order."""
+        for key in sorted(key for key in self._untold if key[0] == request and key[1] < epoch):
+            self._untold.pop(key).cancel()
+            self._log.tell_move(*key, time.monotonic())
 
     # --- what is told ---
 

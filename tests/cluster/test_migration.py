@@ -208,7 +208,7 @@ def test_moves_and_a_death_are_counted_told_and_explained_at_every_front_door(ur
     register(url, "a", instances_source(url), auto_scaling_config={"max_instances": 2, "target": 100})
     before = counted(url)
     second = cluster.start_door("second-door")
-    n = 900
+    n = 2 * N
     stream = Stream(url, {**BODY, "max_tokens": n, "stream_options": {"include_usage": True}}, {"x-request-id": "seen"})
     next(stream.chunks())
     home = row_of(url, "seen")["node"]
@@ -216,6 +216,7 @@ def test_moves_and_a_death_are_counted_told_and_explained_at_every_front_door(ur
     for to, kind in ((other(home), "kv"), (home, "tokens")):
         moved = post(second, "/admin/migrate", {"request": key, "to": to, "kind": kind})
         assert moved["state"] == "moved", moved
+    until("its client has another token", lambda: row_of(url, "seen")["moves"][-1]["pause_ms"])
     cluster.stop(f"worker-{home}", signal.SIGKILL)
     _, reason, usage = read(stream)
     assert (reason, usage["completion_tokens"]) == ("length", n)

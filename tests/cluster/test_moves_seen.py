@@ -148,6 +148,19 @@ async def test_a_move_whose_client_never_gets_another_token_is_told_when_the_no_
 
 
 @pytest.mark.asyncio
+async def test_a_move_is_told_at_once_where_its_pause_is_known_and_moves_in_their_order():
+    head = Head()
+    first, second = head.two_instances()
+    head.seen.paused("door:1", 1, 4.5)
+    head.seen.ended("tcp://one", move(1))
+    assert [event["pause_ms"] for event in head.events()] == [4.5]
+    head.seen.ended("tcp://two", move(2, there=(second, first)))
+    head.seen.ended("tcp://one", move(3))
+    head.seen.paused("door:1", 3, 6.0)  # no token came between the two
+    assert [(event["move"]["epoch"], event["pause_ms"]) for event in head.events()] == [(1, 4.5), (2, None), (3, 6.0)]
+
+
+@pytest.mark.asyncio
 async def test_the_path_of_a_request_is_known_while_it_runs():
     head = Head()
     first, second = head.two_instances()
