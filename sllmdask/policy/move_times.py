@@ -15,7 +15,7 @@ from sllmdask.policy.views import ModelView
 
 #: Moves from which a line is taken for true.
 N_ENOUGH = 3
-#: Of a copy, until there are measurements: seconds per byte (10 Gbit/s), and seconds.
+#: Of a copy, until there are measurements: seconds per byte (1 GB/s), and seconds.
 _COPY_PRIOR = ResumeFit(1e-9, 0.01)
 #: In the place of a worker: whichever it is.
 _ANY = ""
