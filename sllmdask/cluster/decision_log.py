@@ -106,10 +106,11 @@ class DecisionLog:
             self._strange_moves[key, move["epoch"]] = move
             return
         record.moves = merged_moves(record.moves, [move])[-N_MOVES:]
-        known_ms = next(each.get("pause_ms") for each in record.moves if each["epoch"] == move["epoch"])
+        known_ms = next((each.get("pause_ms") for each in record.moves if each["epoch"] == move["epoch"]), None)
         if known_ms is not None:  # told with the request's end
             self.move_tallies.paused(move, known_ms)
-        if move["outcome"] == "moved" and record.ended_at is None and record.instance != move["successor"]:
+        # It may have been lost there, and be elsewhere, before its old worker tells of the move.
+        if move["outcome"] == "moved" and record.ended_at is None and record.instance == move["instance"]:
             record.instance = move["successor"]
             record.path.append(move["destination"])
         pause_ms = self._pauses_ms.pop((key, move["epoch"]), None)
@@ -489,7 +490,8 @@ class DecisionLog:
             if record.instance == event.instance:
                 record.instance = event.successor
                 record.path.append(load.node)
-        self._note_instance(source, at, "migrated", to=load.node, successor=load.instance)
+        took = {"seconds": at - load.begun_at, "predicted_s": _finite(load.predicted_s)}
+        self._note_instance(source, at, "migrated", to=load.node, successor=load.instance, **took)
         if source is not None:
             source.leaving = f"moved to node {load.node}"
             self._close(source, at)

@@ -105,6 +105,12 @@ def _loaded(facts: Mapping[str, Any]) -> str:
     return f"{facts['instance']} takes requests on node {facts['node']} after {took}{predicted}, loaded{_source(facts)}"
 
 
+def _migrated(facts: Mapping[str, Any]) -> str:
+    predicted = "" if facts["predicted_s"] is None else f" ({format_seconds(facts['predicted_s'])} predicted)"
+    where = f"{facts['instance']} has moved from node {facts['node']} to node {facts['to']}"
+    return f"{where} after {format_seconds(facts['seconds'])}{predicted}, where it is {facts['successor']}"
+
+
 def _failed(facts: Mapping[str, Any]) -> str:
     what = {"load": "could not be loaded on", "run": "was lost on", "move": "could not be moved from"}[facts["what"]]
     return f"{facts['instance']} {what} node {facts['node']}{_cause(facts)}"
@@ -177,9 +183,7 @@ _TEXTS = {
     "moving": lambda facts: (
         f"{facts['instance']} is moved from node {facts['node']} to node {facts['to']}{_predicted(facts)}{_cause(facts)}"
     ),
-    "migrated": lambda facts: (
-        f"{facts['instance']} has moved from node {facts['node']} to node {facts['to']}, where it is {facts['successor']}"
-    ),
+    "migrated": _migrated,
     "preempted": _preempted,
     "waiting": lambda facts: f"{_request(facts)} waits{_cause(facts)}",
     "dispatched": _dispatched,

@@ -12,13 +12,17 @@ from sllmdask.policy.learned import EstimateError
 MOVE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RESUME_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
 ERROR_RATIO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
-#: Beginnings of the causes of moves, and what they are called in a label.
+#: Words of the causes of moves, and what they are called in a label.
 _REASONS = {
-    "an operator": "operator",
+    "makes room": "placement",  # first, since the name of a model follows
     "drain": "drain",
-    "makes room": "placement",
+    "operator": "operator",
+    "asked for": "operator",
     "migration failed": "placement",
-    "scale": "scale-in",
+    "scaled": "scale-in",
+    "max_instances": "scale-in",
+    "replaced": "replaced",
+    "deleted": "deleted",
 }
 #: Of a move that was refused before it was chosen how.
 NO_KIND = "none"
@@ -26,7 +30,7 @@ NO_KIND = "none"
 
 def cause_class(cause: str) -> str:
     """What a cause is called in a label: one of a few words."""
-    known = (reason for words, reason in _REASONS.items() if cause.startswith(words))
+    known = (reason for words, reason in _REASONS.items() if words in cause)
     return next(known, "other")
 
 

@@ -167,7 +167,7 @@ def test_a_request_that_moves_has_the_nodes_that_it_ran_on():
     log.saw(ev.TimerFired(25.0), [Preempt("a/2", "tcp://two", ("door:2",), "a higher class waits")])
     texts = [happening.text for happening in log.feed.after(0, "a")]
     assert "a/1 is moved from node 0 to node 1, predicted to take 1.5 s: node 0 is needed for b" in texts
-    assert "a/1 has moved from node 0 to node 1, where it is a/2" in texts
+    assert "a/1 has moved from node 0 to node 1 after 2.0 s (1.5 s predicted), where it is a/2" in texts
     assert "1 request of a/2 on node 1 give way: a higher class waits" in texts
     # A move is no cold start, and tells nothing of how good the estimates of loads are.
     assert samples(log, "sllmdask_cold_starts_total") == {("a", "disk", "loaded"): 1}

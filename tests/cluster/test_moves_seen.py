@@ -269,5 +269,15 @@ def test_moves_as_two_know_them_are_one_list_by_epoch():
 
 
 def test_causes_are_a_few_words_in_labels():
-    causes = ["an operator asked", "drain of node 1", "makes room for b", "migration failed", "scaled down", "who knows"]
-    assert [cause_class(cause) for cause in causes] == ["operator", "drain", "placement", "placement", "scale-in", "other"]
+    causes = {
+        "an operator asked": "operator",
+        "its node is drained": "drain",
+        "makes room for drain": "placement",
+        "migration failed": "placement",
+        "scaled down": "scale-in",
+        "max_instances": "scale-in",
+        "replaced": "replaced",
+        "deleted": "deleted",
+        "who knows": "other",
+    }
+    assert {cause: cause_class(cause) for cause in causes} == causes

@@ -13,7 +13,7 @@ from sllmdask.policy.decisions import Dispatch, Migrate
 from sllmdask.policy.learned import LEAST_REMAINING_S
 from sllmdask.policy.views import RequestView
 from sllmdask.sim.replay import EventLog, replay
-from tests.policy.test_controller import A, B, Tier, acts, ask, controller_with
+from tests.policy.test_controller import A, B, Tier, acts, ask, controller_with, wish
 from tests.policy.test_ways import CROWDED, crowded, node, request
 
 KV = 32 * 1024
@@ -38,6 +38,18 @@ def test_requests_that_arrive_one_by_one_are_all_there_when_their_instance_has_m
     for key in ("rb", "rb2"):
         controller.handle(ev.RequestEnded(3.0, key))
     assert controller.instances[migrate.successor].idle
+
+
+def test_a_move_that_is_told_after_the_request_was_lost_where_it_went_changes_nothing():
+    controller, load = crowded()
+    (second,) = wish(controller, "w", "b", 1.5, node="1")
+    controller.handle(ev.LoadFinished(1.6, second.instance, Tier.HOST))
+    controller.handle(ev.RequestMoved(2.0, "rb", second.instance))
+    controller.handle(ev.RequestReturned(2.1, "rb"))  # to where it was before
+    late = ended(2.2, "rb", ("b/9", second.instance))
+    assert controller.running["rb"].instance == load.instance
+    controller.handle(late)
+    assert controller.running["rb"].instance == load.instance
 
 
 def test_a_move_is_predicted_by_what_those_before_it_took():
