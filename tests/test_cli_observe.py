@@ -129,7 +129,7 @@ def test_requests_are_listed_and_cancelled(serve: Serve):
         future.result(10)
         request = future.response().id
     lines = [line.split("\t") for line in run("requests").output.splitlines()]
-    assert lines[0] == ["REQUEST", "MODEL", "STATE", "NODE", "PROMPT", "TOKENS", "TIME", "PATH"]
+    assert lines[0] == ["REQUEST", "MODEL", "STATE", "NODE", "PROMPT", "TOKENS", "TIME", "PATH", "MOVES", "PAUSE"]
     assert lines[1][:4] == [request, "m", "finished", "0"] and lines[1][5] == "24"
     assert json.loads(run("requests", "--json").output)[0]["id"] == request
     assert run("cancel", request).output == f"{request} has ended already: finished\n"
@@ -139,13 +139,16 @@ def test_requests_are_listed_and_cancelled(serve: Serve):
 def test_moves_are_told_with_what_its_client_noticed(serve: Serve):
     server = serve(m=FakeModel())
     see(server, cold_start)
-    where = {"source": "0", "destination": "1", "cause": "an operator asked"}
-    moved = {**where, "outcome": "moved", "reason": None, "kind": "kv", "seconds": 0.25, "pause_ms": 3.4}
-    stayed = {**where, "outcome": "stayed", "reason": "there is no room", "kind": None, "seconds": 0.1, "pause_ms": None}
+    where = {"source": "0", "destination": "1", "cause": "an operator asked", "stop_ms": None, "steps": []}
+    stayed = {**where, "epoch": 1, "outcome": "stayed", "reason": "there is no room", "kind": None, "seconds": 0.1}
+    moved = {**where, "epoch": 3, "outcome": "moved", "reason": None, "kind": "kv", "seconds": 0.25, "pause_ms": 3.4}
+    moved |= {"stop_ms": 1.25, "steps": [2048, 512]}
     told = {"state": "finished", "n_tokens": 9, "path": ["0", "1"], "moves": [stayed, moved]}
     see(server, lambda gateway: gateway.observer.log.told("door:1", told))
     see(server, lambda gateway: gateway.observer.saw(ev.RequestEnded(20.0, "door:1"), []))
     lines = run("explain", "id-door:1").output.splitlines()
-    assert lines[0] == "request id-door:1 for m: finished on node 0 > 1 after 10.0 s"
-    assert "not moved to node 1: there is no room" in lines
-    assert "moved from node 0 to node 1 by kv in 250 ms, 3 ms without a token: an operator asked" in lines
+    assert lines[0] == "request id-door:1 for m: finished on node 0 -> 1 after 10.0 s"
+    assert "did not move from node 0 to node 1: there is no room (an operator asked)" in lines
+    took = "2.0 KiB + 512 B of KV in 2 stages, 250 ms, stopped for 1.2 ms, its client waited 3.4 ms for the next token"
+    assert f"moved from node 0 to node 1: {took} (an operator asked)" in lines
+    assert any(line.endswith("moved, could not move, at most 3.4 ms without a token by that") for line in lines)

@@ -303,7 +303,7 @@ class Leaving:
     def _choose(self) -> None:
         kv_refused = self._reply.get("kv_refused")
         costs = MoveCosts(
-            kv_nbytes=self._kv_nbytes(),
+            kv_nbytes=self.kv_nbytes,
             bytes_per_s=self._link.bytes_per_s,
             n_tokens=self.record.n_tokens,
             prefill_tokens_per_s=self._reply.get("prefill_tokens_per_s"),
@@ -316,9 +316,11 @@ class Leaving:
         self.record.kind = str(self._kind)
         self._since = int(self._reply.get("since_block", 0)) if self._kind is Kind.KV else 0
 
-    def _kv_nbytes(self) -> int:
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the blocks that the request's KV takes here."""
         stats = self._engine.stats()
-        return blocks_for(self.record.n_tokens, stats["block_size"]) * int(stats["bytes_per_block"])
+        return blocks_for(self.record.n_tokens, stats.get("block_size", 1)) * int(stats.get("bytes_per_block", 0))
 
     def _give_kv(self) -> Heard:
         """A chunk of full blocks; or, when a stage is over and little is left, the stop."""

@@ -12,6 +12,7 @@ import logging
 import secrets
 import ssl
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from sllmdask.batching.precopy import Kind
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import InstanceGone, SllmError, StateRefused
 from sllmdask.loader.peer_wire import checked_token
-from sllmdask.policy.estimate import N_MOVES_AT_ONCE
+from sllmdask.policy.move_times import N_MOVES_AT_ONCE
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ RETRY_S, EVACUATE_S = 0.25, 600.0
 
 class Departing(Host, Protocol):
     """An instance that requests leave, too. All but `engine` and `bulk` are called on the worker's event loop."""
+
+    model: str
 
     @property
     def request_ids(self) -> tuple[str, ...]: ...
@@ -47,13 +50,41 @@ class Departing(Host, Protocol):
 
 
 class Registry(Protocol):
-    """The worker's instances, and the connections of its front doors."""
+    """The worker's instances, and the connections of its front doors. `report` reaches the scheduler."""
+
+    report: Callable[[dict[str, Any]], None]
 
     def instance(self, instance: str) -> Departing | None: ...
 
     def has_door(self, front_door: str) -> bool: ...
 
     def send(self, front_door: str, message: Message) -> None: ...
+
+
+class _Crowd:
+    """How many moves are under way, on average, while one is."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        #: Moves times seconds, up to `_at`.
+        self._sum_s = self._at = 0.0
+
+    def _go_on(self, now: float) -> None:
+        self._sum_s += self._n * (now - self._at)
+        self._at = now
+
+    def enter(self, now: float) -> tuple[float, float]:
+        """One begins; what :meth:`leave` needs of it."""
+        self._go_on(now)
+        self._n += 1
+        return now, self._sum_s
+
+    def leave(self, now: float, entered: tuple[float, float]) -> float:
+        """One is over: the mean number of moves that there were meanwhile, it included."""
+        self._go_on(now)
+        self._n -= 1
+        began_at, sum_s = entered
+        return (self._sum_s - sum_s) / (now - began_at) if now > began_at else 1.0 + self._n
 
 
 class Moves:
@@ -75,6 +106,7 @@ class Moves:
         self._server: MoveServer | None = None
         self._arriving: Arriving | None = None
         self._leaving: set[Leaving] = set()
+        self._crowd = _Crowd()
 
     # --- life ---
 
@@ -156,11 +188,25 @@ class Moves:
 
         leaving = host.begin_leaving(order.request, make)
         self._leaving.add(leaving)
+        entered = self._crowd.enter(time.monotonic())
+        to = order.destination
+        about = {
+            "request": order.request,
+            "epoch": leaving.ticket.epoch,
+            "model": host.model,
+            "instance": instance,
+            "successor": to.instance,
+            "destination": to.worker,
+        }
+        self._registry.report({"kind": "moving", "move": {**about, "to": to.node, "cause": order.cause}})
         ended: asyncio.Future[MoveRecord] = loop.create_future()
 
         def finish(record: MoveRecord) -> None:
             self._leaving.discard(leaving)
+            n_at_once = self._crowd.leave(time.monotonic(), entered)
             host.end_leaving(leaving, record)
+            facts = {**about, "kv_nbytes": leaving.kv_nbytes, "n_at_once": n_at_once, "record": record.as_wire()}
+            self._registry.report({"kind": "moved", "move": facts})
             if not ended.done():
                 ended.set_result(record)
             logger.info(

@@ -41,8 +41,25 @@ def _request_columns() -> list[Column]:
         ("PROMPT", lambda row: "-" if row["n_prompt_tokens"] is None else row["n_prompt_tokens"]),
         ("TOKENS", lambda row: row["n_tokens"]),
         ("TIME", lambda row: format_seconds(row["seconds"]) if row.get("seconds") is not None else "-"),
-        ("PATH", lambda row: " > ".join(row["path"]) or "-"),
+        ("PATH", lambda row: " -> ".join(row["path"]) or "-"),
+        ("MOVES", _moves),
+        ("PAUSE", _pause),
     ]
+
+
+def _moves(row: Mapping[str, Any]) -> str:
+    """How often it has moved, and, if it has, been refused, or gone on after a death."""
+    outcomes = [move["outcome"] for move in row["moves"]]
+    n_others = len(outcomes) - outcomes.count("moved")
+    told = [f"{n_others} stayed"] if n_others else []
+    told += [f"{len(row['resumes'])} resumed"] if row["resumes"] else []
+    return f"{outcomes.count('moved')}" + (f" ({', '.join(told)})" if told else "")
+
+
+def _pause(row: Mapping[str, Any]) -> str:
+    """The longest that its client waited for a token because of a move or a death."""
+    pauses_ms = [each["pause_ms"] for each in (*row["moves"], *row["resumes"]) if each.get("pause_ms") is not None]
+    return f"{max(pauses_ms):.1f} ms" if pauses_ms else "-"
 
 
 @command()
@@ -118,7 +135,7 @@ def explain(name: str, server: str | None, as_json: bool) -> None:
 def _explain_request(told: Mapping[str, Any]) -> None:
     from sllmdask.units import format_seconds
 
-    where = f" on node {' > '.join(told['path'])}" if told["path"] else ""
+    where = f" on node {' -> '.join(told['path'])}" if told["path"] else ""
     click.echo(f"request {told['id']} for {told['model']}: {told['state']}{where} after {format_seconds(told['seconds'])}")
     if told["cause"]:
         click.echo(f"cause: {told['cause']}")
@@ -135,15 +152,38 @@ def _explain_request(told: Mapping[str, Any]) -> None:
         facts.append(f"first token after {format_seconds(told['first_token_s'])}")
     if told["n_tokens"] is not None:
         facts.append(f"{told['n_prompt_tokens']} tokens of prompt, {told['n_tokens']} of answer")
+    facts += _interruptions(told)
     if facts:
         click.echo(f"\nwhat happened: {', '.join(facts)}")
     if told["load"] is not None:
         click.echo(f"load: {_load_text(told['load'])}")
-    for move in told["moves"]:
-        click.echo(_move_text(move))
+    _show_untold(told)
     _show_story(told["happened"])
     if told["n_others"]:
         click.echo(f"({told['n_others']} earlier requests had the same id)")
+
+
+def _show_untold(told: Mapping[str, Any]) -> None:
+    """Moves and losses that are not all in the story: it is bounded, and another scheduler may have seen them."""
+    events = [each["event"] for each in told["happened"]]
+    if events.count("moved") + events.count("stayed") < len(told["moves"]):
+        for move in told["moves"]:
+            click.echo(move["text"])
+    if events.count("resumed") < len(told["resumes"]):
+        for resume in told["resumes"]:
+            click.echo(resume["text"])
+
+
+def _interruptions(told: Mapping[str, Any]) -> list[str]:
+    """Moves, and deaths that it went on after."""
+    counts = {
+        "moved": sum(move["outcome"] == "moved" for move in told["moves"]),
+        "could not move": sum(move["outcome"] == "stayed" for move in told["moves"]),
+        "went on after a loss": sum(resume["outcome"] == "resumed" for resume in told["resumes"]),
+    }
+    said = [what if n == 1 else f"{what} {n} times" for what, n in counts.items() if n]
+    pauses = _pause(told)
+    return said if pauses == "-" else [*said, f"at most {pauses} without a token by that"]
 
 
 def _explain_model(told: Mapping[str, Any]) -> None:
@@ -170,14 +210,6 @@ def _explain_model(told: Mapping[str, Any]) -> None:
     if not told["instances"] and told["choices"]:
         _show_choice(told["choices"][-1])
     _show_story(told["happened"])
-
-
-def _move_text(move: Mapping[str, Any]) -> str:
-    if move["outcome"] != "moved":
-        return f"not moved to node {move['destination']}: {move['reason'] or move['outcome']}"
-    pause = "" if move.get("pause_ms") is None else f", {move['pause_ms']:.0f} ms without a token"
-    where = f"from node {move['source']} to node {move['destination']}"
-    return f"moved {where} by {move['kind']} in {_seconds(move['seconds'])}{pause}: {move['cause']}"
 
 
 def _load_text(load: Mapping[str, Any]) -> str:

@@ -206,6 +206,8 @@ def status(wait: bool, timeout: float, server: str | None, as_json: bool) -> Non
         running = sum(1 for request in found["requests"] if request["state"] in ("queued", "running"))
         click.echo(f"{found['url']}  {why}  {len(found['models'])} models  {running} requests under way")
     print_rows(found["workers"], _worker_columns(), "No workers are connected.")
+    if found.get("moves") and sys.stdout.isatty():  # who reads lines reads one table
+        print_rows(found["moves"], _move_columns(), "")
     for warning in found.get("warnings") or ():
         click.echo(f"Warning: {warning}", err=True)
 
@@ -227,6 +229,20 @@ def _wait_until_ready(client: Client, timeout_s: float) -> dict[str, Any]:
                 raise TimeoutError(f"The server was not ready within {timeout_s:.0f} s. {reason}")
             waiting.say(f"not ready: {reason}")
             time.sleep(POLL_S)
+
+
+def _move_columns() -> list[Column]:
+    """Of moves under way."""
+    from sllmdask.units import format_seconds
+
+    return [
+        ("MOVING", lambda row: row["request"] or row["instance"]),
+        ("MODEL", lambda row: row["model"]),
+        ("FROM", lambda row: row["source"]),
+        ("TO", lambda row: row["destination"]),
+        ("FOR", lambda row: format_seconds(row["seconds"])),
+        ("CAUSE", lambda row: row["cause"] or "-"),
+    ]
 
 
 def _worker_columns() -> list[Column]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from sllmdask.cluster.happenings import Feed, Happening
 from sllmdask.cluster.load_tallies import LoadTallies
-from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, RequestRecord
+from sllmdask.cluster.move_tallies import MoveTallies, cause_class
+from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, RequestRecord, merged_moves
 from sllmdask.policy import decisions as do
 from sllmdask.policy import events as ev
 from sllmdask.policy.choice import Choice, Way
@@ -22,15 +23,23 @@ from sllmdask.policy.views import RequestView
 N_ENDED, N_DELETED, N_GONE = 2048, 256, 4096
 #: Characters of an error that are kept.
 N_ERROR_CHARS = 1000
+#: Moves kept of one request.
+N_MOVES = 256
 
 
 class DecisionLog:
     """The records, a feed of what happened, and the tallies. `wall_s` turns the events' times into seconds since the epoch."""
 
-    def __init__(self, wall_s: Callable[[float], float] = float, first_id: int = 1, n_ended: int = N_ENDED) -> None:
+    def __init__(
+        self,
+        wall_s: Callable[[float], float] = float,
+        first_id: int = 1,
+        n_ended: int = N_ENDED,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
         self._wall_s, self._n_ended = wall_s, n_ended
-        self.feed = Feed(first_id)
-        self.tallies = LoadTallies()
+        self.feed = Feed(first_id, on_news=on_news)
+        self.tallies, self.move_tallies = LoadTallies(), MoveTallies()
         self.requests: dict[str, RequestRecord] = {}
         self.models: dict[str, ModelRecord] = {}
         #: Of the instances that are there.
@@ -44,6 +53,11 @@ class DecisionLog:
         self._room_for: dict[str, str] = {}
         #: What front doors said of requests that are about to arrive or to end.
         self._told: dict[str, Mapping[str, Any]] = {}
+        #: Pauses of moves that are about to be told of, and moves of requests that are not known here, by key and epoch.
+        self._pauses_ms: dict[tuple[str, int], float] = {}
+        self._strange_moves: dict[tuple[str, int], Mapping[str, Any]] = {}
+        #: Causes of the moves that the controller has decided on, by instance.
+        self._moving_because: dict[str, str] = {}
 
     # --- what is there ---
 
@@ -83,6 +97,84 @@ class DecisionLog:
             if load.ready_at is not None:
                 self._count(load)
 
+    def move_ended(self, key: str, move: Mapping[str, Any]) -> None:
+        """A worker says what became of a move: a ``MoveRecord`` as plain types, with the ``model``, the ``instance`` that had the
+        request, its ``successor``, and ``expected_s``. It is counted here; :meth:`tell_move` puts it among the events."""
+        self.move_tallies.move_ended(move)
+        record = self.requests.get(key)
+        if record is None:  # of a scheduler before this one
+            self._strange_moves[key, move["epoch"]] = move
+            return
+        record.moves = merged_moves(record.moves, [move])[-N_MOVES:]
+        known_ms = next((each.get("pause_ms") for each in record.moves if each["epoch"] == move["epoch"]), None)
+        if known_ms is not None:  # told with the request's end
+            self.move_tallies.paused(move, known_ms)
+        # It may have been lost there, and be elsewhere, before its old worker tells of the move.
+        if move["outcome"] == "moved" and record.ended_at is None and record.instance == move["instance"]:
+            record.instance = move["successor"]
+            record.path.append(move["destination"])
+        pause_ms = self._pauses_ms.pop((key, move["epoch"]), None)
+        if pause_ms is not None:
+            self.paused(key, move["epoch"], pause_ms)
+
+    def paused(self, key: str, epoch: int, pause_ms: float) -> None:
+        """A front door says how long a client waited for the first token after a move; it may know of it before."""
+        record = self.requests.get(key)
+        if record is None:
+            return
+        move = next((move for move in record.moves if move["epoch"] == epoch), None)
+        if move is None:
+            if record.ended_at is None:
+                self._pauses_ms[key, epoch] = pause_ms
+        elif move.get("pause_ms") is None:
+            move["pause_ms"] = pause_ms
+            self.move_tallies.paused(move, pause_ms)
+
+    def tell_move(self, key: str, epoch: int, at: float) -> None:
+        """A move is over, and all is known of it that will be."""
+        record = self.requests.get(key)
+        known = self._strange_moves.pop((key, epoch), None)
+        if record is not None:
+            known = next((move for move in record.moves if move["epoch"] == epoch), known)
+        if known is None:
+            return
+        facts = {name: known.get(name) for name in ("kind", "outcome", "instance", "successor", "cause", "pause_ms")}
+        facts |= {"node": known["source"], "to": known["destination"], "reason": cause_class(known["cause"]), "move": dict(known)}
+        event = "moved" if known["outcome"] == "moved" else "stayed"
+        happening = self._note(self._wall_s(at), event, request=self.shown(key), model=known["model"], **facts)
+        self._model(known["model"]).happened.append(happening)
+        if record is not None:
+            record.happened.append(happening)
+
+    def resumed(self, key: str, resume: Mapping[str, Any], at: float) -> None:
+        """A front door says what became of a request that had lost its worker or instance."""
+        self.move_tallies.resumed(resume)
+        record = self.requests.get(key)
+        if record is None:
+            return
+        record.resumes.append(dict(resume))
+        if resume["outcome"] == "resumed":
+            self._note_request(record, self._wall_s(at), "resumed", **resume, instance=record.instance)
+
+    def is_running(self, key: str) -> bool:
+        record = self.requests.get(key)
+        return record is not None and record.ended_at is None
+
+    def knows_pause(self, key: str, epoch: int) -> bool:
+        """Whether it was told what the client noticed of a move."""
+        record = self.requests.get(key)
+        moves = [] if record is None else record.moves
+        return any(move["epoch"] == epoch and move.get("pause_ms") is not None for move in moves)
+
+    def shown(self, key: str) -> str:
+        """What its client calls a request."""
+        record = self.requests.get(key)
+        return key if record is None else record.id
+
+    def moving_because(self, instance: str) -> str:
+        """Why an instance is being moved."""
+        return self._moving_because.get(instance, "")
+
     def reconcile(self, there: Container[str], at: float) -> None:
         """Only the instances in `there` are left: a worker's report may say that it does not have one any more."""
         for load in [load for load in self.loads.values() if load.instance not in there]:
@@ -109,7 +201,7 @@ class DecisionLog:
                 self._told.pop(key, None)
                 record = self.requests.get(key)
                 if record is not None and record.ended_at is None:
-                    record.state, record.instance = "queued", None
+                    record.state, record.instance, record.returned_at = "queued", None, at
                     self._note_request(record, at, "returned")
             case ev.FrontDoorLeft(front_door=front_door):
                 for record in [record for record in self.live() if record.front_door == front_door]:
@@ -145,6 +237,7 @@ class DecisionLog:
             case ev.InstanceMigrated():
                 self._migrated(event, at)
             case ev.MigrationFailed(instance=instance, successor=successor, reason=reason):
+                self._moving_because.pop(instance, None)
                 self._close(self.loads.get(successor), at, failed=reason)
                 self._note_instance(self.loads.get(instance), at, "failed", what="move", cause=reason)
             case ev.WorkerReported() | ev.UnloadRequested() | ev.TimerFired():
@@ -208,7 +301,9 @@ class DecisionLog:
             return
         record.n_tokens = told.get("n_tokens", record.n_tokens)
         record.path = list(told.get("path") or record.path)  # it may have moved meanwhile
-        record.moves = list(told.get("moves") or record.moves)
+        record.moves = merged_moves(record.moves, told.get("moves") or ())[-N_MOVES:]
+        for pause in [pause for pause in self._pauses_ms if pause[0] == record.key]:
+            del self._pauses_ms[pause]
         record.first_token_s = told.get("first_token_s", record.first_token_s)
         if record.ended_at is not None:
             return
@@ -244,7 +339,11 @@ class DecisionLog:
         if record is None:
             return
         record.state = "running"
-        self._take(record, dispatch.instance, dispatch.node, dispatch.queue_s, dispatch.loaded_from)
+        # One that lost its instance has not waited while it ran.
+        queue_s = dispatch.queue_s if record.returned_at is None else at - record.returned_at
+        first_s = queue_s if record.queue_s is None else record.queue_s
+        self._take(record, dispatch.instance, dispatch.node, first_s, dispatch.loaded_from)
+        record.returned_at = None
         self._copy_happenings(record)
         self._note_request(
             record,
@@ -252,7 +351,7 @@ class DecisionLog:
             "dispatched",
             node=dispatch.node,
             instance=dispatch.instance,
-            seconds=dispatch.queue_s,
+            seconds=queue_s,
             tier=None if dispatch.loaded_from is None else str(dispatch.loaded_from),
         )
 
@@ -365,6 +464,7 @@ class DecisionLog:
         if load is None:
             return
         del self.loads[load.instance]
+        self._moving_because.pop(load.instance, None)
         load.ended_at, load.failed = at, failed or load.failed
         self.tallies.held(load.model, (at - load.begun_at) * load.n_slots)
         self._count(load)
@@ -382,6 +482,7 @@ class DecisionLog:
         if source is not None:
             load.choice = source.choice
         predicted_s, cause = _finite(decision.moved_in_s), decision.cause
+        self._moving_because[decision.instance] = cause
         self._note_instance(source, at, "moving", to=load.node, predicted_s=predicted_s, cause=cause)
 
     def _migrated(self, event: ev.InstanceMigrated, at: float) -> None:
@@ -393,7 +494,8 @@ class DecisionLog:
             if record.instance == event.instance:
                 record.instance = event.successor
                 record.path.append(load.node)
-        self._note_instance(source, at, "migrated", to=load.node, successor=load.instance)
+        took = {"seconds": at - load.begun_at, "predicted_s": _finite(load.predicted_s)}
+        self._note_instance(source, at, "migrated", to=load.node, successor=load.instance, **took)
         if source is not None:
             source.leaving = f"moved to node {load.node}"
             self._close(source, at)

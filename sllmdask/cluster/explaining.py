@@ -6,7 +6,8 @@ from math import isfinite
 from typing import Any
 
 from sllmdask.cluster.decision_log import DecisionLog
-from sllmdask.cluster.happenings import Happening
+from sllmdask.cluster.happenings import Happening, move_text, resume_text
+from sllmdask.cluster.move_tallies import estimate_error
 from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, RequestRecord
 from sllmdask.policy.choice import Choice, Option
 from sllmdask.policy.controller import Controller
@@ -37,7 +38,8 @@ def explain_request(log: DecisionLog, record: RequestRecord, now: float) -> dict
         "node": record.path[-1] if record.path else None,
         "instance": record.instance,
         "path": list(record.path),
-        "moves": list(record.moves),
+        "moves": [explained_move(move) for move in record.moves],
+        "resumes": [explained_resume(resume) for resume in record.resumes],
         "priority": record.priority,
         "front_door": record.front_door or None,
         "arrived": record.arrived_at,
@@ -106,6 +108,16 @@ def explain_model(log: DecisionLog, controller: Controller, name: str, at: float
         "loads": [load_row(load, now) for load in model.loads],
         "happened": _story(model.happened, None),
     }
+
+
+def explained_move(move: dict[str, Any]) -> dict[str, Any]:
+    """A move, how far its expected duration was off, and all of it in words."""
+    return {**move, "error_ratio": estimate_error(move), "text": move_text(move)}
+
+
+def explained_resume(resume: dict[str, Any]) -> dict[str, Any]:
+    """A loss of a worker or an instance, and in words."""
+    return {**resume, "text": resume_text(resume)}
 
 
 def load_row(load: LoadRecord, now: float) -> dict[str, Any]:
@@ -202,6 +214,9 @@ def _why_there(log: DecisionLog, load: LoadRecord | None) -> str:
         return "its slots are being freed"
     if load.moved_from:
         return f"it has taken over from {load.moved_from}"
+    wish = log.requests.get(load.choice.request) if load.choice is not None else None
+    if load.choice is not None and wish is not None and wish.load_only:
+        return f"an operator asked for it, or moved requests there: {load.choice.reason}"
     if load.choice is not None and load.choice.request:
         return f"loaded for request {_id(log, load.choice.request)}: {load.choice.reason}"
     if load.choice is not None:

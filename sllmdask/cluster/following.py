@@ -116,11 +116,14 @@ class Following:
         """Instances besides the journal's that have the request."""
         return [Stop(message[5], message[4]) for message, _ in self._arrivals]
 
-    def told(self) -> None:
-        """A token of the journal's epoch was accepted: what its client waited for it belongs to the last move."""
+    def told(self) -> dict[str, Any] | None:
+        """A token of the journal's epoch was accepted: what its client waited for it belongs to the last move, which is returned
+        once that is known."""
         pause_ms = self._pauses_ms.pop(self.journal.epoch, None)
-        if pause_ms is not None and self.journal.moves:
-            self.journal.moves[-1]["pause_ms"] = pause_ms
+        if pause_ms is None or not self.journal.moves:
+            return None
+        self.journal.moves[-1]["pause_ms"] = pause_ms
+        return self.journal.moves[-1]
 
     def _go_to(self, epoch: int, worker: str, instance: str, node: str, record: dict[str, Any]) -> None:
         journal = self.journal

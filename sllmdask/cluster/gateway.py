@@ -91,6 +91,8 @@ class _Active:
         self.revision = revision
         self.began_at = time.monotonic()
         self.first_token_s: float | None = None
+        #: When its last token was accepted.
+        self.last_token_at: float | None = None
         self.error: str | None = None
         #: Whether it was told last that its instance is being read.
         self.reading = False
@@ -567,7 +569,7 @@ class Gateway(Lookout):
         n_before = len(journal.output_ids)
         accepted = journal.accept(journal.epoch, index, token_ids)
         if accepted:
-            active.following.told()
+            self._tell_pauses(active)
         text = active.text.push(accepted)
         if active.text.stopped:
             del journal.output_ids[active.text.n_accepted :]
@@ -586,6 +588,17 @@ class Gateway(Lookout):
         end = Finished(FinishReason(reason), journal.request.n_prompt_tokens, len(journal.output_ids))
         return [Delta(text, fresh, told, of_prompt), end] if fresh or text else [end]
 
+    def _tell_pauses(self, active: _Active) -> None:
+        """A token was accepted: what its client waited for it, after a move or a loss, is for the scheduler's records."""
+        now, last_at = time.monotonic(), active.last_token_at
+        active.last_token_at = now
+        move = active.following.told()
+        if move is not None:
+            self._tell(["paused", active.key, move["epoch"], move["pause_ms"]])
+        resume = active.journal.resume_over("resumed", None if last_at is None else 1e3 * (now - last_at))
+        if resume is not None:
+            self._tell(["resumed", active.key, resume])
+
     def _accept_vectors(self, active: _Active, epoch: int, vectors: list[Any]) -> list[GatewayEvent]:
         journal = active.journal
         events: list[GatewayEvent] = [*journal.accept_vectors(epoch, [(index, bytes(data)) for index, data in vectors])]
@@ -603,6 +616,8 @@ class Gateway(Lookout):
         journal = active.journal
         began = bool(journal.output_ids)
         spent = active.n_resumes >= MAX_RESUMES if began else active.n_returns >= MAX_RETURNS
+        if isinstance(error, InstanceGone | WorkerLost):
+            journal.lost("worker" if isinstance(error, WorkerLost) else "instance")
         if not isinstance(error, InstanceGone | WorkerLost) or spent:
             journal.state = "cancelled" if isinstance(error, Cancelled) else "failed"
             active.error = error.message
@@ -643,6 +658,10 @@ class Gateway(Lookout):
         if link is not None and (journal.state != "finished" or active.text.stopped):
             link.send(["cancel", active.key, journal.instance])
         self._stop(active.key, active.following.elsewhere())
+        outcome = {"finished": "resumed", "cancelled": "cancelled"}.get(journal.state, "failed")
+        resume = journal.resume_over(outcome)
+        if resume is not None:
+            self._tell(["resumed", active.key, resume])
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
@@ -674,6 +693,9 @@ class Gateway(Lookout):
                 self._show_progress([row for row in changed if row["state"] == "loading"])
             case ["reading", reading]:
                 self._show_reading(reading)
+            case ["count"]:
+                counts = {key: len(active.journal.output_ids) for key, active in self._active.items()}
+                self._tell(["counted", {key: n for key, n in counts.items() if n}])
             case ["rows", number]:
                 self._tell(["rows", number, self.requests()])
             case ["cancel", key]:

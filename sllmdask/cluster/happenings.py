@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,14 @@ class Happening:
 class Feed:
     """The latest happenings. Their ids grow by one; requests have a place of their own, so that they do not push out the rest."""
 
-    def __init__(self, first_id: int = 1, n_of_cluster: int = N_OF_CLUSTER, n_of_requests: int = N_OF_REQUESTS) -> None:
-        self.latest = first_id - 1
+    def __init__(
+        self,
+        first_id: int = 1,
+        n_of_cluster: int = N_OF_CLUSTER,
+        n_of_requests: int = N_OF_REQUESTS,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.latest, self._on_news = first_id - 1, on_news
         #: Everything up to here may have been dropped.
         self.dropped_to = 0
         self._of_cluster: deque[Happening] = deque(maxlen=n_of_cluster)
@@ -49,6 +55,7 @@ class Feed:
         if len(kept) == kept.maxlen:
             self.dropped_to = max(self.dropped_to, kept[0].id)
         kept.append(happening)
+        self._on_news()
         return happening
 
     def after(self, since: int, model: str | None = None) -> list[Happening]:
@@ -98,6 +105,12 @@ def _loaded(facts: Mapping[str, Any]) -> str:
     return f"{facts['instance']} takes requests on node {facts['node']} after {took}{predicted}, loaded{_source(facts)}"
 
 
+def _migrated(facts: Mapping[str, Any]) -> str:
+    predicted = "" if facts["predicted_s"] is None else f" ({format_seconds(facts['predicted_s'])} predicted)"
+    where = f"{facts['instance']} has moved from node {facts['node']} to node {facts['to']}"
+    return f"{where} after {format_seconds(facts['seconds'])}{predicted}, where it is {facts['successor']}"
+
+
 def _failed(facts: Mapping[str, Any]) -> str:
     what = {"load": "could not be loaded on", "run": "was lost on", "move": "could not be moved from"}[facts["what"]]
     return f"{facts['instance']} {what} node {facts['node']}{_cause(facts)}"
@@ -124,6 +137,38 @@ def _preempted(facts: Mapping[str, Any]) -> str:
     return f"{n} request{'' if n == 1 else 's'} of {facts['instance']} on node {facts['node']} give way{_cause(facts)}"
 
 
+def move_text(move: Mapping[str, Any]) -> str:
+    """What became of a move: a ``MoveRecord`` as plain types, and what else is known of it."""
+    where = f"from node {move['source']} to node {move['destination']}"
+    if move["outcome"] != "moved":
+        why = move["reason"] or ("it was over first" if move["outcome"] == "ended" else "it is not known why")
+        return f"did not move {where}: {why} ({move['cause']})"
+    steps = move["steps"]
+    if move["kind"] == "kv":
+        how, unit = f"{' + '.join(map(format_bytes, steps))} of KV", "stage"
+    else:
+        how, unit = f"{' + '.join(map(str, steps))} tokens computed again", "round"
+    expected = "" if move.get("expected_s") is None else f" ({format_seconds(move['expected_s'])} expected)"
+    stopped = "" if move["stop_ms"] is None else f", stopped for {move['stop_ms']:.1f} ms"
+    pause = "" if move.get("pause_ms") is None else f", its client waited {move['pause_ms']:.1f} ms for the next token"
+    took = f"in {len(steps)} {unit}{'' if len(steps) == 1 else 's'}, {format_seconds(move['seconds'])}{expected}"
+    return f"moved {where}: {how} {took}{stopped}{pause} ({move['cause']})"
+
+
+def resume_text(resume: Mapping[str, Any]) -> str:
+    """What became of a request that lost its worker or instance."""
+    did = {
+        None: "is to go on elsewhere",
+        "resumed": f"went on on node {resume['to']}",
+        "cancelled": "was cancelled before it went on",
+        "failed": "could not go on",
+    }
+    n = resume["n_tokens"]
+    had = f"with {n} token{'' if n == 1 else 's'} of its answer" if n else "before its first token"
+    pause = "" if resume["pause_ms"] is None else f"; its client waited {resume['pause_ms']:.0f} ms for the next token"
+    return f"{did[resume['outcome']]}: its {resume['reason']} on node {resume['node']} was lost {had}{pause}"
+
+
 _TEXTS = {
     "joined": _joined,
     "left": _left,
@@ -140,13 +185,14 @@ _TEXTS = {
     "moving": lambda facts: (
         f"{facts['instance']} is moved from node {facts['node']} to node {facts['to']}{_predicted(facts)}{_cause(facts)}"
     ),
-    "migrated": lambda facts: (
-        f"{facts['instance']} has moved from node {facts['node']} to node {facts['to']}, where it is {facts['successor']}"
-    ),
+    "migrated": _migrated,
     "preempted": _preempted,
     "waiting": lambda facts: f"{_request(facts)} waits{_cause(facts)}",
     "dispatched": _dispatched,
     "returned": lambda facts: f"{_request(facts)} is back in the queue: its instance was gone",
+    "moved": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",
+    "stayed": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",
+    "resumed": lambda facts: f"{_request(facts)} {resume_text(facts)}",
     "refused": lambda facts: f"{_request(facts)} is refused{_cause(facts)}",
     "ended": _ended,
 }

@@ -131,6 +131,21 @@ class Journal:
     path: list[str] = field(default_factory=list)
     #: What became of each of its moves, in order: a ``MoveRecord`` and ``pause_ms``, what its client waited for the next token.
     moves: list[dict[str, Any]] = field(default_factory=list)
+    #: Each loss of its worker or instance: ``node``, ``reason`` (``worker`` or ``instance``), ``n_tokens`` that were there, and,
+    #: once known, ``outcome`` (``resumed``, ``failed``, ``cancelled``), the node that it went on on (``to``), and ``pause_ms``.
+    resumes: list[dict[str, Any]] = field(default_factory=list)
+
+    def lost(self, reason: str) -> None:
+        """Its worker or instance is gone."""
+        known = {"node": self.node, "reason": reason, "n_tokens": len(self.output_ids)}
+        self.resumes.append({**known, "outcome": None, "to": None, "pause_ms": None})
+
+    def resume_over(self, outcome: str, pause_ms: float | None = None) -> dict[str, Any] | None:
+        """What became of the last loss, if that was not known; it is returned then."""
+        if not self.resumes or self.resumes[-1]["outcome"] is not None:
+            return None
+        self.resumes[-1] |= {"outcome": outcome, "to": self.node if outcome == "resumed" else None, "pause_ms": pause_ms}
+        return self.resumes[-1]
 
     def begin_anew(self) -> None:
         """The request goes back to the queue: nothing that anybody says of it from before counts any more."""
@@ -178,4 +193,5 @@ class Journal:
             "n_tokens": len(self.output_ids),
             "path": list(self.path),
             "moves": [dict(move) for move in self.moves],
+            "resumes": [dict(resume) for resume in self.resumes],
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from sllmdask.cluster.explaining import explained_move, explained_resume
+from sllmdask.cluster.records import merged_moves
 from sllmdask.errors import Cancelled, SchedulerUnreachable, SllmError
 
 
@@ -44,9 +46,11 @@ class Lookout(ABC):
         """Why a request or a model is served as it is; raises :class:`RecordNotFound`."""
         told = await self._ask("sllm_explain", name=name)
         if told["kind"] == "request" and told["ended"] is None:
-            # The scheduler hears of tokens, and of moves, only in the end.
+            # The scheduler hears of tokens only in the end.
             mine = next((row for row in self.requests() if row["id"] == told["id"]), told)
-            told |= {name: mine[name] for name in ("n_tokens", "node", "path", "moves")}
+            told |= {name: mine[name] for name in ("n_tokens", "node", "path")}
+            told["moves"] = [explained_move(move) for move in merged_moves(told["moves"], mine["moves"])]
+            told["resumes"] = [explained_resume(resume) for resume in mine["resumes"]]
         return told
 
     async def events(self, since: int, model: str | None, last: int | None, wait_s: float) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class Observer:
         self._controller, self._doors, self._accounts = controller, doors, accounts
         self._epoch_s = time.time() - time.monotonic()
         # Ids of events go on to grow when another scheduler takes over: readers resume after the last one that they saw.
-        self.log = DecisionLog(lambda at: at + self._epoch_s, first_id=int(1e3 * time.time()))
         self._news = asyncio.Event()
+        self.log = DecisionLog(lambda at: at + self._epoch_s, first_id=int(1e3 * time.time()), on_news=self._news.set)
         #: Front doors that were asked for their requests and have not answered, and what the others said, by question.
         self._questions: dict[int, tuple[set[str], list[dict[str, Any]], asyncio.Future[None]]] = {}
         self._numbers = itertools.count(1)
@@ -67,15 +67,12 @@ class Observer:
 
     def saw(self, event: Event, decisions: Iterable[Decision]) -> None:
         """What the controller decided on `event`; never raises, since nothing depends on it."""
-        n_before = self.log.feed.latest
         try:
             self.log.saw(event, decisions)
             if isinstance(event, WorkerReported) and len(self.log.loads) > len(self._controller.instances):
                 self._reconcile()
         except Exception:
             logger.exception("cannot record what was decided on %r", event)
-        if self.log.feed.latest != n_before:
-            self._news.set()
 
     def _reconcile(self) -> None:
         """An instance that its worker does not have any more is dropped by the controller without a word."""
@@ -186,6 +183,7 @@ class Observer:
         self._preempted = {key: n for key, n in self._preempted.items() if key in self._controller.instances}
         return [
             *self.log.tallies.families(holding),
+            *self.log.move_tallies.families(),
             self._preemptions.family(),
             gauge(
                 "sllmdask_instances", "Instances by state.", ("model", "state"), {key: float(n) for key, n in instances.items()}
@@ -241,5 +239,6 @@ def _row(record: RequestRecord, now: float) -> dict[str, Any]:
         "n_tokens": record.n_tokens or 0,
         "path": list(record.path),
         "moves": list(record.moves),
+        "resumes": list(record.resumes),
         "seconds": (now if record.ended_at is None else record.ended_at) - record.arrived_at,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -122,9 +123,13 @@ class RequestRecord:
     instance: str | None = None
     #: Nodes that it ran on, in order.
     path: list[str] = field(default_factory=list)
-    #: What became of each of its moves, as in :class:`~sllmdask.cluster.journal.Journal`.
+    #: What became of each of its moves, as in :class:`~sllmdask.cluster.journal.Journal`, with ``expected_s``, what a move of
+    #: its kind was expected to take; and of each loss of its worker or instance.
     moves: list[dict[str, Any]] = field(default_factory=list)
+    resumes: list[dict[str, Any]] = field(default_factory=list)
     queue_s: float | None = None
+    #: When its instance was gone, while it waits for another one.
+    returned_at: float | None = None
     #: ``hit``, or the tier that its model was loaded from while it waited.
     cold_start: str | None = None
     load: LoadRecord | None = None
@@ -135,6 +140,15 @@ class RequestRecord:
     choices: deque[ChoiceRecord] = field(default_factory=lambda: deque(maxlen=N_CHOICES))
     n_choices: int = 0
     happened: deque[Happening] = field(default_factory=lambda: deque(maxlen=N_HAPPENED))
+
+
+def merged_moves(known: Iterable[Mapping[str, Any]], told: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Moves of a request as two know them, each by its epoch, in order; the first tells what the second does not know."""
+    moves: dict[int, dict[str, Any]] = {}
+    for move in (*known, *told):
+        merged = moves.setdefault(move["epoch"], {})
+        merged |= {name: value for name, value in move.items() if value is not None or name not in merged}
+    return [moves[epoch] for epoch in sorted(moves)]
 
 
 @dataclass

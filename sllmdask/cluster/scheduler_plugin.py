@@ -29,6 +29,7 @@ from sllmdask.cluster.draining import Drains
 from sllmdask.cluster.effects import UNLOAD_LIMIT_S, Effects
 from sllmdask.cluster.estimates import Estimates
 from sllmdask.cluster.event_log import Recorder
+from sllmdask.cluster.moves_seen import MovesSeen
 from sllmdask.cluster.moving import Moving
 from sllmdask.cluster.observing import Observer
 from sllmdask.cluster.operations import Operations
@@ -129,6 +130,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             self._progress,
         )
         self.observer = Observer(self.controller, self._doors, self._accounts)
+        self.moves_seen = MovesSeen(self.controller, self.observer.log, self.on)
         for operation, handler in self.observer.handlers.items():
             scheduler.handlers[operation] = answer(handler)
         scheduler.handlers["sllm-front-door"] = self.front_door
@@ -201,6 +203,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         await self.effects.close()
         for outbox in list(self._doors.values()):
             await outbox.close()
+        self.moves_seen.close()
         self._recorder.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -235,6 +238,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._accounts.pop(worker, None)
         self.effects.worker_left(worker)
         self.moving.worker_left(worker)
+        self.moves_seen.worker_left(worker)
         if worker in self.controller.workers:
             self.on(ev.WorkerLeft(time.monotonic(), worker))
 
@@ -258,6 +262,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     self.observer.log.read(instance, times, time.monotonic())
                     self._progress.is_read(instance)
                     self._learn()
+                case {"kind": "moving", "move": move}:
+                    self.moves_seen.began(worker, move)
+                case {"kind": "moved", "move": move}:
+                    self.moves_seen.ended(worker, move)
                 case {"kind": "lost", "instance": instance, "reason": reason}:
                     self._progress.failed(instance, reason)
                     self.effects.instance_lost(instance)
@@ -329,6 +337,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def _reconcile(self) -> None:
         while True:
             await asyncio.sleep(RECONCILE_S)
+            for outbox in self._doors.values():
+                outbox.put(["count"])
             for address, state in list(self.scheduler.workers.items()):
                 account = state.metrics.get("sllm")
                 if account:
@@ -388,6 +398,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 if what == "returned" and (running := self.controller.running.get(request_id)) is not None:
                     if told["lost"] not in (None, running.instance):  # what it has left has done nothing wrong
                         self.on(ev.RequestMoved(now, request_id, told["lost"]))
+                    self.moves_seen.no_more(request_id)
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
@@ -403,8 +414,18 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
+                self.moves_seen.no_more(request_id, told["moves"])
                 self.observer.log.told(request_id, told)
                 self.on(ev.RequestEnded(now, request_id, told["n_tokens"]))
+            case ["paused", request_id, epoch, pause_ms]:
+                self.moves_seen.paused(request_id, epoch, pause_ms)
+            case ["resumed", request_id, resume]:
+                self.observer.log.resumed(request_id, resume, now)
+            case ["counted", counts]:
+                known = self.controller.running
+                grown = {key: n for key, n in counts.items() if key in known and n > known[key].n_output}
+                if grown:
+                    self.on(ev.TokensCounted(now, grown))
             case ["read", instance]:
                 self._progress.is_read(instance)
             case ["rows", number, rows]:
@@ -518,7 +539,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
     async def cluster(self) -> dict[str, Any]:
         """Workers with their slots, tiers and models, and what an operator should look at."""
         warnings = self._estimates.missing(self.controller.workers.values())
-        return {"workers": self._made_rows.workers(), "warnings": warnings}
+        return {"workers": self._made_rows.workers(), "moves": self.moves_seen.rows(), "warnings": warnings}
 
 
 def _residency(account: dict[str, Any]) -> dict[str, Tier]:

@@ -170,7 +170,7 @@ class SllmWorkerPlugin(WorkerPlugin):
 
     def report(self, message: dict[str, Any]) -> None:
         """Tell the scheduler at once; what cannot be sent now is in the next heartbeat."""
-        if self._worker.status in (Status.running, Status.paused):
+        if self._worker.status in (Status.running, Status.paused, Status.closing_gracefully):
             self._worker.batched_send({"op": "sllm-report", "message": message})
 
     # --- asked ---

@@ -33,6 +33,7 @@ from sllmdask.policy.dispatch import least_requests, takes_requests
 from sllmdask.policy.draining import Drainer
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
+from sllmdask.policy.move_times import MoveTimes
 from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import unfit, why_unplaceable
 from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
@@ -86,6 +87,7 @@ class Controller:
         self.back_off = BackOff()
         #: How long requests run, by model.
         self.service: dict[str, ServiceTime] = {}
+        self.move_times = MoveTimes()
         self.timers = Timers()
         self.finder = WayFinder(
             self.state,
@@ -94,6 +96,7 @@ class Controller:
             self.awaited,
             self.back_off,
             self.service,
+            self.move_times,
             max_requests=settings.max_requests,
             min_residency_s=settings.min_residency_s,
             can_migrate=settings.can_migrate,
@@ -225,6 +228,15 @@ class Controller:
                 self._rebind(request_id, instance, at)
             case ev.RequestStayed(request=request_id, reason=reason):
                 self.drainer.stayed(request_id, reason, at)
+            case ev.MoveEnded():
+                self.move_times.observe(event, self.models.get(event.model))
+                mover = self.running.get(event.request)
+                # It may have been lost there, and be elsewhere, before its old worker tells of the move.
+                if event.outcome == "moved" and mover is not None and mover.instance == event.instance:
+                    self._rebind(event.request, event.successor, at)
+            case ev.TokensCounted(n_tokens=counts):
+                for request_id, n_tokens in counts.items():
+                    self.queue.count(request_id, n_tokens, at)
             case ev.InstanceLeaves(instance=instance, cause=cause):
                 if instance in self.instances:
                     self.fleet.drain(self.instances[instance], cause, at)
@@ -271,6 +283,7 @@ class Controller:
             for instance in self.state.drop_worker(address):
                 self.fleet.dropped(instance, at)
             self.back_off.forget_worker(address)
+            self.move_times.forget_worker(address)
             self._dirty.update(dict.fromkeys(self.queue.in_turn()))
 
     def _deploy(self, model: ModelView, at: float) -> None:
@@ -297,6 +310,7 @@ class Controller:
         self.state.drop_model(name)
         self.back_off.forget_model(name)
         self.service.pop(name, None)
+        self.move_times.forget_model(name)
         for instance in self.instances_of(name):
             self.fleet.drain(instance, "replaced" if replaced else "deleted", at)
         error = LoadFailed(name, "it was just deployed from another checkpoint; send the request again") if replaced else None
@@ -338,8 +352,7 @@ class Controller:
             self.state.touch_worker(instance.worker)
 
     def _end(self, request_id: str, at: float, *, served: bool = False, n_tokens: int = 0) -> RequestView | None:
-        """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes, and for
-        how many tokens."""
+        """It has ended, or left: waiting or running. Returns it as it was; what was `served` tells how long that takes."""
         request = self.queue.end(request_id)
         if request is None:
             return None
@@ -389,7 +402,9 @@ class Controller:
         if instance is not None and not preempted:
             self.fleet.drain(instance, "replaced", at)
         deadline_at = request.deadline_at if deadline_at is None else deadline_at
-        request = replace(request, instance=None, dispatched_at=None, deadline_at=deadline_at)
+        request = replace(
+            request, instance=None, dispatched_at=None, deadline_at=deadline_at, n_output_before=request.n_output, counted_at=None
+        )
         self._enqueue(request)
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]

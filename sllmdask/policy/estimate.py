@@ -1,14 +1,14 @@
-"""Seconds until a checkpoint is ready on a worker, from the tier that is fastest; seconds to move a request, or an instance.
+"""Seconds until a checkpoint is ready on a worker, from the tier that is fastest; seconds to resume a request elsewhere.
 
 Source: ServerlessLLM (OSDI '24), section 6: the loading time ``q + n / b``, where the slowest stage of a pipelined path counts,
-and the migration time ``a * n_tokens + b`` plus the load at the destination. The fixed overhead and the copy of KV are ours.
+and the time to resume, ``a * n_tokens + b``. The fixed overhead is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapreplace, nsmallest
+from heapq import nsmallest
 from math import inf
 from types import MappingProxyType
 
@@ -104,30 +104,6 @@ def _rate(worker: WorkerView, tier: Tier) -> float:
 def resume_seconds(n_tokens: int, alpha: float, beta: float) -> float:
     """Seconds until the KV of `n_tokens` is computed again at the destination: `alpha` for each token, and `beta`."""
     return alpha * n_tokens + beta
-
-
-def copy_seconds(kv_nbytes: int, bytes_per_s: float, overhead_s: float = 0.0) -> float:
-    """Seconds to copy the KV of a request over a link; ``inf`` without one, which is a `bytes_per_s` of 0."""
-    return overhead_s + kv_nbytes / bytes_per_s if bytes_per_s > 0 else inf
-
-
-def move_seconds(
-    n_tokens: int, kv_nbytes: int, *, alpha: float, beta: float, bytes_per_s: float = 0.0, overhead_s: float = 0.0
-) -> float:
-    """Seconds to move one request: its KV is computed again or copied, whichever is sooner."""
-    return min(resume_seconds(n_tokens, alpha, beta), copy_seconds(kv_nbytes, bytes_per_s, overhead_s))
-
-
-#: Requests of an instance that move at a time; the others follow, each when one has gone.
-N_MOVES_AT_ONCE = 8
-
-
-def migration_seconds(load_s: float, requests_s: Iterable[float]) -> float:
-    """Seconds to move an instance: its load at the destination, then its requests, :data:`N_MOVES_AT_ONCE` at a time."""
-    ends_s = [0.0] * N_MOVES_AT_ONCE
-    for each_s in requests_s:
-        heapreplace(ends_s, ends_s[0] + each_s)
-    return load_s + max(ends_s)
 
 
 # --- forms of a checkpoint -------------------------------------------------------------------------------------------

@@ -116,6 +116,41 @@ class RequestStayed:
 
 
 @dataclass(frozen=True)
+class MoveEnded:
+    """A move of a running request is over, as the worker says that had it. `outcome`: ``moved``, it is answered by `successor`
+    from now on; ``stayed``, by `instance` still; ``ended``, it was over first.
+
+    `kind`: ``kv``, ``tokens``, or empty for one that was refused before that was chosen. `source` and `destination` are
+    addresses of workers, `n_at_once` the moves that left the source meanwhile, on average, this one included.
+    """
+
+    at: float
+    request: str
+    model: str
+    instance: str
+    successor: str
+    source: str
+    destination: str
+    outcome: str
+    kind: str
+    #: Prompt and answer, and bytes of the KV that they have.
+    n_tokens: int
+    kv_nbytes: int
+    #: Sent in all.
+    nbytes: int
+    seconds: float
+    n_at_once: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokensCounted:
+    """How many tokens running requests have made so far, as a front door says."""
+
+    at: float
+    n_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class InstanceLeaves:
     """An instance gets no more requests, and leaves when it is idle."""
 
@@ -214,6 +249,8 @@ Event = (
     | RequestReturned
     | RequestMoved
     | RequestStayed
+    | MoveEnded
+    | TokensCounted
     | InstanceLeaves
     | LoadRequested
     | UnloadRequested

@@ -9,7 +9,6 @@ from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
-from sllmdask.policy.estimate import migration_seconds
 from sllmdask.policy.options import WayFinder
 from sllmdask.policy.placement import missing_nbytes
 from sllmdask.policy.queue import RequestQueue
@@ -171,7 +170,7 @@ class Fleet:
         model, target = self._state.models[victim.model], self._state.workers[destination]
         tier, parts = self._ways.load_parts(model, target, at)
         load_s = sum(parts.values())
-        moved_in_s = migration_seconds(load_s, self._ways.move_seconds(victim))
+        moved_in_s = load_s + self._ways.move_seconds(victim, target.address)
         successor = InstanceView(
             id=self._next_id(victim.model),
             model=victim.model,
@@ -211,7 +210,8 @@ class Fleet:
         self._moving.pop(successor_id, None)
         state.unpromise(successor_id, at)
         if new is not None:
-            n_requests = self._queue.move(instance_id, successor_id)
+            self._queue.move(instance_id, successor_id)
+            n_requests = len(self._queue.on_instance(successor_id))  # of some, the worker has told before
             draining = (old.draining if old else "") or new.draining
             new = replace(new, n_requests=n_requests, draining=draining, rests_until=at + REST * (at - new.since))
             if new.state is InstanceState.LOADING:

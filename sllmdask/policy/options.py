@@ -16,9 +16,10 @@ from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import rank
 from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.dispatch import takes_requests
-from sllmdask.policy.estimate import Supplier, load_parts, migration_seconds, move_seconds
+from sllmdask.policy.estimate import Supplier, load_parts, resume_seconds
 from sllmdask.policy.eviction import victims
 from sllmdask.policy.learned import LEAST_REMAINING_S, ServiceTime
+from sllmdask.policy.move_times import MoveTimes
 from sllmdask.policy.placement import missing_nbytes, unfit
 from sllmdask.policy.queue import RequestQueue, demand_of
 from sllmdask.policy.records import N_BEST, Ways
@@ -59,6 +60,7 @@ class WayFinder:
         awaited: Awaited,
         back_off: BackOff,
         service: Mapping[str, ServiceTime],
+        move_times: MoveTimes,
         *,
         max_requests: int,
         min_residency_s: float,
@@ -67,7 +69,7 @@ class WayFinder:
         preempts_older: bool = False,
     ) -> None:
         self.state, self.queue, self.claims, self.awaited = state, queue, claims, awaited
-        self.back_off, self._service = back_off, service
+        self.back_off, self._service, self._move_times = back_off, service, move_times
         self.max_requests, self.min_residency_s = max_requests, min_residency_s
         #: Why nobody can be moved, or preempted; empty: they can.
         self.migration_lost = "" if can_migrate else NO_MIGRATION
@@ -96,7 +98,14 @@ class WayFinder:
         """Until a running request is predicted to end."""
         service = self._service.get(request.model, _UNKNOWN)
         running_s = at - (at if request.dispatched_at is None else request.dispatched_at)
-        return service.remaining_s(running_s, max_tokens=request.max_new_tokens or None)
+        n_made = request.n_output - request.n_output_before
+        if n_made <= 0 or request.counted_at is None or not service.mean_tokens:
+            return service.remaining_s(running_s, max_tokens=request.max_new_tokens or None)
+        # All of its tokens, also those of before it was dispatched here, at the pace of those that it has made here.
+        since_s = at - request.counted_at
+        paced_s = (running_s - since_s) * request.n_output / n_made
+        left_s = service.remaining_s(paced_s, request.n_output, request.max_new_tokens or None)
+        return max(left_s - since_s, LEAST_REMAINING_S)
 
     def settles_in(self, instance: InstanceView, at: float) -> float:
         """Seconds for which an instance may not be taken away yet."""
@@ -130,11 +139,19 @@ class WayFinder:
         n_turns = ceil(self.queue.n_waiting_of(instance.model) / (self.max_requests * n_instances))
         return ends_in_s + n_turns * self._service.get(instance.model, _UNKNOWN).mean_s
 
-    def move_seconds(self, instance: InstanceView) -> list[float]:
-        """Seconds to move each request of an instance: its KV is computed again."""
+    def move_seconds(self, instance: InstanceView, destination: str) -> float:
+        """Seconds to move the requests of an instance to the worker at `destination`, where it is ready."""
+        model = self.state.models.get(instance.model)
+        if model is None:
+            return 0.0
+        n_tokens = [each.n_tokens + each.n_output for each in self.queue.on_instance(instance.id)]
+        return self._move_times.seconds(model, instance.worker, destination, n_tokens)
+
+    def lost_seconds(self, instance: InstanceView) -> float:
+        """Seconds of work that is done again if the requests of an instance give way."""
         model = self.state.models.get(instance.model)
         alpha, beta = (model.alpha, model.beta) if model is not None else (0.0, 0.0)
-        return [move_seconds(each.n_tokens, 0, alpha=alpha, beta=beta) for each in self.queue.on_instance(instance.id)]
+        return sum(resume_seconds(each.n_tokens + each.n_output, alpha, beta) for each in self.queue.on_instance(instance.id))
 
     # --- ways ---
 
@@ -483,7 +500,7 @@ class _Search:
                 lacks = missing_nbytes(0, "", target, self._others(target, ()))
                 room[target.address], room_nbytes[target.address] = self._state.free_slots(target.address), -lacks
                 pinned = any(each.checkpoint == instance.checkpoint for each in self._others(target, ()))
-                cost_s = migration_seconds(load_s, self._finder.move_seconds(instance))
+                cost_s = load_s + self._finder.move_seconds(instance, target.address)
                 found.append(Leave(Way.MIGRATE, cost_s, target.address, 0 if pinned else instance.nbytes))
             return found
 
@@ -505,7 +522,7 @@ class _Search:
             running = self._finder.queue.on_instance(instance.id)
             if request is None or not all(self._finder.gives_way(each, request) for each in running):
                 return []
-            return [Leave(Way.PREEMPT, sum(self._finder.move_seconds(instance)))]
+            return [Leave(Way.PREEMPT, self._finder.lost_seconds(instance))]
 
         plan = self._plan(worker, leaves, {}, {})
         if plan is None:

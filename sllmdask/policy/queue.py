@@ -91,18 +91,22 @@ class RequestQueue:
             del self._of_door[request.front_door]
         return request
 
-    def move(self, instance_id: str, successor: str) -> int:
-        """All that run on an instance run on another one; returns how many those are."""
-        moved = self.on_instance(instance_id)
-        for request in moved:
+    def move(self, instance_id: str, successor: str) -> None:
+        """All that run on an instance run on another one."""
+        for request in self.on_instance(instance_id):
             self.rebind(request, successor)
-        return len(moved)
 
     def rebind(self, request: RequestView, instance_id: str) -> None:
         """A running request runs on another instance."""
         self._forget_place(request)
         self.running[request.id] = replace(request, instance=instance_id)
         self._on_instance.setdefault(instance_id, {})[request.id] = None
+
+    def count(self, request_id: str, n_tokens: int, at: float) -> None:
+        """A running request has made `n_tokens` by now."""
+        request = self.running.get(request_id)
+        if request is not None and n_tokens > request.n_output:
+            self.running[request_id] = replace(request, n_output=n_tokens, counted_at=at)
 
     def _take(self, request: RequestView) -> None:
         del self.waiting[request.id]

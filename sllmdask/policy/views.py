@@ -140,3 +140,7 @@ class RequestView:
     holds: bool = False
     #: Tokens of its answer at most; 0: not known, or it has none.
     max_new_tokens: int = 0
+    #: Tokens of its answer at `counted_at`, and how many of them it had before it was dispatched to where it is.
+    n_output: int = 0
+    counted_at: float | None = None
+    n_output_before: int = 0

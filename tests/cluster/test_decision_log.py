@@ -60,7 +60,7 @@ def cold_start() -> DecisionLog:
     log.saw(asked("door:1", "a", 10.0), [made, Load("a/1", "a", "tcp://one", 2.0), WakeAt(20.0)])
     log.saw(ev.LoadFinished(13.0, "a/1", Tier.DISK), [Dispatch("door:1", "door", "a/1", "tcp://one", "0", 3.0, Tier.DISK)])
     log.read("a/1", {"construct_s": 0.5, "ready_s": 2.5, "read_s": 2.9})
-    moves = [{"source": "0", "destination": "1", "outcome": "stayed"}]
+    moves = [{"epoch": 1, "source": "0", "destination": "1", "outcome": "stayed", "reason": "no room", "cause": "a test"}]
     log.told("door:1", {"state": "finished", "n_tokens": 20, "first_token_s": 3.2, "error": None, "moves": moves})
     log.saw(ev.RequestEnded(14.0, "door:1"), [])
     return log
@@ -81,7 +81,8 @@ def test_a_cold_request_is_explained_by_its_options_and_by_what_really_happened(
     assert (told["state"], told["node"], told["path"], told["seconds"]) == ("finished", "0", ["0"], 4.0)
     assert (told["queue_s"], told["cold_start"], told["first_token_s"]) == (3.0, "disk", 3.2)
     assert (told["n_prompt_tokens"], told["n_tokens"]) == (7, 20)
-    assert told["moves"] == [{"source": "0", "destination": "1", "outcome": "stayed"}]
+    (move,) = told["moves"]
+    assert move["text"] == "did not move from node 0 to node 1: no room (a test)"
     (made,) = told["choices"]
     assert (made["after_s"], made["n_more"], made["request"]) == (0.0, 3, "mine")
     taken, lost = made["options"]
@@ -166,7 +167,7 @@ def test_a_request_that_moves_has_the_nodes_that_it_ran_on():
     log.saw(ev.TimerFired(25.0), [Preempt("a/2", "tcp://two", ("door:2",), "a higher class waits")])
     texts = [happening.text for happening in log.feed.after(0, "a")]
     assert "a/1 is moved from node 0 to node 1, predicted to take 1.5 s: node 0 is needed for b" in texts
-    assert "a/1 has moved from node 0 to node 1, where it is a/2" in texts
+    assert "a/1 has moved from node 0 to node 1 after 2.0 s (1.5 s predicted), where it is a/2" in texts
     assert "1 request of a/2 on node 1 give way: a higher class waits" in texts
     # A move is no cold start, and tells nothing of how good the estimates of loads are.
     assert samples(log, "sllmdask_cold_starts_total") == {("a", "disk", "loaded"): 1}
@@ -425,6 +426,7 @@ async def test_front_doors_are_asked_for_their_requests_and_of_silent_ones_is_to
         "n_tokens": 0,
         "path": ["0"],
         "moves": [],
+        "resumes": [],
         "seconds": 0.0,
     }
     assert mine.heard == []

@@ -32,3 +32,20 @@ def test_a_request_for_text_takes_its_adapter_along():
     journal = Journal(request, instance="m/1", output_ids=[7])
     adapter = ("polite", "org/polite")
     assert journal.submission("k") == ["submit", "k", 0, "m/1", [1, 2], [7], SamplingParams().as_wire(), adapter, "g"]
+
+
+def test_each_loss_is_over_once_with_what_became_of_it():
+    journal = Journal(GenerateRequest("r", "m", [1, 2], SamplingParams()), output_ids=[7, 8], node="0")
+    assert journal.resume_over("resumed", 3.0) is None
+    journal.lost("worker")
+    journal.begin_anew()
+    assert journal.as_row()["resumes"] == [
+        {"node": "0", "reason": "worker", "n_tokens": 2, "outcome": None, "to": None, "pause_ms": None}
+    ]
+    journal.node = "1"
+    over = journal.resume_over("resumed", 812.0)
+    assert over is not None and (over["outcome"], over["to"], over["pause_ms"]) == ("resumed", "1", 812.0)
+    assert journal.resume_over("resumed", 9.0) is None
+    journal.lost("instance")
+    assert (journal.resume_over("failed") or {})["to"] is None
+    assert [each["outcome"] for each in journal.resumes] == ["resumed", "failed"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from distributed import Client
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register
@@ -166,3 +170,81 @@ def test_what_the_controller_decides_on_is_enacted(url: str, undisturbed: dict[s
     assert undisturbed["choices"][0]["text"].endswith(text) and usage["completion_tokens"] == N
     row = row_of(url, "by-decision")
     assert row["path"][-1] == to and row["moves"][-1]["cause"] == "a test"
+
+
+# --- seeing it; the last test, since it kills a worker ---
+
+
+def counted(url: str) -> dict[str, float]:
+    """What is counted of moves and losses: by name and the values of labels, in the order of the labels' names."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    return {
+        " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
+        for family in families
+        for sample in family.samples
+        if family.name.startswith(("sllmdask_migration", "sllmdask_resume")) and not sample.name.endswith("_bucket")
+    }
+
+
+def grown(url: str, before: dict[str, float]) -> dict[str, float] | None:
+    """By how much each count has grown, once that of resumes has."""
+    after = {name: n - before.get(name, 0.0) for name, n in counted(url).items()}
+    return after if after.get("sllmdask_resumes_total resumed worker") else None
+
+
+def events(url: str, request: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"{url}/admin/events?follow=false", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    return [event for event in told if event["request"] == request]
+
+
+def whole(url: str, request: str) -> dict[str, Any] | None:
+    """The explanation of a request that has ended, once its workers have told of all its moves."""
+    told: dict[str, Any] = get(url, f"/admin/explain/{request}")
+    return told if told["state"] == "finished" and all(move.get("expected_s") for move in told["moves"]) else None
+
+
+def test_moves_and_a_death_are_counted_told_and_explained_at_every_front_door(url: str, cluster: Processes):
+    register(url, "a", instances_source(url), auto_scaling_config={"max_instances": 2, "target": 100})
+    before = counted(url)
+    second = cluster.start_door("second-door")
+    n = 2 * N
+    stream = Stream(url, {**BODY, "max_tokens": n, "stream_options": {"include_usage": True}}, {"x-request-id": "seen"})
+    next(stream.chunks())
+    home = row_of(url, "seen")["node"]
+    key = get(second, "/admin/explain/seen")["key"]
+    for to, kind in ((other(home), "kv"), (home, "tokens")):
+        moved = post(second, "/admin/migrate", {"request": key, "to": to, "kind": kind})
+        assert moved["state"] == "moved", moved
+    until("its client has another token", lambda: row_of(url, "seen")["moves"][-1]["pause_ms"])
+    cluster.stop(f"worker-{home}", signal.SIGKILL)
+    _, reason, usage = read(stream)
+    assert (reason, usage["completion_tokens"]) == ("length", n)
+
+    told = until("all of it is known", lambda: whole(second, "seen"))
+    assert told["path"] == [home, other(home), home, other(home)] == row_of(second, "seen")["path"]
+    assert [(move["kind"], move["outcome"]) for move in told["moves"]] == [("kv", "moved"), ("tokens", "moved")]
+    for move in told["moves"]:
+        assert move["pause_ms"] > 0 and move["stop_ms"] > 0 and "an operator asked" in move["text"]
+    (resume,) = told["resumes"]
+    assert (resume["node"], resume["reason"], resume["outcome"], resume["to"]) == (home, "worker", "resumed", other(home))
+    assert 0 < resume["n_tokens"] < n and resume["pause_ms"] > 0
+
+    story = events(second, "seen")
+    names = [each["event"] for each in story]
+    assert names == ["dispatched", "moved", "moved", "returned", "dispatched", "resumed", "ended"]
+    assert {each["id"] for each in story} <= {each["id"] for each in told["happened"]}
+    for event, move in zip(story[1:3], told["moves"], strict=True):
+        assert (event["kind"], event["reason"], event["pause_ms"]) == (move["kind"], "operator", move["pause_ms"])
+
+    after = until("the metrics are new", lambda: grown(url, before))
+    for move in told["moves"]:
+        kind = move["kind"]
+        assert after[f"sllmdask_migrations_total {kind} moved operator"] == 1
+        assert after[f"sllmdask_migration_bytes_total {kind}"] == move["nbytes"]
+        assert after[f"sllmdask_migration_downtime_seconds_count {kind}"] == 1
+        assert after[f"sllmdask_migration_downtime_seconds_sum {kind}"] == pytest.approx(move["pause_ms"] / 1e3)
+    assert after["sllmdask_resumes_total resumed worker"] == 1
+    assert counted(second) == counted(url)

@@ -13,12 +13,8 @@ from sllmdask.config import read_hardware
 from sllmdask.policy.estimate import (
     PRIOR_BYTES_PER_S,
     Supplier,
-    copy_seconds,
     load_parts,
     load_seconds,
-    migration_seconds,
-    move_seconds,
-    resume_seconds,
     suppliers,
 )
 from sllmdask.policy.rates import Measured, RateSource, hardware_rates, known_rates
@@ -215,27 +211,3 @@ def test_after_five_loads_of_a_disk_that_is_not_as_said_the_estimate_is_right_an
     assert abs(here(5) - true_s) / true_s < 0.15
     assert (here(0) < load_seconds(MODEL, rival)) is (factor < 1)
     assert (here(5) < load_seconds(MODEL, rival)) is (factor > 1)
-
-
-# --- moving ---
-
-
-def test_a_request_is_copied_or_computed_again_whichever_is_sooner():
-    assert resume_seconds(353, 0.01, 0.1) == pytest.approx(3.63)
-    assert copy_seconds(2 * GB, 1.0 * GB, 0.5) == 2.5
-    assert copy_seconds(2 * GB, 0.0) == inf
-    line = {"alpha": 0.01, "beta": 0.1}
-    assert move_seconds(353, 2 * GB, **line, bytes_per_s=1.0 * GB, overhead_s=0.5) == 2.5
-    assert move_seconds(353, 8 * GB, **line, bytes_per_s=1.0 * GB, overhead_s=0.5) == pytest.approx(3.63)
-    assert move_seconds(353, 0, **line) == pytest.approx(3.63)
-
-
-def test_an_instance_has_moved_when_it_is_loaded_and_its_slowest_request_is_there():
-    # 353 tokens, and 10 GB at 5 GB/s, as in ServerlessLLM's formula.
-    assert migration_seconds(2.0, [resume_seconds(353, 0.01, 0.1)]) == pytest.approx(5.63)
-    assert migration_seconds(2.0, [0.5, 3.0, 1.0]) == 5.0
-    assert migration_seconds(2.0, []) == 2.0
-    # Eight leave at a time, and the ninth when the first has gone.
-    assert migration_seconds(2.0, [1.0] * 8) == 3.0
-    assert migration_seconds(2.0, [1.0] * 9) == 4.0
-    assert migration_seconds(2.0, [3.0, *[1.0] * 8]) == 5.0
