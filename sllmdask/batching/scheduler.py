@@ -568,6 +568,11 @@ class BatchScheduler:
             sequence.digests.append(block_digest(parent, sequence.salt, tokens))
         return sequence.digests[index]
 
+    def name_blocks(self, sequence: Sequence) -> None:
+        """Make the names by which the full blocks of the sequence's tokens can be found, so that it is done when they are."""
+        if self.prefix_reuse and sequence.n_tokens >= self.block_size:
+            self._digest(sequence, sequence.n_tokens // self.block_size - 1)
+
     def _register(self, sequence: Sequence, first: int) -> None:
         """Let others find the sequence's full blocks from `first` on."""
         if self.prefix_reuse:
