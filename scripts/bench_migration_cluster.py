@@ -47,12 +47,13 @@ def checkpoint(work_dir: Path, shape: str, dtype: str, seed: int, max_model_len:
         os.link(plain / "model.safetensors", partial / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
     (partial / "config.json").write_text(json.dumps(config | {"max_position_embeddings": max_model_len}))
-    _write_tokenizer(partial, config["vocab_size"])
+    write_tokenizer(partial, config["vocab_size"])
     partial.rename(directory)
     return directory
 
 
-def _write_tokenizer(directory: Path, n_vocab: int) -> None:
+def write_tokenizer(directory: Path, n_vocab: int) -> None:
+    """One in which each token is a character, so that a text has the ids of its tokens: :func:`token_ids`."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {chr(FIRST_CHARACTER + token): token for token in range(n_vocab)}

@@ -44,7 +44,9 @@ def timeline_of(stream: Any, record: Mapping[str, Any], n_quiet: int) -> dict[st
     notes = record["notes"]
     begin = notes[0]["began_at"]
     stop = min(len(stream.at), first + n_quiet)
-    tokens = [[index, stream.at[index] - begin] for index in range(stop) if stream.at[index] > begin - 0.5]
+    # A little of before, so that what changes can be seen.
+    since = begin - max(0.1, 0.25 * (stream.at[first] - begin))
+    tokens = [[index, stream.at[index] - begin] for index in range(stop) if stream.at[index] > since]
     return {
         "tokens": tokens,
         "first_at_destination": first,
@@ -79,9 +81,10 @@ def gap_facts(gaps_ms: Sequence[float]) -> dict[str, float]:
 def by_length(rows: Sequence[Mapping[str, Any]], way: str) -> dict[int, dict[str, float]]:
     """Medians over the repeats of one way, by length. `beyond_ms`: what the gap is longer than a step.
 
-    `transport_ms`: what the bytes of the last stage take alone, at the speed at which a blocking copy of the same length went.
+    `transport_ms`: what the last bytes take alone, at the speed of :func:`copy_rate`.
     """
     found: dict[int, dict[str, float]] = {}
+    rate = copy_rate(rows)
     for length in sorted({row["length"] for row in rows}):
         mine = [row for row in rows if row["length"] == length and row["way"] == way]
         if not mine:
@@ -90,9 +93,20 @@ def by_length(rows: Sequence[Mapping[str, Any]], way: str) -> dict[int, dict[str
         facts["pause_ms"] = statistics.median(row["pause_ms"] for row in mine if row["pause_ms"] is not None)
         facts["beyond_ms"] = statistics.median(row["gap_ms"] - row["step_ms"] for row in mine)
         facts["last"] = statistics.median(row["steps"][-1] for row in mine)
+        facts["transport_ms"] = 1e3 * facts["last"] / rate if way == "kv" else 0.0
         facts["min_ms"], facts["max_ms"] = (extreme(row["gap_ms"] for row in mine) for extreme in (min, max))
         found[length] = facts
     return found
+
+
+def copy_rate(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Bytes of KV per second where nothing else is done, from the blocking copies of the longest requests."""
+    longest = max(row["length"] for row in rows)
+    seconds = [
+        (row["nbytes"], (row["gap_ms"] - row["step_ms"]) / 1e3) for row in rows if row["way"] == "blocking" and row["length"] == longest
+    ]
+    rates = [nbytes / s for nbytes, s in seconds if s > 0]
+    return statistics.median(rates) if rates else float("inf")
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -103,11 +117,13 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     kv, said = ways["kv"], []
     growth = kv[longest]["gap_ms"] / kv[shortest]["gap_ms"]
     said.append(f"KV copy: the gap at {longest} tokens is {growth:.2f} times that at {shortest} (at most 2 was to be).")
-    beyond = [kv[length]["beyond_ms"] / kv[length]["step_ms"] for length in lengths]
-    said.append(
-        f"KV copy: beyond one step, the gap is {min(beyond):.2f} to {max(beyond):.2f} of a step, with what the last bytes take on "
-        "their way (0.1 without that was to be)."
-    )
+    for length in lengths:
+        facts = kv[length]
+        step, alone = facts["step_ms"], facts["beyond_ms"] - facts["transport_ms"]
+        said.append(
+            f"KV copy: at {length} tokens, the gap is {facts['beyond_ms']:.1f} ms longer than a step of {step:.1f} ms, "
+            f"{facts['transport_ms']:.1f} of these for the last bytes; the rest is {alone / step:.2f} of a step (0.1 was to be)."
+        )
     for length in lengths:
         ratio = ways["tokens"][length]["gap_ms"] / ways["recompute"][length]["gap_ms"]
         goal = " (1/20 was to be)" if length == 1024 else ""
@@ -220,6 +236,7 @@ def _draw_timeline(axes: Any, one: Mapping[str, Any], way: str) -> None:
     ):
         axes.plot([at for _, at in here], [index for index, _ in here], "o", markersize=2.6, color=colour, label=name)
     low, high = axes.get_ylim()
+    low -= 0.15 * (high - low)
     stages = [stage for stage in one["stages"] if stage[0] not in ("reserve", "commit")]
     for number, (name, begin, end) in enumerate(stages):
         axes.axvspan(begin, end, color=_COLOURS[way], alpha=(0.28, 0.16)[number % 2], linewidth=0)
@@ -227,7 +244,7 @@ def _draw_timeline(axes: Any, one: Mapping[str, Any], way: str) -> None:
         what = f"{size / 2**20:.1f} MiB" if way == "kv" else f"{size} tokens"
         label = f"{'stage' if way == 'kv' else 'round'} {name}\n{what}"
         if end - begin > 0.04 * (one["tokens"][-1][1] - one["tokens"][0][1]):
-            axes.text((begin + end) / 2, high, label, ha="center", va="top", fontsize=8, color="#404040")
+            axes.text((begin + end) / 2, low, label, ha="center", va="bottom", fontsize=8, color="#404040")
     times = dict(one["tokens"])
     before, after = times[first - 1], times[first]
     axes.axvspan(before, after, color="#c0392b", alpha=0.35, linewidth=0)
@@ -236,16 +253,16 @@ def _draw_timeline(axes: Any, one: Mapping[str, Any], way: str) -> None:
     axes.annotate(
         f"gap {1e3 * (after - before):.0f} ms\n(stopped, {sent} sent,\nfirst step there)",
         xy=(after, first),
-        xytext=(-14, -52),
+        xytext=(16, -64),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         fontsize=8,
         color="#c0392b",
         arrowprops={"arrowstyle": "-", "color": "#c0392b", "linewidth": 0.8},
     )
     axes.set_ylim(low, high)
     axes.set_ylabel(f"{NAMES[way]}\ntoken of the answer")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.25)
 
 

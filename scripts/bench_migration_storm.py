@@ -17,6 +17,8 @@ from scripts.bench_migration_report import gap_facts
 
 #: Tokens by which the speed of the streams is found, and the fewest and the most that an answer has.
 N_PROBE, N_TOKENS = 40, (60, 3500)
+#: Streams that are tried for one move.
+N_TRIES = 5
 #: Seconds within which all is as before, once the last stream has ended.
 REST_S = 10.0
 
@@ -42,7 +44,8 @@ async def storm(args: argparse.Namespace, several: Cluster, progress: Progress) 
     quiet = await play(several, prompts, n_tokens, "quiet")
     progress.say(f"storm: {n_tokens} tokens each, {args.moves} moves in {args.seconds:.0f} s")
     replies: list[dict[str, Any]] = []
-    moving = asyncio.create_task(move_all(several, plan(args.moves, args.seconds, args.streams, args.seed), replies))
+    planned = plan(args.moves, args.seconds, args.streams, args.seed)
+    moving = asyncio.create_task(move_all(several, planned, args.streams, replies))
     moved = await play(several, prompts, n_tokens, "moved")
     await moving
     outcomes = Counter(reply["outcome"] for reply in replies)
@@ -79,28 +82,32 @@ async def play(several: Cluster, prompts: list[list[int]], n_tokens: int, name: 
     return streams
 
 
-async def move_all(several: Cluster, planned: list[tuple[float, int, str, float]], replies: list[dict[str, Any]]) -> None:
-    """As an operator does, by the name of the request. One that has ended, or is moving, is let be."""
+async def move_all(
+    several: Cluster, planned: list[tuple[float, int, str, float]], n_streams: int, replies: list[dict[str, Any]]
+) -> None:
+    """As an operator does, by the name of the request. Where one cannot move, for it is moving already, the next one does."""
     async with open_session(several.url) as session:
         began_at = time.monotonic()
 
-        async def one(request: str, way: str, choice: float) -> None:
+        async def one(number: int, way: str, choice: float) -> None:
             async with session.get("/admin/requests") as response:
-                rows = {row["id"]: row for row in (await response.json())["requests"]}
-            row = rows.get(request, {})
-            others = [node for node in several.nodes if node != row.get("node")]
-            to = others[int(choice * len(others))]
-            async with session.post("/admin/migrate", json={"request": request, "to": to, "kind": way}) as response:
-                reply = await response.json()
-            record = {"outcome": "refused", "reason": reply.get("error", {}).get("message")}
-            if response.status == 200:
-                [record] = reply["moves"]
+                nodes = {row["id"]: row["node"] for row in (await response.json())["requests"]}
+            for again in range(N_TRIES):
+                request = f"moved-{(number + again) % n_streams}"
+                others = [node for node in several.nodes if node != nodes.get(request)]
+                to = others[int(choice * len(others))]
+                async with session.post("/admin/migrate", json={"request": request, "to": to, "kind": way}) as response:
+                    reply = await response.json()
+                if response.status == 200:
+                    [record] = reply["moves"]
+                    break
+                record = {"outcome": "refused", "reason": reply["error"]["message"]}
             replies.append({**record, "way": way, "request": request})
 
         tasks = []
         for at, number, way, choice in planned:
             await asyncio.sleep(max(0.0, began_at + at - time.monotonic()))
-            tasks.append(asyncio.create_task(one(f"moved-{number}", way, choice)))
+            tasks.append(asyncio.create_task(one(number, way, choice)))
         await asyncio.gather(*tasks)
         # What its client waited is known when the next token is there.
         async with session.get("/admin/requests") as response:
