@@ -14,8 +14,8 @@ as anybody's requests move; and what these are measured against, made of the sam
 stream may end or be asked for again, and afterwards nothing may stay behind.
 
     python scripts/bench_migration.py --quick
-    python scripts/bench_migration.py --json migration.json --plot .
-    python scripts/bench_migration.py --from migration.json --plot .
+    python scripts/bench_migration.py --json docs/results/migration-cpu.json --plot docs/results --page docs/migration.md
+    python scripts/bench_migration.py --from docs/results/migration-cpu.json --plot .
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from scripts.bench_load_measure import BenchError
 from scripts.bench_load_report import Progress, check_plot
 from scripts.bench_migration_cluster import Cluster, Stream, checkpoint, follow, open_session
 from scripts.bench_migration_moves import WAYS
-from scripts.bench_migration_report import LIVE, cut_of, plot_lengths, plot_timeline, report, timeline_of
+from scripts.bench_migration_report import LIVE, cut_of, fill, plot_lengths, plot_timeline, report, timeline_of
 from scripts.bench_migration_storm import storm
 
 PARTS = ("downtime", "neighbours", "storm")
@@ -70,7 +70,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="0.12b", help="of the model that moves one by one (%(default)s)")
     parser.add_argument("--storm-shape", choices=SHAPES, default="tiny", help="of the model of the storm (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048, 4096], help="prompt and answer at the cut")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048, 4096], help="prompt and answer at the cut"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="requests of each length, each moved in every way (%(default)s)")
     parser.add_argument("--neighbours", type=int, default=4, help="streams that stay, on each worker (%(default)s)")
     parser.add_argument("--neighbour-moves", type=int, default=6, help="moves beside them, of each live way (%(default)s)")
@@ -84,6 +86,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
     parser.add_argument("--from", dest="read", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
     parser.add_argument("--plot", type=Path, metavar="DIRECTORY", help="draw migration-timeline.png and migration.png there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the figures into this page, where it has a place for them")
     parser.add_argument("--quick", action="store_true", help="does it work? Little of everything: no figures to publish")
     args = parser.parse_args(argv)
     args.parts = args.parts or list(PARTS)
@@ -102,6 +105,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--storm-workers must be at least 2")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.resolve().parent}")
+    if args.page is not None and not args.page.is_file():
+        parser.error(f"--page: there is no file {args.page}")
     if args.plot is not None and not args.plot.is_dir():
         parser.error(f"--plot: there is no directory {args.plot}")
     return args
@@ -119,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
     print(report(result))
     if args.quick:
         print("\n--quick: these are no figures, only a sign that it works")
+    if args.page:
+        fill(args.page, result)
     if args.plot and "downtime" in result:
         plot_timeline(args.plot / "migration-timeline.png", result)
         plot_lengths(args.plot / "migration.png", result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_engine_measure import percentile
+from scripts.bench_load_measure import BenchError
 from scripts.bench_load_report import align
 
 #: The ways that a user's request moves in, and those that they are measured against.
@@ -18,6 +19,8 @@ NAMES = {
     "blocking": "stop, then copy KV",
     "recompute": "stop, then recompute",
 }
+#: Around what a page of the documentation has of what was measured.
+BEGIN, END = "<!-- measured by scripts/bench_migration.py -->\n", "<!-- end of what was measured -->\n"
 _COLOURS = {"kv": "#1b6ca8", "tokens": "#d9822b", "blocking": "#7a9cb8", "recompute": "#b8a07a"}
 _SOURCE, _DESTINATION = "#404040", "#2a9d5c"
 
@@ -89,7 +92,9 @@ def by_length(rows: Sequence[Mapping[str, Any]], way: str) -> dict[int, dict[str
         mine = [row for row in rows if row["length"] == length and row["way"] == way]
         if not mine:
             continue
-        facts = {key: statistics.median(row[key] for row in mine) for key in ("gap_ms", "step_ms", "stop_ms", "seconds", "nbytes")}
+        facts = {
+            key: statistics.median(row[key] for row in mine) for key in ("gap_ms", "step_ms", "stop_ms", "seconds", "nbytes")
+        }
         facts["pause_ms"] = statistics.median(row["pause_ms"] for row in mine if row["pause_ms"] is not None)
         facts["beyond_ms"] = statistics.median(row["gap_ms"] - row["step_ms"] for row in mine)
         facts["last"] = statistics.median(row["steps"][-1] for row in mine)
@@ -103,7 +108,9 @@ def copy_rate(rows: Sequence[Mapping[str, Any]]) -> float:
     """Bytes of KV per second where nothing else is done, from the blocking copies of the longest requests."""
     longest = max(row["length"] for row in rows)
     seconds = [
-        (row["nbytes"], (row["gap_ms"] - row["step_ms"]) / 1e3) for row in rows if row["way"] == "blocking" and row["length"] == longest
+        (row["nbytes"], (row["gap_ms"] - row["step_ms"]) / 1e3)
+        for row in rows
+        if row["way"] == "blocking" and row["length"] == longest
     ]
     rates = [nbytes / s for nbytes, s in seconds if s > 0]
     return statistics.median(rates) if rates else float("inf")
@@ -156,7 +163,19 @@ def report(result: Mapping[str, Any]) -> str:
 
 def downtime_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines: list[Sequence[str]] = [
-        ("gap at the client, ms", "tokens", "median", "min", "max", "a step", "beyond", "front door", "stopped", "sent last", "whole s")
+        (
+            "gap at the client, ms",
+            "tokens",
+            "median",
+            "min",
+            "max",
+            "a step",
+            "beyond",
+            "front door",
+            "stopped",
+            "sent last",
+            "whole s",
+        )
     ]
     for way, name in NAMES.items():
         for length, facts in by_length(rows, way).items():
@@ -167,14 +186,20 @@ def downtime_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def neighbours_table(facts: Mapping[str, Any]) -> str:
-    lines: list[Sequence[str]] = [(f"gaps beside {facts['n_beside']} streams, ms", "at the", "n", "p50", "p99", "max")]
-    for what, places in facts["gaps_ms"].items():
-        for place, gaps in places.items():
-            found = gap_facts(gaps)
-            name = "nothing moves" if what == "quiet" else NAMES[what]
-            where = "" if what == "quiet" else place
-            lines.append((name, where, str(found["n"]), *(f"{found[key]:.1f}" for key in ("p50_ms", "p99_ms", "max_ms"))))
+    lines: list[Sequence[str]] = [
+        (f"gaps of {facts['n_beside']} streams that stay, on each worker, ms", "n", "p50", "p99", "max")
+    ]
+    for name, found in _neighbours(facts):
+        lines.append((name, str(found["n"]), *(f"{found[key]:.1f}" for key in ("p50_ms", "p99_ms", "max_ms"))))
     return align(lines)
+
+
+def _neighbours(facts: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    return [
+        ("nothing moves" if what == "quiet" else f"{NAMES[what]}: at the {place}", gap_facts(places[place]))
+        for what, places in facts["gaps_ms"].items()
+        for place in sorted(places, reverse=True)
+    ]
 
 
 def storm_text(one: Mapping[str, Any]) -> str:
@@ -196,6 +221,47 @@ def storm_text(one: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# --- a page of the documentation -----------------------------------------------------------------------------------------------
+
+
+def fill(page: Path, result: Mapping[str, Any]) -> None:
+    """Put what was measured into `page`, between the two lines that are there for it. Raises :class:`BenchError` without them."""
+    text = page.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise BenchError(f"{page} has no line {BEGIN.strip()!r} with {END.strip()!r} after it")
+    page.write_text(before + begin + as_markdown(result) + end + after)
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    facts, arguments = result["machine"], result["arguments"]
+    model = f"{arguments['shape']} parameters in {arguments['dtype']}"
+    parts = [f"{model}, {arguments['threads']} thread for each engine, {facts['cpu']}, {facts['cores']} cores:"]
+    if "downtime" in result:
+        parts += [_downtime_markdown(result["downtime"]), "\n".join(f"- {line}" for line in verdicts(result["downtime"]))]
+    if "neighbours" in result:
+        parts.append(_neighbours_markdown(result["neighbours"]))
+    parts += ["- " + "\n- ".join(storm_text(one).splitlines()) for one in result.get("storm", ())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _downtime_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    ways = {way: by_length(rows, way) for way in NAMES}
+    lines = [f"| tokens | a step | {' | '.join(NAMES.values())} |", "|---|---|" + "---|" * len(NAMES)]
+    for length, facts in ways["kv"].items():
+        gaps = " | ".join(f"{ways[way][length]['gap_ms']:.1f} ms" for way in NAMES)
+        lines.append(f"| {length} | {facts['step_ms']:.1f} ms | {gaps} |")
+    return "\n".join(lines)
+
+
+def _neighbours_markdown(facts: Mapping[str, Any]) -> str:
+    lines = [f"| gaps of {facts['n_beside']} streams that stay, on each worker | p50 | p99 | longest |", "|---|---|---|---|"]
+    for name, found in _neighbours(facts):
+        lines.append(f"| {name} | " + " | ".join(f"{found[key]:.1f} ms" for key in ("p50_ms", "p99_ms", "max_ms")) + " |")
+    return "\n".join(lines)
+
+
 # --- pictures ----------------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +276,9 @@ def _pyplot() -> Any:
 
 def _footer(figure: Any, result: Mapping[str, Any]) -> None:
     facts, arguments = result["machine"], result["arguments"]
-    words = f"{arguments['shape']} {arguments['dtype']}, {arguments['threads']} thread each, {facts['cpu']}, {facts['cores']} cores"
+    words = (
+        f"{arguments['shape']} {arguments['dtype']}, {arguments['threads']} thread each, {facts['cpu']}, {facts['cores']} cores"
+    )
     figure.supxlabel(words, fontsize=7, color="#606060")
 
 

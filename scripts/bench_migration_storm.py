@@ -58,7 +58,9 @@ async def storm(args: argparse.Namespace, several: Cluster, progress: Progress) 
         "by_way": dict(Counter(reply["way"] for reply in replies if reply["outcome"] == "moved")),
         "reasons": dict(Counter(reply["reason"] for reply in replies if reply.get("reason"))),
         "n_failed": sum(bool(stream.error) or stream.reason != "length" for stream in moved),
-        "n_other_tokens": sum(first_difference(after.ids, stayed.ids) is not None for after, stayed in zip(moved, quiet, strict=True)),
+        "n_other_tokens": sum(
+            first_difference(after.ids, stayed.ids) is not None for after, stayed in zip(moved, quiet, strict=True)
+        ),
         "quiet": gap_facts([gap for stream in quiet for gap in stream.gaps_ms]),
         "moving": gap_facts([gap for stream in moved for gap in stream.gaps_ms]),
         "pauses": gap_facts(pauses) if pauses else None,
