@@ -321,9 +321,9 @@ def _draw_timeline(axes: Any, one: Mapping[str, Any], way: str) -> None:
     axes.annotate(
         f"gap {1e3 * (after - before):.0f} ms\n(stopped, {sent} sent,\nfirst step there)",
         xy=(after, first),
-        xytext=(16, -64),
+        xytext=(-14, -72),
         textcoords="offset points",
-        ha="left",
+        ha="right",
         fontsize=8,
         color="#c0392b",
         arrowprops={"arrowstyle": "-", "color": "#c0392b", "linewidth": 0.8},
