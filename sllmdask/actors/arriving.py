@@ -119,7 +119,7 @@ class Arriving:
         with self._lock:
             return sum(move.state is Target.RESERVED for move in self._moves.values())
 
-    def answer(self, message: Mapping[str, Any], payload: bytes) -> dict[str, Any]:
+    def answer(self, message: Mapping[str, Any], payload: bytes | bytearray) -> dict[str, Any]:
         """The answer to one message, in its connection's thread."""
         try:
             asked = _OPS[message["op"]]
@@ -156,7 +156,7 @@ class Arriving:
             return move, known if known is not None and known.state is Target.RESERVED else None
 
     def _happens(
-        self, request: str, move: _Move, asked: Asked, message: Mapping[str, Any] | None = None, payload: bytes = b""
+        self, request: str, move: _Move, asked: Asked, message: Mapping[str, Any] | None = None, payload: bytes | bytearray = b""
     ) -> Reply:
         """One row of the table. `move.lock` is held."""
         move.heard_at = time.monotonic()
@@ -178,7 +178,7 @@ class Arriving:
             self._free(request, move)
         return reply
 
-    def _try(self, asked: Asked, request: str, move: _Move, message: Mapping[str, Any], payload: bytes) -> None:
+    def _try(self, asked: Asked, request: str, move: _Move, message: Mapping[str, Any], payload: bytes | bytearray) -> None:
         """Do what the message says. Raises :class:`SllmError` if that cannot be done."""
         match asked:
             case Asked.RESERVE:
@@ -219,7 +219,7 @@ class Arriving:
         move.facts = {key: ticket[key] for key in ("since_block", "kv_refused", "prefill_tokens_per_s")}
         asyncio.run_coroutine_threadsafe(self._expire(request, move), self._loop)
 
-    def _append(self, request: str, move: _Move, message: Mapping[str, Any], payload: bytes) -> None:
+    def _append(self, request: str, move: _Move, message: Mapping[str, Any], payload: bytes | bytearray) -> None:
         if "chunk" in message:
             chunk = {**message["chunk"], "data": payload}
             assert move.host is not None
@@ -235,7 +235,7 @@ class Arriving:
             known = self._call(move, lambda engine: engine.import_tokens(request, move.epoch))
         move.facts |= known
 
-    def _commit(self, request: str, move: _Move, message: Mapping[str, Any], payload: bytes) -> None:
+    def _commit(self, request: str, move: _Move, message: Mapping[str, Any], payload: bytes | bytearray) -> None:
         if not self._worker.has_door(move.front_door):
             raise StateRefused(request, "its front door has no connection to this worker")
         host, state = move.host, message["state"]

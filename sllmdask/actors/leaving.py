@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any, TypeVar
 
 from sllmdask.actors import move_wire
@@ -114,18 +115,20 @@ class Pace:
     """Holds what several threads send together to `bytes_per_s`; 0: to nothing."""
 
     def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s or inf
+        #: Of a piece: not so much that others wait for long, or the destination gives the move up.
+        self.piece_nbytes = int(min(CHUNK_NBYTES, self.bytes_per_s / 8))
         self._lock = threading.Lock()
         self._free_at = 0.0
 
     def wait(self, nbytes: int, stop: threading.Event) -> None:
         """Until `nbytes` may be sent, or `stop` is set."""
-        if not self._bytes_per_s:
+        if self.bytes_per_s == inf:
             return
         with self._lock:
             now = time.monotonic()
             begin = max(now, self._free_at)
-            self._free_at = begin + nbytes / self._bytes_per_s
+            self._free_at = begin + nbytes / self.bytes_per_s
         stop.wait(begin - now)
 
 
@@ -304,7 +307,7 @@ class Leaving:
         kv_refused = self._reply.get("kv_refused")
         costs = MoveCosts(
             kv_nbytes=self.kv_nbytes,
-            bytes_per_s=self._link.bytes_per_s,
+            bytes_per_s=min(self._link.bytes_per_s, self._pace.bytes_per_s),
             n_tokens=self.record.n_tokens,
             prefill_tokens_per_s=self._reply.get("prefill_tokens_per_s"),
             alpha=self.order.alpha,
@@ -327,7 +330,7 @@ class Leaving:
         stats = self._engine.stats()
         block_size, block_nbytes = stats["block_size"], stats["bytes_per_block"]
         with self._bulk:
-            read = self._call(self._read(max(1, CHUNK_NBYTES // block_nbytes)))
+            read = self._call(self._read(max(1, self._pace.piece_nbytes // block_nbytes)))
         if read is None:
             return Heard.OVER
         chunk, n_tokens, n_full = read

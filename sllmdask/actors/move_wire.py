@@ -21,7 +21,7 @@ _FRAME = struct.Struct("!IQ")
 MAX_MESSAGE, MAX_PAYLOAD = 64 * 1024**2, 4 * 1024**3
 
 #: Makes an answer of a message and the bytes that came with it; in any thread.
-Answer = Callable[[Mapping[str, Any], bytes], dict[str, Any]]
+Answer = Callable[[Mapping[str, Any], bytes | bytearray], dict[str, Any]]
 
 
 def send(wire: Wire, message: Mapping[str, Any], payload: bytes = b"") -> None:
@@ -30,7 +30,7 @@ def send(wire: Wire, message: Mapping[str, Any], payload: bytes = b"") -> None:
     wire.send(_FRAME.pack(len(head), len(payload)), head, *([payload] if payload else []))
 
 
-def receive(wire: Wire) -> tuple[dict[str, Any], bytes]:
+def receive(wire: Wire) -> tuple[dict[str, Any], bytearray]:
     """The next message and its bytes. Raises :class:`OSError`, and :class:`Refused` for what is no message."""
     n_message, n_payload = _FRAME.unpack(wire.receive(_FRAME.size))
     if n_message > MAX_MESSAGE or n_payload > MAX_PAYLOAD:
@@ -41,7 +41,9 @@ def receive(wire: Wire) -> tuple[dict[str, Any], bytes]:
         raise Refused(BAD, f"a message cannot be read: {error}") from None
     if not isinstance(message, dict):
         raise Refused(BAD, "a message is not a map")
-    return message, wire.receive(n_payload)
+    payload = bytearray(n_payload)
+    wire.receive_into(memoryview(payload))
+    return message, payload
 
 
 class MoveServer(PeerListener):

@@ -12,6 +12,8 @@ from enum import StrEnum
 
 #: Goes over the full blocks while the request decodes on; after them it is stopped.
 MAX_STAGES = 3
+#: Of a decode step: what sending the rest of the KV may take while the request is stopped.
+STOP_SHARE = 0.1
 #: Times that the destination is told what was decoded meanwhile; after them the request is stopped.
 MAX_ROUNDS = 6
 
@@ -56,9 +58,9 @@ class MoveCosts:
 
 
 def is_last_stage(left_nbytes: int, bytes_per_s: float, step_s: float, n_stages: int) -> bool:
-    """Whether to stop the request and send the rest, `left_nbytes`, after `n_stages` stages: it takes no longer than a step, or
+    """Whether to stop the request and send the rest, `left_nbytes`, after `n_stages` stages: it takes a small part of a step, or
     there were enough."""
-    return left_nbytes <= bytes_per_s * step_s or n_stages >= MAX_STAGES
+    return left_nbytes <= bytes_per_s * step_s * STOP_SHARE or n_stages >= MAX_STAGES
 
 
 def is_last_round(n_tail: int, delta: int, n_rounds: int, n_tail_before: int | None) -> bool:

@@ -16,6 +16,10 @@ from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.errors import ContextTooLong, InvalidRequest
 
 
+#: Of the tokens of prefill beside decodes, the part that sequences which arrive may have: one in so many.
+ARRIVING_SHARE = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """`n_tokens` tokens of one sequence that run in one step, the first of them at position `start`."""
@@ -150,7 +154,8 @@ class BatchScheduler:
     newcomers by that, and is safe from them; but nobody loses his blocks to a sequence that is only older.
 
     A step in which others decode has at most `prefill_beside_decode` tokens of prefill (``None``: as many as fit), so that the
-    time between their tokens does not jump.
+    time between their tokens does not jump. What is computed of sequences that arrive has only a part of these: they are answered
+    elsewhere meanwhile, and nobody waits for them.
 
     `max_running` is bounded by `max_batch_tokens`, so that every decoding sequence advances in every step. A sequence that is
     held, with its blocks, and one that arrives count as running, so that they can go on at once.
@@ -279,18 +284,21 @@ class BatchScheduler:
             # Victims come from the end, past what is planned already; one that this loop reaches has no blocks any more.
             if sequence.n_uncomputed == 1 and sequence.block_table and self._grow(sequence, draft):
                 draft.chunks.append(Chunk(sequence, sequence.n_computed, 1))
-        budget = self.max_batch_tokens - len(draft.chunks)
-        if draft.chunks:
+        n_decodes = len(draft.chunks)
+        budget = self.max_batch_tokens - n_decodes
+        if n_decodes:
             budget = min(budget, self.prefill_beside_decode)
         for sequence in self.running:
             n_tokens = min(sequence.n_uncomputed, budget)
             if sequence.n_uncomputed > 1 and n_tokens:
                 draft.chunks.append(Chunk(sequence, sequence.n_computed, n_tokens))
                 budget -= n_tokens
+        n_arriving = min(budget, max(1, self.prefill_beside_decode // ARRIVING_SHARE)) if n_decodes else budget
         for incoming in self._incoming.values():
-            n_tokens = min(incoming.n_to_compute, budget)
+            n_tokens = min(incoming.n_to_compute, n_arriving)
             if n_tokens and incoming.sequence is not None:
                 draft.chunks.append(Chunk(incoming.sequence, incoming.sequence.n_computed, n_tokens))
+                n_arriving -= n_tokens
                 budget -= n_tokens
         while budget and self._waiting:
             sequence = self._waiting[0]
@@ -567,6 +575,11 @@ class BatchScheduler:
             tokens = sequence.token_ids(i * self.block_size, (i + 1) * self.block_size)
             sequence.digests.append(block_digest(parent, sequence.salt, tokens))
         return sequence.digests[index]
+
+    def name_blocks(self, sequence: Sequence) -> None:
+        """Make the names by which the full blocks of the sequence's tokens can be found, so that it is done when they are."""
+        if self.prefix_reuse and sequence.n_tokens >= self.block_size:
+            self._digest(sequence, sequence.n_tokens // self.block_size - 1)
 
     def _register(self, sequence: Sequence, first: int) -> None:
         """Let others find the sequence's full blocks from `first` on."""

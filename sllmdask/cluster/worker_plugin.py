@@ -7,12 +7,14 @@ the truth about itself: it reports at every change, and the same account rides o
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
 import secrets
 import signal
 import socket
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
 PROTOCOL = 3
 DEMO = "demo:"
+#: Seconds that a thread that runs Python keeps the others waiting: a tenth of Python's own.
+SWITCH_INTERVAL_S = 0.0005
 #: Files of a checkpoint that a front door needs: all that is neither weights nor code.
 _FRONT_DOOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _MAX_FILE_BYTES = 64 * 1024**2
@@ -76,6 +80,8 @@ class SllmWorkerPlugin(WorkerPlugin):
         self._worker = worker
         # A worker that waits in a spinning OpenMP barrier takes the core of its neighbour: 8-30x slower when oversubscribed.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Engine, event loop and moves are threads: none waits for long behind another one's Python.
+        sys.setswitchinterval(min(SWITCH_INTERVAL_S, sys.getswitchinterval()))
         from sllmdask.actors.instances import InstanceRegistry, open_ledger
 
         self.host_capacity = self.settings.worker.host_memory or MEMORY_LIMIT // 2
@@ -106,6 +112,8 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.metrics["sllm"] = self.account
         store.subscribe(lambda: self.report({"kind": "account", "account": self.account()}))
         await self.registry.warm_up()
+        # The modules that stay are half a million objects: who looks for cycles among them stops every thread for 0.2 s.
+        gc.freeze()
 
     async def _open_store(self, worker: Worker) -> CheckpointStore:
         """The store over memory that this worker shares with the others of its node, or, where that cannot be had, its own."""

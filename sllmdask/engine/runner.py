@@ -462,11 +462,12 @@ class ModelRunner:
         index = torch.tensor(blocks, dtype=torch.long, device=self.device)
         parts = [cache.index_select(0, index).flatten(1).view(torch.uint8) for cache in self._parts()]
         rows = torch.cat(parts, dim=1).cpu()
-        return rows if n_tokens is None else self.blank(rows, n_tokens)
+        if n_tokens is not None:
+            self.blank(rows, n_tokens)
+        return rows
 
     def blank(self, rows: Tensor, n_tokens: int) -> Tensor:
-        """`rows` of :meth:`read_blocks` with zeros after the first `n_tokens` tokens, all in the last row."""
-        rows = rows.clone()
+        """`rows` of :meth:`read_blocks`, which get zeros after the first `n_tokens` tokens, all in the last row."""
         n_used, offset = n_tokens - (len(rows) - 1) * self.block_size, 0
         for cache in self._parts():
             token_nbytes = cache[0, 0].nbytes

@@ -114,7 +114,7 @@ class KVChunk:
 
     since_block: int
     n_tokens: int
-    data: bytes
+    data: bytes | bytearray
     crc32: int
 
     @classmethod
@@ -129,7 +129,7 @@ class KVChunk:
         """Raises :class:`StateRefused` if its bytes are not those that were sent, or too many or too few."""
         chunk = _read(
             {"format": FORMAT, **data, "request_id": request_id},
-            lambda: cls(_whole(data["since_block"]), _whole(data["n_tokens"]), bytes(data["data"]), _whole(data["crc32"])),
+            lambda: cls(_whole(data["since_block"]), _whole(data["n_tokens"]), _bytes(data["data"]), _whole(data["crc32"])),
         )
         n_blocks = blocks_for(chunk.n_tokens, layout.block_size)
         if len(chunk.data) != n_blocks * layout.block_nbytes:
@@ -238,5 +238,14 @@ def _text(value: Any) -> str:
     return value
 
 
+def _bytes(value: Any) -> bytes | bytearray:
+    """Without a copy: a piece of KV is large."""
+    return value if isinstance(value, bytes | bytearray) else bytes(value)
+
+
 def _tokens(values: Any) -> list[int]:
-    return [_whole(value) for value in values]
+    tokens = list(values)
+    # Not one by one, since a request is stopped while this is done.
+    if not set(map(type, tokens)) <= {int} or min(tokens, default=0) < 0:
+        raise ValueError("these are no token ids")
+    return tokens

@@ -47,6 +47,8 @@ class _Export:
 @dataclass(eq=False)
 class _Import:
     manifest: Manifest
+    #: The tokens of the manifest, whose blocks have their names.
+    known: Sequence
     incoming: Incoming
     #: Tokens from the first one on whose KV is here.
     n_tokens: int
@@ -206,7 +208,7 @@ class Transfer:
         else:
             # What is not in blocks is parked. In its last block, more than the sequence's tokens may have been parked.
             rows = self._parked[sequence.request_id][since_block:stop]
-            data = self._runner.blank(rows, stop_token - first_token)
+            data = self._runner.blank(rows.clone(), stop_token - first_token)
         return KVChunk.of(since_block, stop_token - first_token, data.numpy().tobytes())
 
     # --- the engine that it enters -------------------------------------------------------------------------------------
@@ -243,7 +245,9 @@ class Transfer:
             incoming = self._scheduler.expect(known, expected)
             if incoming is None:
                 raise StateRefused(request_id, self._no_room(expected))
-            entry = _Import(offered, incoming, incoming.n_shared * self._layout.block_size, kv_refused)
+            # Now, while the request runs on elsewhere, rather than when it is stopped.
+            self._scheduler.name_blocks(known)
+            entry = _Import(offered, known, incoming, incoming.n_shared * self._layout.block_size, kv_refused)
             self._imports[request_id] = entry
         return {
             "request_id": request_id,
@@ -274,7 +278,9 @@ class Transfer:
         if start < stop:
             blocks, block_size = entry.incoming.blocks, self._layout.block_size
             slots = [blocks[token // block_size] * block_size + token % block_size for token in range(start, stop)]
-            rows = torch.frombuffer(bytearray(piece.data), dtype=torch.uint8).view(-1, source.block_nbytes)
+            # Memory that may be written, as torch wants it; what came over a connection is.
+            data = piece.data if isinstance(piece.data, bytearray) else bytearray(piece.data)
+            rows = torch.frombuffer(data, dtype=torch.uint8).view(-1, source.block_nbytes)
             self._runner.write_tokens(slots, rows, source.block_size, start - first)
         entry.n_tokens = max(entry.n_tokens, stop)
         return {"n_tokens": entry.n_tokens, "since_block": entry.n_tokens // source.block_size}
@@ -333,6 +339,7 @@ class Transfer:
         same = arrived.request_id == request_id and arrived.salt == entry.manifest.salt
         if not same or sequence.token_ids(0, len(known)) != known:
             raise StateRefused(request_id, "its tokens are not those that were told before")
+        sequence.digests = list((computing or entry.known).digests)
         self._check(sequence)
         if kv is not None:
             self.import_write(request_id, epoch, kv)

@@ -263,6 +263,21 @@ async def test_what_leaves_a_worker_together_keeps_to_its_bandwidth():
     for _ in range(3):
         pace.wait(CHUNK_NBYTES, never)
     assert waited[0] == 0 and waited[1] == pytest.approx(2.1, abs=0.1) and waited[2] == pytest.approx(4.2, abs=0.1)
+    # So that a piece is not waited for longer than the other side waits for one.
+    assert (pace.piece_nbytes, leaving.Pace(0).piece_nbytes) == (125_000, CHUNK_NBYTES)
+
+
+async def test_where_little_bandwidth_is_allowed_tokens_go_rather_than_kv(model: TinyModel):
+    [prompt] = prompts(1, 100, 100)
+    async with workers(model) as there:
+        kinds = []
+        for name, bytes_per_s in (("a", 0.0), ("b", 1e3)):
+            there.registries["1"].moves._pace = leaving.Pace(bytes_per_s)
+            there.door.submit(name, "1", prompt, max_tokens=60)
+            await until_token(there, name, 2)
+            kinds.append((await there.move(name, "2", None)).kind)
+        assert kinds == ["kv", "tokens"]
+        assert (await there.door.answers())["b"] == alone(model, prompt, 60)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ def test_the_kind_is_that_of_the_smaller_time(bytes_per_s: float, prefill_tokens
     assert costs.cheaper is kind
 
 
-def test_the_rest_is_sent_when_it_takes_no_longer_than_a_step():
-    assert is_last_stage(1 * MIB, 100 * MIB, 0.01, 1)
-    assert not is_last_stage(2 * MIB, 100 * MIB, 0.01, 1)
-    assert not is_last_stage(2 * MIB, 100 * MIB, 0.01, MAX_STAGES - 1)
-    assert is_last_stage(2 * MIB, 100 * MIB, 0.01, MAX_STAGES)
+def test_the_rest_is_sent_when_it_takes_no_longer_than_a_tenth_of_a_step():
+    assert is_last_stage(1 * MIB, 100 * MIB, 0.1, 1)
+    assert not is_last_stage(2 * MIB, 100 * MIB, 0.1, 1)
+    assert not is_last_stage(2 * MIB, 100 * MIB, 0.1, MAX_STAGES - 1)
+    assert is_last_stage(2 * MIB, 100 * MIB, 0.1, MAX_STAGES)
 
 
 def test_rounds_end_when_the_tail_is_short_or_does_not_get_shorter():

@@ -65,6 +65,21 @@ def test_prefill_beside_decodes_has_a_bound_of_its_own_and_none_without_them():
     assert shape(run(batch)) == [("long", 6, 14)]
 
 
+def test_what_arrives_from_elsewhere_is_computed_in_small_parts_beside_decodes_and_in_large_ones_without_them():
+    batch = scheduler(prefill_beside_decode=12)
+    batch.add(sequence("here", 4, max_tokens=3))
+    run(batch)
+    coming = [sequence(name, n) for name, n in (("a", 6), ("b", 20))]
+    for each in coming:
+        incoming = batch.expect(each, each.n_tokens)
+        assert incoming is not None and batch.compute(incoming, each)
+    batch.add(sequence("new", 30))
+    # A quarter of the twelve for both of them; who waits for an answer has the rest.
+    assert shape(run(batch)) == [("here", 4, 1), ("a", 0, 3), ("new", 0, 9)]
+    assert shape(run(batch)) == [("here", 5, 1), ("new", 9, 12)]
+    assert shape(run(batch)) == [("new", 21, 9), ("a", 3, 2), ("b", 0, 5)]
+
+
 def test_several_prompts_share_a_step():
     batch = scheduler()
     for name in "abc":
