@@ -22,6 +22,7 @@ from sllmdask.actors.streams import Message
 from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.handover import BEGIN, SOURCE, Do, Heard, Source, Turn
 from sllmdask.batching.precopy import Kind, MoveCosts, is_last_round, is_last_stage
+from sllmdask.batching.sequence import Sequence
 from sllmdask.engine.engine import EngineThread, LLMEngine
 from sllmdask.errors import SllmError, StateRefused
 from sllmdask.loader.peer_wire import PeerBusy, Refused, Wire, dial
@@ -180,6 +181,7 @@ class Leaving:
         self._gone, self._closing = threading.Event(), threading.Event()
         self._stopping = False
         self._kind = Kind.KV
+        self._sequence: Sequence | None = None
         self._manifest: dict[str, Any] = {}
         self._frozen: dict[str, Any] = {}
         self._began_at = self._stopped_at = 0.0
@@ -270,13 +272,18 @@ class Leaving:
     def _call(self, run: Callable[[LLMEngine], T]) -> T:
         return self._engine.call(run).result()
 
+    def _find(self, engine: LLMEngine) -> Sequence | None:
+        """The request, if it is still here. One of its name that was begun anew is another one."""
+        sequence = engine.find(self.order.request)
+        return sequence if sequence is self._sequence else None
+
     # --- messages ---
 
     def _reserve(self) -> Heard:
         request, epoch = self.order.request, self.ticket.epoch
 
         def open_export(engine: LLMEngine) -> tuple[dict[str, Any], dict[str, Any]] | None:
-            sequence = engine.find(request)
+            sequence = self._sequence = engine.find(request)
             if sequence is None:
                 return None
             params = sequence.params
@@ -356,7 +363,7 @@ class Leaving:
         request, epoch, since = self.order.request, self.ticket.epoch, self._since
 
         def read(engine: LLMEngine) -> tuple[dict[str, Any], int, int] | None:
-            sequence = engine.find(request)
+            sequence = self._find(engine)
             if sequence is None:
                 return None
             n_full = max(sequence.n_computed, sequence.n_parked) // engine.settings.block_size
@@ -366,13 +373,12 @@ class Leaving:
 
     def _give_tokens(self) -> Heard:
         """What the destination has not been told, once it has computed what it was; or, when that is little, the stop."""
-        request = self.order.request
         told, n_computed = self._n_told, int(self._reply.get("n_tokens", 0))
         if told is not None and n_computed < told - 1:
             return self._ask("append", tokens=[], since=told)
 
         def look(engine: LLMEngine) -> list[int] | None:
-            sequence = engine.find(request)
+            sequence = self._find(engine)
             return None if sequence is None else sequence.token_ids(told or 0, sequence.n_tokens)
 
         tail = self._call(look)
@@ -413,7 +419,7 @@ class Leaving:
         in_tokens = self._kind is Kind.TOKENS
 
         def freeze(engine: LLMEngine) -> tuple[dict[str, Any], float] | None:
-            sequence = engine.find(request)
+            sequence = self._find(engine)
             if sequence is None:
                 return None
             since = (sequence.n_tokens - 1) // engine.settings.block_size if in_tokens else self._since

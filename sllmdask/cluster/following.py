@@ -112,6 +112,11 @@ class Following:
         self._go_to(epoch, worker, instance, record["source"], record)
         return unwanted
 
+    @property
+    def nearest(self) -> str | None:
+        """The worker, besides the journal's, that has most of what was computed for the request."""
+        return str(self._arrivals[-1][0][5]) if self._arrivals else self.going_to
+
     def elsewhere(self) -> list[Stop]:
         """Instances besides the journal's that have the request."""
         return [Stop(message[5], message[4]) for message, _ in self._arrivals]

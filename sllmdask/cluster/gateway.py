@@ -504,13 +504,20 @@ class Gateway(Lookout):
                     self._say_lost(active, journal.worker, journal.epoch)
                 return self._go_over(active)
             case ["stayed", *_]:
+                instance = journal.instance
                 self._stop(active.key, active.following.stayed(message))
+                if journal.instance != instance:
+                    self._tell(["at", active.key, journal.instance])
             case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
                 # If it cannot speak to us, nobody does.
                 loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
                 loop.call_later(MOVING_S if worker in self._links else 0, active.inbox.put_nowait, lost)
             case ["missing", _, epoch, worker] if epoch > journal.epoch and not active.following.waits:
                 self._fail(active, WorkerLost(worker))
+                return [Progress("queued", f"waiting for {journal.request.model}")]
+            case ["recalled", _, epoch, _] if epoch == journal.epoch + 1 and not active.following.waits:
+                # It is not where it was going to, and will not come there.
+                self._fail(active, WorkerLost(str(journal.worker)))
                 return [Progress("queued", f"waiting for {journal.request.model}")]
             case ["embeddings", _, epoch, vectors]:
                 return self._accept_vectors(active, epoch, vectors)
@@ -529,6 +536,9 @@ class Gateway(Lookout):
             return []
         epoch = active.journal.epoch
         held = active.following.settled()
+        if active.journal.epoch != epoch:
+            # Who moved it may have died before it could say so.
+            self._tell(["at", active.key, active.journal.instance])
         if active.journal.epoch != epoch and active.journal.worker not in self._links:
             self._say_lost(active, active.journal.worker, active.journal.epoch)
         return [event for message in held for event in self._follow(active, message)]
@@ -615,9 +625,10 @@ class Gateway(Lookout):
                 error.code,
             )
         self._stop(active.key, active.following.elsewhere())
+        near = active.following.nearest
         active.following = Following(journal)
         journal.begin_anew()
-        self._ask_for_place(active, "returned")
+        self._ask_for_place(active, "returned", near)
 
     def _check_revision(self, active: _Active) -> None:
         """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
@@ -640,10 +651,13 @@ class Gateway(Lookout):
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
-    def _ask_for_place(self, active: _Active, what: str = "request") -> None:
+    def _ask_for_place(self, active: _Active, what: str = "request", near: str | None = None) -> None:
+        """`near`: the worker that has most of what was computed for it."""
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
         told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        if near is not None:
+            told["near"] = near
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
@@ -715,7 +729,7 @@ class Gateway(Lookout):
                         active.following.heard(message[2], asyncio.get_running_loop().time())
                     if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
-            case ["moving" | "moved" | "stayed" | "left", key, *_]:
+            case ["moving" | "moved" | "stayed" | "left" | "recalled", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
@@ -735,7 +749,11 @@ class Gateway(Lookout):
             journal, following = active.journal, active.following
             if journal.worker == link.worker and (following.going_to in (None, link.worker) or following.waits):
                 self._say_lost(active, link.worker, journal.epoch)
-            elif journal.worker == link.worker:  # the request may be elsewhere already, and is about to say so
+            elif journal.worker == link.worker:
+                # The request may be elsewhere already, and is about to say so. If it is not, it is not to come there any more.
+                going_to = self._links.get(following.going_to or "")
+                if going_to is not None:
+                    going_to.send(["recall", active.key, journal.epoch + 1])
                 asyncio.get_running_loop().call_later(MOVING_S, self._say_lost, active, link.worker, journal.epoch)
 
     def _say_lost(self, active: _Active, worker: str | None, epoch: int) -> None:

@@ -373,9 +373,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         match message:
             case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
                 self.observer.log.told(request_id, told)
+                near = told.get("near", "")
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and request_id in self.controller.running:
-                    self.on(ev.RequestReturned(now, request_id, now + deadline_s))
+                    self.on(ev.RequestReturned(now, request_id, now + deadline_s, near))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
                 request = RequestView(
@@ -387,11 +388,14 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     priority,
                     n_tokens=told["n_prompt_tokens"],
                     max_new_tokens=told["max_new_tokens"],
+                    near=near,
                 )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
                 self.observer.log.told(request_id, told)
                 self.on(ev.RequestEnded(now, request_id))
+            case ["at", request_id, instance]:
+                self.on(ev.RequestMoved(now, request_id, instance))
             case ["read", instance]:
                 self._progress.is_read(instance)
             case ["rows", number, rows]:

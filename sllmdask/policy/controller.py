@@ -28,7 +28,7 @@ from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import CHOOSERS
 from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
-from sllmdask.policy.dispatch import least_requests, takes_requests
+from sllmdask.policy.dispatch import nearest, takes_requests
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
 from sllmdask.policy.options import WayFinder
@@ -191,8 +191,8 @@ class Controller:
                 return self._admit(request)
             case ev.RequestEnded(request=request_id):
                 self._end(request_id, at, served=True)
-            case ev.RequestReturned(request=request_id, deadline_at=deadline_at):
-                return self._return(request_id, at, deadline_at)
+            case ev.RequestReturned(request=request_id, deadline_at=deadline_at, near=near):
+                return self._return(request_id, at, deadline_at, near)
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
@@ -346,7 +346,7 @@ class Controller:
                 n_requests = instance.n_requests + change
                 self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
-    def _return(self, request_id: str, at: float, deadline_at: float | None) -> list[Decision]:
+    def _return(self, request_id: str, at: float, deadline_at: float | None, near: str) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
         was preempted, its instance has done nothing wrong."""
         if request_id not in self.running:
@@ -358,7 +358,7 @@ class Controller:
         if instance is not None and not preempted:
             self.fleet.drain(instance, "replaced", at)
         deadline_at = request.deadline_at if deadline_at is None else deadline_at
-        request = replace(request, instance=None, dispatched_at=None, deadline_at=deadline_at)
+        request = replace(request, instance=None, dispatched_at=None, deadline_at=deadline_at, near=near)
         self._enqueue(request)
         if request.model not in self.models:
             return [self._refuse(request, ModelNotFound(request.model))]
@@ -431,10 +431,13 @@ class Controller:
                 request = self.waiting[request_id]
                 if request.load_only:
                     continue
-                instance = least_requests(
-                    each
-                    for each in self.instances_of(model)
-                    if takes_requests(each, self.settings.max_requests) and not self.claims.closed(each.id, request)
+                instance = nearest(
+                    request.near,
+                    (
+                        each
+                        for each in self.instances_of(model)
+                        if takes_requests(each, self.settings.max_requests) and not self.claims.closed(each.id, request)
+                    ),
                 )
                 if instance is None:  # more is closed to those behind it, never less
                     break

@@ -132,3 +132,5 @@ class RequestView:
     holds: bool = False
     #: Tokens of its answer at most; 0: not known, or it has none.
     max_new_tokens: int = 0
+    #: The worker that has most of what was computed for it, where it goes on if it can. Empty: none.
+    near: str = ""
