@@ -373,7 +373,7 @@ class Instance(Movable):
     async def _submit_again(
         self, adapter: tuple[str, str] | None, sequence: TokenSequence, waiting: tuple[str, int], engine: EngineThread
     ) -> None:
-        """Continue a request of which the engine may have another copy: one that a move has brought, or that was cancelled just now.
+        """Continue a request of which the engine may have another copy: one that a move has brought, or that is being cancelled.
 
         That one ends first: nothing is heard of it afterwards.
         """

@@ -446,8 +446,8 @@ class BatchScheduler:
     def refuse(self, incoming: Incoming, sequence: Sequence | None = None) -> None:
         """The sequence does not come: what it had here is free again.
 
-        With `sequence`, whose first ``n_computed`` tokens have their KV in the blocks of `incoming`, others can find it there, the
-        same request too, if it is begun anew because the engine that it was to come from is gone.
+        With `sequence`, whose first ``n_computed`` tokens have their KV in the blocks of `incoming`, others can find it there:
+        the same request too, if it is begun anew because the engine that it was to come from is gone.
         """
         if sequence is not None:
             sequence.block_table = incoming.blocks

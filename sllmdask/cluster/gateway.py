@@ -532,16 +532,22 @@ class Gateway(Lookout):
 
     def _go_over(self, active: _Active) -> list[GatewayEvent]:
         """Follow what the instance has said that the request went to, once nothing is missing from the one before."""
-        if active.journal.state == "finished":
+        journal = active.journal
+        if journal.state == "finished":
             return []
-        epoch = active.journal.epoch
+        epoch = journal.epoch
         held = active.following.settled()
-        if active.journal.epoch != epoch:
+        if journal.epoch != epoch:
             # Who moved it may have died before it could say so.
-            self._tell(["at", active.key, active.journal.instance])
-        if active.journal.epoch != epoch and active.journal.worker not in self._links:
-            self._say_lost(active, active.journal.worker, active.journal.epoch)
-        return [event for message in held for event in self._follow(active, message)]
+            self._tell(["at", active.key, journal.instance])
+        if journal.epoch != epoch and journal.worker not in self._links:
+            self._say_lost(active, journal.worker, journal.epoch)
+        events: list[GatewayEvent] = []
+        for message in held:
+            events += self._follow(active, message)
+            if journal.state == "finished":  # by a stop string: what comes after it is not of the answer
+                break
+        return events
 
     def _stop(self, key: str, stops: list[Stop]) -> None:
         for stop in stops:
