@@ -485,7 +485,7 @@ class Instance(Movable):
     def cancel(self, request_id: str) -> None:
         if self._forget(request_id) and self._engine is not None:
             for each in (request_id, *self._inputs.end(request_id)):
-                self._engine.abort(each)
+                self._engine.drop(each)
 
     def abort(self, error: SllmError) -> int:
         """End all requests with `error`, and answer every further one so; returns how many there were."""
@@ -553,7 +553,7 @@ class Instance(Movable):
         """One of its inputs failed: nobody waits for the others."""
         for input_id in self._inputs.end(request_id):
             if self._engine is not None:
-                self._engine.abort(input_id)
+                self._engine.drop(input_id)
         self._answer_error(request_id, error)
 
     async def _give_back(self, request_id: str, waiting: tuple[str, int]) -> None:

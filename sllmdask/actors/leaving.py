@@ -22,8 +22,9 @@ from sllmdask.actors.streams import Message
 from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.handover import BEGIN, SOURCE, Do, Heard, Source, Turn
 from sllmdask.batching.precopy import Kind, MoveCosts, is_last_round, is_last_stage
+from sllmdask.batching.protocol import MovingEngine
 from sllmdask.batching.sequence import Sequence
-from sllmdask.engine.engine import EngineThread, LLMEngine
+from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import SllmError, StateRefused
 from sllmdask.loader.peer_wire import PeerBusy, Refused, Wire, dial
 
@@ -269,10 +270,10 @@ class Leaving:
                 self._call(lambda engine: engine.export_commit(self.order.request, self.ticket.epoch))
         return None
 
-    def _call(self, run: Callable[[LLMEngine], T]) -> T:
+    def _call(self, run: Callable[[MovingEngine], T]) -> T:
         return self._engine.call(run).result()
 
-    def _find(self, engine: LLMEngine) -> Sequence | None:
+    def _find(self, engine: MovingEngine) -> Sequence | None:
         """The request, if it is still here. One of its name that was begun anew is another one."""
         sequence = engine.find(self.order.request)
         return sequence if sequence is self._sequence else None
@@ -282,7 +283,7 @@ class Leaving:
     def _reserve(self) -> Heard:
         request, epoch = self.order.request, self.ticket.epoch
 
-        def open_export(engine: LLMEngine) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        def open_export(engine: MovingEngine) -> tuple[dict[str, Any], dict[str, Any]] | None:
             sequence = self._sequence = engine.find(request)
             if sequence is None:
                 return None
@@ -358,11 +359,11 @@ class Leaving:
             self._sent(len(data), len(data))
         return heard
 
-    def _read(self, max_blocks: int) -> Callable[[LLMEngine], tuple[dict[str, Any], int, int] | None]:
+    def _read(self, max_blocks: int) -> Callable[[MovingEngine], tuple[dict[str, Any], int, int] | None]:
         """Reads a chunk: it, and the tokens and full blocks that there are."""
         request, epoch, since = self.order.request, self.ticket.epoch, self._since
 
-        def read(engine: LLMEngine) -> tuple[dict[str, Any], int, int] | None:
+        def read(engine: MovingEngine) -> tuple[dict[str, Any], int, int] | None:
             sequence = self._find(engine)
             if sequence is None:
                 return None
@@ -377,7 +378,7 @@ class Leaving:
         if told is not None and n_computed < told - 1:
             return self._ask("append", tokens=[], since=told)
 
-        def look(engine: LLMEngine) -> list[int] | None:
+        def look(engine: MovingEngine) -> list[int] | None:
             sequence = self._find(engine)
             return None if sequence is None else sequence.token_ids(told or 0, sequence.n_tokens)
 
@@ -418,7 +419,7 @@ class Leaving:
             return heard
         in_tokens = self._kind is Kind.TOKENS
 
-        def freeze(engine: LLMEngine) -> tuple[dict[str, Any], float] | None:
+        def freeze(engine: MovingEngine) -> tuple[dict[str, Any], float] | None:
             sequence = self._find(engine)
             if sequence is None:
                 return None

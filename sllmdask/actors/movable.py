@@ -13,6 +13,7 @@ from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.arriving import Arrived
 from sllmdask.actors.backends import FilesLease
 from sllmdask.actors.leaving import Leaving, MoveRecord, Ticket
+from sllmdask.batching.protocol import EngineProtocol, MovesRequests
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import AdapterUnsupported, InstanceGone, SllmError, StateRefused
 from sllmdask.loader.records import HostLease
@@ -81,8 +82,8 @@ class Movable:
             if not self._has_identity:
                 tensors = lease.tensors
 
-                def identify(target: Any) -> None:
-                    if tensors is None or not hasattr(target, "import_tokens"):
+                def identify(target: EngineProtocol) -> None:
+                    if not isinstance(target, MovesRequests):
                         raise StateRefused("", f"what runs {self.id!r} cannot give requests away, nor take them")
                     target.identify(tensors)
 
@@ -182,7 +183,7 @@ class Movable:
         if known > arrived.epoch or self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
             # Begun anew here, it drops what the engine has of it by itself.
             if self._engine is not None and known < arrived.epoch:
-                self._engine.abort(request_id)
+                self._engine.drop(request_id)
             if arrived.use is not None:
                 self.release_adapter(arrived.use)
         else:

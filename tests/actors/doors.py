@@ -212,7 +212,7 @@ class Door(Gateway):
         return next((key for key, active in self._active.items() if active.journal.request.id == name), None)
 
     async def until(self, enough: Callable[[], Any]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(25):
             while not enough():
                 self.changed.clear()
                 await self.changed.wait()
