@@ -433,7 +433,11 @@ class CostModelEngine:
     # --- requests that enter -------------------------------------------------------------------------------------------
 
     def import_open(
-        self, manifest: Mapping[str, Any], n_tokens: int | None = None, *, tokens_will_do: bool = False  # noqa: ARG002
+        self,
+        manifest: Mapping[str, Any],
+        n_tokens: int | None = None,
+        *,
+        tokens_will_do: bool = False,  # noqa: ARG002
     ) -> dict[str, Any]:
         request_id = str(manifest.get("request_id", ""))
         self._refuse_stopped(request_id)
