@@ -500,14 +500,15 @@ class Gateway(Lookout):
                 return []
             case ["moved", *_]:
                 self._stop(active.key, active.following.moved(message))
-                if active.following.waits and journal.worker not in self._links:
-                    self._say_lost(active, journal.worker, journal.epoch)
+                if active.following.waits:
+                    self._look_after(active)
                 return self._go_over(active)
             case ["stayed", *_]:
                 instance = journal.instance
                 self._stop(active.key, active.following.stayed(message))
                 if journal.instance != instance:
                     self._tell(["at", active.key, journal.instance])
+                self._look_after(active)
             case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
                 # If it cannot speak to us, nobody does.
                 loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
@@ -540,14 +541,19 @@ class Gateway(Lookout):
         if journal.epoch != epoch:
             # Who moved it may have died before it could say so.
             self._tell(["at", active.key, journal.instance])
-        if journal.epoch != epoch and journal.worker not in self._links:
-            self._say_lost(active, journal.worker, journal.epoch)
+            self._look_after(active)
         events: list[GatewayEvent] = []
         for message in held:
             events += self._follow(active, message)
             if journal.state == "finished":  # by a stop string: what comes after it is not of the answer
                 break
         return events
+
+    def _look_after(self, active: _Active) -> None:
+        """Say so if the instance that is followed was lost before it was followed."""
+        journal = active.journal
+        if active.following.lost or journal.worker not in self._links:
+            self._say_lost(active, journal.worker, journal.epoch)
 
     def _stop(self, key: str, stops: list[Stop]) -> None:
         for stop in stops:
@@ -738,6 +744,7 @@ class Gateway(Lookout):
             case ["moving" | "moved" | "stayed" | "left" | "recalled", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
+                    active.following.announced(message)
                     active.inbox.put_nowait(message)
                 elif message[0] == "moved":
                     # Its client left while it was on its way.
@@ -753,6 +760,7 @@ class Gateway(Lookout):
             del self._links[link.worker]
         for active in self._active.values():
             journal, following = active.journal, active.following
+            following.lose(link.worker)
             if journal.worker == link.worker and (following.going_to in (None, link.worker) or following.waits):
                 self._say_lost(active, link.worker, journal.epoch)
             elif journal.worker == link.worker:
