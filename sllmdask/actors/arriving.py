@@ -20,7 +20,8 @@ from sllmdask.actors.adapters import AdapterUse
 from sllmdask.actors.streams import Message
 from sllmdask.batching.handover import FAILED, TARGET, TRIED, Asked, Reply, Target
 from sllmdask.batching.params import Grammar
-from sllmdask.engine.engine import EngineThread, LLMEngine
+from sllmdask.batching.protocol import MovingEngine
+from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import InstanceGone, SllmError, StateRefused
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class Arriving:
             engine.prepare(Grammar(**message["grammar"]), host.checkpoint_path)
         manifest, n_tokens, longest = message["manifest"], int(message["n_tokens"]), int(message["longest"])
 
-        def open_import(target: LLMEngine) -> dict[str, Any]:
+        def open_import(target: MovingEngine) -> dict[str, Any]:
             if longest > target.max_model_len:
                 reason = f"it may grow to {longest} tokens, and there is room for {target.max_model_len}"
                 raise StateRefused(request, reason)
@@ -245,7 +246,7 @@ class Arriving:
         told = ["moved", request, move.epoch, output_ids, host.id, self._worker.address, message["node"], message["record"]]
         arrived = Arrived(request, move.front_door, move.epoch, move.use, move.adapter, told)
 
-        def commit(engine: LLMEngine) -> None:
+        def commit(engine: MovingEngine) -> None:
             engine.import_commit(request, move.epoch, state, kv)
             # Before the outputs of its first step, which come to the loop after this.
             self._loop.call_soon_threadsafe(host.arrived, arrived)

@@ -17,12 +17,12 @@ class InputLedger:
         self._open: dict[str, set[str]] = {}
 
     def begin(
-        self, request_id: str, inputs: Iterable[tuple[int, Iterable[int]]], dimensions: int | None
+        self, request_id: str, inputs: Iterable[tuple[int, Iterable[int]]], dimensions: int | None, epoch: int = 0
     ) -> list[EmbeddingSequence]:
-        """What to give to the engine: one sequence for each of `inputs`, (index, token ids)."""
+        """What to give to the engine: one sequence for each of `inputs`, (index, token ids). `epoch`: of the dispatch."""
         sequences = []
         for index, token_ids in inputs:
-            sequence = embedding_sequence(f"{request_id}#{index}", list(token_ids), dimensions)
+            sequence = embedding_sequence(f"{request_id}#{epoch}#{index}", list(token_ids), dimensions)
             self._inputs[sequence.request_id] = request_id, index
             self._open.setdefault(request_id, set()).add(sequence.request_id)
             sequences.append(sequence)

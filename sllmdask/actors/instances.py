@@ -129,6 +129,8 @@ class Instance(Movable):
         self._returning: set[asyncio.Task[None]] = set()
         #: Grammars of requests that the engine will get.
         self._compiling: set[asyncio.Task[None]] = set()
+        #: Requests that go on here, and wait until the engine has dropped what it may have had of them.
+        self._clearing: set[asyncio.Task[None]] = set()
         #: Set while there is none.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -353,6 +355,7 @@ class Instance(Movable):
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
+        self._drop(request_id)
         if group and not output_ids:
             leader = self._leaders.setdefault(group, request_id)
             sequence.leader = None if leader == request_id else leader
@@ -360,12 +363,42 @@ class Instance(Movable):
         if adapter is not None:
             self._adapter_of[request_id] = adapter
         self._idle.clear()
-        if adapter is None:
-            self._begin(sequence, self._engine, (front_door, epoch))
+        if epoch:
+            clearing = asyncio.create_task(self._submit_again(adapter, sequence, (front_door, epoch), self._engine))
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
         else:
-            waiting = asyncio.create_task(self._submit_with(adapter, sequence, (front_door, epoch)))
-            self._waiting_for_adapters.add(waiting)
-            waiting.add_done_callback(self._waiting_for_adapters.discard)
+            self._prepare(adapter, sequence, self._engine, (front_door, epoch))
+
+    async def _submit_again(
+        self, adapter: tuple[str, str] | None, sequence: TokenSequence, waiting: tuple[str, int], engine: EngineThread
+    ) -> None:
+        """Continue a request of which the engine may have another copy: one that a move has brought, or that is being cancelled.
+
+        That one ends first: nothing is heard of it afterwards.
+        """
+        request_id = sequence.request_id
+        failure: SllmError | None = None
+        try:
+            await asyncio.wrap_future(engine.call(lambda target: target.abort(request_id)))
+        except SllmError as error:
+            failure = error
+        if self._requests.get(request_id) != waiting:
+            return  # cancelled, or answered because the instance is gone
+        if failure is None:
+            self._prepare(adapter, sequence, engine, waiting)
+        else:
+            self._answer_error(request_id, failure)
+
+    def _prepare(
+        self, adapter: tuple[str, str] | None, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]
+    ) -> None:
+        if adapter is None:
+            self._begin(sequence, engine, waiting)
+        else:
+            task = asyncio.create_task(self._submit_with(adapter, sequence, waiting))
+            self._waiting_for_adapters.add(task)
+            task.add_done_callback(self._waiting_for_adapters.discard)
 
     def _begin(self, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]) -> None:
         if sequence.params.grammar is None:
@@ -444,7 +477,7 @@ class Instance(Movable):
         self._requests[request_id] = (front_door, epoch)
         self._idle.clear()
         try:
-            for sequence in self._inputs.begin(request_id, inputs, dimensions):
+            for sequence in self._inputs.begin(request_id, inputs, dimensions, epoch):
                 self._engine.submit(sequence)
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._stop_embedding(request_id, error)
@@ -452,7 +485,7 @@ class Instance(Movable):
     def cancel(self, request_id: str) -> None:
         if self._forget(request_id) and self._engine is not None:
             for each in (request_id, *self._inputs.end(request_id)):
-                self._engine.abort(each)
+                self._engine.drop(each)
 
     def abort(self, error: SllmError) -> int:
         """End all requests with `error`, and answer every further one so; returns how many there were."""
@@ -477,8 +510,8 @@ class Instance(Movable):
             return
         for output in outputs:
             waiting = self._requests.get(output.request_id)
-            if waiting is None:
-                continue
+            if waiting is None or output.request_id not in self._handed_over:
+                continue  # of nobody, or of a copy that was dropped
             if output.error is not None and self._hold_back(output.request_id, output.error):
                 continue
             front_door, epoch = waiting
@@ -520,7 +553,7 @@ class Instance(Movable):
         """One of its inputs failed: nobody waits for the others."""
         for input_id in self._inputs.end(request_id):
             if self._engine is not None:
-                self._engine.abort(input_id)
+                self._engine.drop(input_id)
         self._answer_error(request_id, error)
 
     async def _give_back(self, request_id: str, waiting: tuple[str, int]) -> None:
@@ -543,6 +576,13 @@ class Instance(Movable):
         self._registry.lost(self, error)
 
     def _forget(self, request_id: str) -> bool:
+        known = self._drop(request_id)
+        if not self._requests and not self._expected:
+            self._idle.set()
+        return known
+
+    def _drop(self, request_id: str) -> bool:
+        """Let go of what a request has here; whether it was here. Another one of its name may follow."""
         known = self._requests.pop(request_id, None) is not None
         use = self._uses.pop(request_id, None)
         if use is not None and self._adapters is not None:
@@ -551,8 +591,6 @@ class Instance(Movable):
         self._adapter_of.pop(request_id, None)
         for group in [group for group, leader in self._leaders.items() if leader == request_id]:
             del self._leaders[group]
-        if not self._requests and not self._expected:
-            self._idle.set()
         return known
 
     def _answer_error(self, request_id: str, error: SllmError) -> None:
@@ -612,6 +650,8 @@ class InstanceRegistry:
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
         self.moves = Moves(self, move_bytes_per_s)
+        #: Requests that front doors do not want to come any more.
+        self._recalling: set[asyncio.Task[None]] = set()
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
@@ -812,10 +852,19 @@ class InstanceRegistry:
                 instance = self._instances.get(instance_id)
                 if instance is not None:
                     instance.cancel(request_id)
+            case ["recall", request_id, epoch]:
+                recalling = asyncio.create_task(self._recall(front_door, request_id, epoch))
+                self._recalling.add(recalling)
+                recalling.add_done_callback(self._recalling.discard)
             case ["ping", number]:
                 self.send(front_door, ["pong", number])
             case _:
                 logger.warning("unknown message from front door %s: %r", front_door, message[:1])
+
+    async def _recall(self, front_door: str, request_id: str, epoch: int) -> None:
+        """See to it that a request does not come whose worker is gone. What has come by now was told of before this answer."""
+        answer = await self.moves.recall(request_id, epoch)
+        self.send(front_door, ["recalled", request_id, epoch, answer])
 
     # --- reports ---
 

@@ -23,7 +23,9 @@ from sllmdask.actors.streams import Message
 from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.handover import BEGIN, SOURCE, Do, Heard, Source, Turn
 from sllmdask.batching.precopy import Kind, MoveCosts, is_last_round, is_last_stage
-from sllmdask.engine.engine import EngineThread, LLMEngine
+from sllmdask.batching.protocol import MovingEngine
+from sllmdask.batching.sequence import Sequence
+from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import SllmError, StateRefused
 from sllmdask.loader.peer_wire import PeerBusy, Refused, Wire, dial
 
@@ -183,6 +185,7 @@ class Leaving:
         self._gone, self._closing = threading.Event(), threading.Event()
         self._stopping = False
         self._kind = Kind.KV
+        self._sequence: Sequence | None = None
         self._manifest: dict[str, Any] = {}
         self._frozen: dict[str, Any] = {}
         self._began_at = self._stopped_at = 0.0
@@ -270,16 +273,21 @@ class Leaving:
                 self._call(lambda engine: engine.export_commit(self.order.request, self.ticket.epoch))
         return None
 
-    def _call(self, run: Callable[[LLMEngine], T]) -> T:
+    def _call(self, run: Callable[[MovingEngine], T]) -> T:
         return self._engine.call(run).result()
+
+    def _find(self, engine: MovingEngine) -> Sequence | None:
+        """The request, if it is still here. One of its name that was begun anew is another one."""
+        sequence = engine.find(self.order.request)
+        return sequence if sequence is self._sequence else None
 
     # --- messages ---
 
     def _reserve(self) -> Heard:
         request, epoch = self.order.request, self.ticket.epoch
 
-        def open_export(engine: LLMEngine) -> tuple[dict[str, Any], dict[str, Any]] | None:
-            sequence = engine.find(request)
+        def open_export(engine: MovingEngine) -> tuple[dict[str, Any], dict[str, Any]] | None:
+            sequence = self._sequence = engine.find(request)
             if sequence is None:
                 return None
             params = sequence.params
@@ -356,12 +364,12 @@ class Leaving:
             self._sent(len(data), len(data))
         return heard
 
-    def _read(self, max_blocks: int) -> Callable[[LLMEngine], tuple[dict[str, Any], int, int] | None]:
+    def _read(self, max_blocks: int) -> Callable[[MovingEngine], tuple[dict[str, Any], int, int] | None]:
         """Reads a chunk: it, and the tokens and full blocks that there are."""
         request, epoch, since = self.order.request, self.ticket.epoch, self._since
 
-        def read(engine: LLMEngine) -> tuple[dict[str, Any], int, int] | None:
-            sequence = engine.find(request)
+        def read(engine: MovingEngine) -> tuple[dict[str, Any], int, int] | None:
+            sequence = self._find(engine)
             if sequence is None:
                 return None
             n_full = max(sequence.n_computed, sequence.n_parked) // engine.settings.block_size
@@ -371,13 +379,12 @@ class Leaving:
 
     def _give_tokens(self) -> Heard:
         """What the destination has not been told, once it has computed what it was; or, when that is little, the stop."""
-        request = self.order.request
         told, n_computed = self._n_told, int(self._reply.get("n_tokens", 0))
         if told is not None and n_computed < told - 1:
             return self._ask("append", tokens=[], since=told)
 
-        def look(engine: LLMEngine) -> list[int] | None:
-            sequence = engine.find(request)
+        def look(engine: MovingEngine) -> list[int] | None:
+            sequence = self._find(engine)
             return None if sequence is None else sequence.token_ids(told or 0, sequence.n_tokens)
 
         tail = self._call(look)
@@ -417,8 +424,8 @@ class Leaving:
             return heard
         in_tokens = self._kind is Kind.TOKENS
 
-        def freeze(engine: LLMEngine) -> tuple[dict[str, Any], float] | None:
-            sequence = engine.find(request)
+        def freeze(engine: MovingEngine) -> tuple[dict[str, Any], float] | None:
+            sequence = self._find(engine)
             if sequence is None:
                 return None
             since = (sequence.n_tokens - 1) // engine.settings.block_size if in_tokens else self._since

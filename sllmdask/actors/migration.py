@@ -151,6 +151,20 @@ class Moves:
     def has_door(self, front_door: str) -> bool:
         return self._registry.has_door(front_door)
 
+    # --- requests that come ---
+
+    async def recall(self, request: str, epoch: int) -> str:
+        """Give a move up that has not come to its end, as its source would; the answer that it would have.
+
+        Once that is ``aborted``, nothing that still comes of the move makes the request run here.
+        """
+        if self._arriving is None:
+            return "unknown"
+        cause = "its front door has lost the worker that it was to come from"
+        message = {"op": "abort", "request": request, "epoch": epoch, "to": None, "cause": cause}
+        reply = await asyncio.to_thread(self._arriving.answer, message, b"")
+        return str(reply["answer"])
+
     # --- requests that leave ---
 
     async def move(self, instance: str, order: Order) -> MoveRecord:

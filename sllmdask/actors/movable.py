@@ -13,6 +13,7 @@ from sllmdask.actors.adapters import AdapterUse, InstanceAdapters
 from sllmdask.actors.arriving import Arrived
 from sllmdask.actors.backends import FilesLease
 from sllmdask.actors.leaving import Leaving, MoveRecord, Ticket
+from sllmdask.batching.protocol import EngineProtocol, MovesRequests
 from sllmdask.engine.engine import EngineThread
 from sllmdask.errors import AdapterUnsupported, InstanceGone, SllmError, StateRefused
 from sllmdask.loader.records import HostLease
@@ -54,6 +55,9 @@ class Movable:
     def _forget(self, request_id: str) -> bool:
         raise NotImplementedError
 
+    def _drop(self, request_id: str) -> bool:
+        raise NotImplementedError
+
     def _answer_error(self, request_id: str, error: SllmError) -> None:
         raise NotImplementedError
 
@@ -78,8 +82,8 @@ class Movable:
             if not self._has_identity:
                 tensors = lease.tensors
 
-                def identify(target: Any) -> None:
-                    if tensors is None or not hasattr(target, "import_tokens"):
+                def identify(target: EngineProtocol) -> None:
+                    if not isinstance(target, MovesRequests):
                         raise StateRefused("", f"what runs {self.id!r} cannot give requests away, nor take them")
                     target.identify(tensors)
 
@@ -139,6 +143,8 @@ class Movable:
         leaving = self._leaving.get(request_id)
         if leaving is None or not leaving.stopped:
             return False
+        if self._requests.get(request_id) != (leaving.ticket.front_door, leaving.ticket.stream_epoch):
+            return False  # what is here now was begun anew, and has nothing to do with that move
         self._held_back[request_id] = error
         return True
 
@@ -173,12 +179,15 @@ class Movable:
     def arrived(self, arrived: Arrived) -> None:
         """A request runs here from now on."""
         request_id = arrived.request
-        if self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
-            if self._engine is not None:
-                self._engine.abort(request_id)
+        _, known = self._requests.get(request_id, ("", -1))
+        if known > arrived.epoch or self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
+            # Begun anew here, it drops what the engine has of it by itself.
+            if self._engine is not None and known < arrived.epoch:
+                self._engine.drop(request_id)
             if arrived.use is not None:
                 self.release_adapter(arrived.use)
         else:
+            self._drop(request_id)
             self._requests[request_id] = (arrived.front_door, arrived.epoch)
             self._handed_over.add(request_id)
             if arrived.use is not None and arrived.adapter is not None:

@@ -414,6 +414,19 @@ def a_request_that_moves_goes_on_where_it_was(subject: Subject) -> None:
             same(expected, source.answers | target.answers, f"when {name} moved after {n_steps} steps")
 
 
+def a_request_that_moves_by_its_tokens_goes_on_where_it_was(subject: Subject) -> None:
+    expected = answers_alone(subject, [*subject.crowd(), subject.ask("t0", 30)])
+    for name, n_steps in (("r4", 0), ("r3", 4)):
+        with pair(subject) as (source, target):
+            source.add(*subject.crowd())
+            target.add(subject.ask("t0", 30))
+            source.step(n_steps)
+            _hand_over(source, target, name)
+            source.drain()
+            target.drain()
+            same(expected, source.answers | target.answers, f"when {name} was computed elsewhere after {n_steps} steps")
+
+
 def a_move_that_is_called_off_changes_nothing(subject: Subject) -> None:
     expected = answers_alone(subject, subject.crowd())
     with pair(subject) as (source, target):
@@ -531,6 +544,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
     ),
     "moves": (
         a_request_that_moves_goes_on_where_it_was,
+        a_request_that_moves_by_its_tokens_goes_on_where_it_was,
         a_move_that_is_called_off_changes_nothing,
         a_receiver_refuses_what_is_damaged,
         an_abort_ends_a_move,
@@ -558,6 +572,42 @@ def _move(source: Listener, target: Listener, name: str, epoch: int = 1) -> None
     require(target.engine.import_commit(name, epoch, frozen["state"], frozen["kv"]) is True, f"{name} was there before it came")
     require(target.engine.import_commit(name, epoch, frozen["state"]) is False, "a move was committed twice by who receives it")
     require(source.engine.export_commit(name, epoch) is True, f"{name} has moved, and the sender says that it had before")
+    source.quiet.clear()
+    target.adopt(source, name)
+
+
+def _hand_over(source: Listener, target: Listener, name: str) -> None:
+    """Move a request while both engines run; the receiver computes its KV from its tokens."""
+    receiver: Any = target.engine
+    ticket = receiver.import_open(_plain("a manifest", source.engine.export_open(name, 1)), tokens_will_do=True)
+    require("kv_refused" in ticket, "a receiver does not say whether it takes KV")
+    receiver.import_extend(name, 1, 64)
+    n_known = receiver.import_tokens(name, 1)["n_known"]
+    for _ in range(3):
+        source.step()
+        target.step()
+        sequence = source.engine.find(name)
+        assert sequence is not None
+        tail = sequence.token_ids(n_known, sequence.n_tokens)
+        with refused("tokens were taken, and those before them are missing", StateRefused):
+            receiver.import_tokens(name, 1, n_known + 1, [0])
+        for _ in range(2):
+            known = receiver.import_tokens(name, 1, n_known, tail)
+            require(known["n_known"] == n_known + len(tail), f"told twice of {n_known + len(tail)} tokens, it knows {known}")
+        n_known += len(tail)
+    for _ in range(64):
+        if (known := receiver.import_tokens(name, 1))["n_tokens"] >= n_known - 1:
+            break
+        require(target.engine.has_work, f"{n_known} tokens are to be computed, but the engine has no work")
+        target.step()
+    require(known["n_tokens"] == n_known - 1, f"after 64 steps, {known['n_tokens']} of {n_known - 1} tokens are computed")
+    stats = source.engine.stats()
+    require(isinstance(stats, EngineStats), "an engine whose requests move does not tell of its blocks")
+    assert isinstance(stats, EngineStats)
+    frozen = _plain("a state", source.engine.export_freeze(name, 1, (n_known - 1) // stats.block_size))
+    source.quiet.add(name)
+    require(receiver.import_commit(name, 1, frozen["state"]) is True, f"{name} was there before it came")
+    require(source.engine.export_commit(name, 1) is True, f"{name} has moved, and the sender says that it had before")
     source.quiet.clear()
     target.adopt(source, name)
 

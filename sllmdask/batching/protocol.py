@@ -13,7 +13,7 @@ raises ends the engine: every request of it gets that error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -250,14 +250,33 @@ class MovesRequests(Protocol):
     """An engine that gives and takes the state of a request as a value of plain msgpack types.
 
     The sender: :meth:`export_open`, :meth:`export_read` as often as there is something new, :meth:`export_freeze` for the rest,
-    then :meth:`export_commit` or :meth:`export_abort`. The receiver: :meth:`import_open`, :meth:`import_write` for each piece,
-    then :meth:`import_commit` or :meth:`import_abort`. A move is told by (request id, epoch): the same call again has the same
+    then :meth:`export_commit` or :meth:`export_abort`. The receiver: :meth:`import_open`, :meth:`import_write` for each piece of
+    KV, or :meth:`import_tokens` to compute it here, then :meth:`import_commit` or :meth:`import_abort`.
+
+    A move is told by (request id, epoch): the same call again has the same
     result, and one of an epoch that is over is refused. Up to :meth:`export_freeze` the sender answers on, and after
     :meth:`export_abort` again; from :meth:`import_commit` on the receiver does.
 
     All raise :class:`~sllmdask.errors.StateRefused` where the state cannot be given or taken: of another kind of engine, damaged,
-    no room, no such move. Nothing has changed then.
+    no room, no such move. Nothing has changed then. :meth:`EngineProtocol.stats` is an :class:`EngineStats`.
     """
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a request may have here, prompt and answer."""
+        ...
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast prompts are computed; ``None``: that is not known yet."""
+        ...
+
+    def identify(self, tensors: Mapping[str, Any] | None) -> None:
+        """Know what the weights are, so that a state of others is refused; called once, before the first move.
+
+        `tensors`: those of the checkpoint, all there; ``None`` where the backend has read them itself.
+        """
+        ...
 
     def export_open(self, request_id: str, epoch: int) -> dict[str, Any]:
         """A manifest: what is about to come, with the tokens so far as ``token_ids``."""
@@ -279,8 +298,23 @@ class MovesRequests(Protocol):
         """The request stays, and goes on if it was stopped. ``False`` if nothing was under way."""
         ...
 
-    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
-        """Reserve room for `n_tokens` tokens; ``{"request_id", "epoch", "since_block", ...}``: the block that is needed first."""
+    def import_open(
+        self, manifest: Mapping[str, Any], n_tokens: int | None = None, *, tokens_will_do: bool = False
+    ) -> dict[str, Any]:
+        """Reserve room for `n_tokens` tokens; ``{"request_id", "epoch", "since_block", "kv_refused"}``: the block that is needed
+        first, and, where `tokens_will_do`, why KV cannot be taken, only tokens; ``None``: it can."""
+        ...
+
+    def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
+        """Reserve room for `n_tokens` tokens in all."""
+        ...
+
+    def import_tokens(self, request_id: str, epoch: int, since: int = 0, token_ids: Iterable[int] = ()) -> dict[str, Any]:
+        """Compute KV here, beside what runs: that of the manifest's tokens, then of `token_ids`, which begin at token `since`.
+
+        ``{"n_known", "n_tokens"}``: the tokens that are known, and of how many from the first on the KV is here; that of the last
+        one is not computed. What is known already is not added again.
+        """
         ...
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,3 +328,7 @@ class MovesRequests(Protocol):
     def import_abort(self, request_id: str, epoch: int) -> bool:
         """The request does not come. ``False`` if nothing was under way."""
         ...
+
+
+class MovingEngine(EngineProtocol, MovesRequests, Protocol):
+    """An engine whose requests can move: what both halves of a move need."""

@@ -15,7 +15,6 @@ from sllmdask.batching.blocks import BlockPool, block_digest, blocks_for
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.errors import ContextTooLong, InvalidRequest
 
-
 #: Of the tokens of prefill beside decodes, the part that sequences which arrive may have: one in so many.
 ARRIVING_SHARE = 4
 
@@ -451,8 +450,15 @@ class BatchScheduler:
         bisect.insort(self._running, sequence, key=self._urgency)
         return True
 
-    def refuse(self, incoming: Incoming) -> None:
-        """The sequence does not come: what it had here is free again."""
+    def refuse(self, incoming: Incoming, sequence: Sequence | None = None) -> None:
+        """The sequence does not come: what it had here is free again.
+
+        With `sequence`, whose first ``n_computed`` tokens have their KV in the blocks of `incoming`, others can find it there:
+        the same request too, if it is begun anew because the engine that it was to come from is gone.
+        """
+        if sequence is not None:
+            sequence.block_table = incoming.blocks
+            self._register(sequence, incoming.n_shared)
         self._drop(incoming)
         self.pool.release(incoming.blocks)
 

@@ -41,11 +41,31 @@ class Following:
     #: When a token came last, and of which epoch; pauses between epochs by the epoch that they ended in.
     _heard: tuple[float, int] | None = None
     _pauses_ms: dict[int, float] = field(default_factory=dict)
+    #: Which worker speaks under which epoch, by what was heard, followed to or not; and the epochs whose worker was lost since.
+    _speakers: dict[int, str] = field(default_factory=dict)
+    _lost: set[int] = field(default_factory=set)
 
     @property
     def waits(self) -> bool:
         """Whether the request is elsewhere already, and tokens of the instance before are still to come."""
         return bool(self._arrivals)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the instance that is followed was lost. Another process may be at the address of its worker by now."""
+        return self.journal.epoch in self._lost
+
+    def announced(self, message: Message) -> None:
+        """A message of a move came in; it may be followed much later, when the client has read what is before it."""
+        match message:
+            case ["moved", _, epoch, _, _, worker, *_] | ["stayed", _, _, epoch, _, worker, *_]:
+                self._speakers[epoch] = worker
+
+    def lose(self, worker: str) -> None:
+        """The connection to `worker` has ended, and with it what it does for the request."""
+        self._lost |= {epoch for epoch, speaker in self._speakers.items() if speaker == worker}
+        if self.journal.worker == worker:
+            self._lost.add(self.journal.epoch)
 
     def heard(self, epoch: int, at: float) -> None:
         """A message with tokens of `epoch` came in at `at` seconds."""
@@ -111,6 +131,11 @@ class Following:
         self._arrivals, self.going_to = [], None
         self._go_to(epoch, worker, instance, record["source"], record)
         return unwanted
+
+    @property
+    def nearest(self) -> str | None:
+        """The worker, besides the journal's, that has most of what was computed for the request."""
+        return str(self._arrivals[-1][0][5]) if self._arrivals else self.going_to
 
     def elsewhere(self) -> list[Stop]:
         """Instances besides the journal's that have the request."""

@@ -507,17 +507,25 @@ class Gateway(Lookout):
                 return []
             case ["moved", *_]:
                 self._stop(active.key, active.following.moved(message))
-                if active.following.waits and journal.worker not in self._links:
-                    self._say_lost(active, journal.worker, journal.epoch)
+                if active.following.waits:
+                    self._look_after(active)
                 return self._go_over(active)
             case ["stayed", *_]:
+                instance = journal.instance
                 self._stop(active.key, active.following.stayed(message))
+                if journal.instance != instance:
+                    self._tell(["at", active.key, journal.instance])
+                self._look_after(active)
             case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
                 # If it cannot speak to us, nobody does.
                 loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
                 loop.call_later(MOVING_S if worker in self._links else 0, active.inbox.put_nowait, lost)
             case ["missing", _, epoch, worker] if epoch > journal.epoch and not active.following.waits:
                 self._fail(active, WorkerLost(worker))
+                return [Progress("queued", f"waiting for {journal.request.model}")]
+            case ["recalled", _, epoch, _] if epoch == journal.epoch + 1 and not active.following.waits:
+                # It is not where it was going to, and will not come there.
+                self._fail(active, WorkerLost(str(journal.worker)))
                 return [Progress("queued", f"waiting for {journal.request.model}")]
             case ["embeddings", _, epoch, vectors]:
                 return self._accept_vectors(active, epoch, vectors)
@@ -532,13 +540,27 @@ class Gateway(Lookout):
 
     def _go_over(self, active: _Active) -> list[GatewayEvent]:
         """Follow what the instance has said that the request went to, once nothing is missing from the one before."""
-        if active.journal.state == "finished":
+        journal = active.journal
+        if journal.state == "finished":
             return []
-        epoch = active.journal.epoch
+        epoch = journal.epoch
         held = active.following.settled()
-        if active.journal.epoch != epoch and active.journal.worker not in self._links:
-            self._say_lost(active, active.journal.worker, active.journal.epoch)
-        return [event for message in held for event in self._follow(active, message)]
+        if journal.epoch != epoch:
+            # Who moved it may have died before it could say so.
+            self._tell(["at", active.key, journal.instance])
+            self._look_after(active)
+        events: list[GatewayEvent] = []
+        for message in held:
+            events += self._follow(active, message)
+            if journal.state == "finished":  # by a stop string: what comes after it is not of the answer
+                break
+        return events
+
+    def _look_after(self, active: _Active) -> None:
+        """Say so if the instance that is followed was lost before it was followed."""
+        journal = active.journal
+        if active.following.lost or journal.worker not in self._links:
+            self._say_lost(active, journal.worker, journal.epoch)
 
     def _stop(self, key: str, stops: list[Stop]) -> None:
         for stop in stops:
@@ -635,10 +657,11 @@ class Gateway(Lookout):
                 error.code,
             )
         self._stop(active.key, active.following.elsewhere())
+        near = active.following.nearest
         active.following = Following(journal)
         lost = journal.instance
         journal.begin_anew()
-        self._ask_for_place(active, "returned", lost)
+        self._ask_for_place(active, "returned", lost, near)
 
     def _check_revision(self, active: _Active) -> None:
         """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
@@ -665,11 +688,14 @@ class Gateway(Lookout):
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
-    def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None) -> None:
-        """Have the request wait; `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved."""
+    def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None, near: str | None = None) -> None:
+        """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved; `near`: the
+        worker that has most of what was computed for it."""
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
         told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
+        if near is not None:
+            told["near"] = near
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
@@ -744,9 +770,10 @@ class Gateway(Lookout):
                         active.following.heard(message[2], asyncio.get_running_loop().time())
                     if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
-            case ["moving" | "moved" | "stayed" | "left", key, *_]:
+            case ["moving" | "moved" | "stayed" | "left" | "recalled", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
+                    active.following.announced(message)
                     active.inbox.put_nowait(message)
                 elif message[0] == "moved":
                     # Its client left while it was on its way.
@@ -762,9 +789,14 @@ class Gateway(Lookout):
             del self._links[link.worker]
         for active in self._active.values():
             journal, following = active.journal, active.following
+            following.lose(link.worker)
             if journal.worker == link.worker and (following.going_to in (None, link.worker) or following.waits):
                 self._say_lost(active, link.worker, journal.epoch)
-            elif journal.worker == link.worker:  # the request may be elsewhere already, and is about to say so
+            elif journal.worker == link.worker:
+                # The request may be elsewhere already, and is about to say so. If it is not, it is not to come there any more.
+                going_to = self._links.get(following.going_to or "")
+                if going_to is not None:
+                    going_to.send(["recall", active.key, journal.epoch + 1])
                 asyncio.get_running_loop().call_later(MOVING_S, self._say_lost, active, link.worker, journal.epoch)
 
     def _say_lost(self, active: _Active, worker: str | None, epoch: int) -> None:

@@ -394,12 +394,13 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         match message:
             case ["request" | "returned" as what, request_id, model, priority, deadline_s, told]:
                 self.observer.log.told(request_id, told)
+                near = told.get("near", "")
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and (running := self.controller.running.get(request_id)) is not None:
                     if told["lost"] not in (None, running.instance):  # what it has left has done nothing wrong
                         self.on(ev.RequestMoved(now, request_id, told["lost"]))
                     self.moves_seen.no_more(request_id)
-                    self.on(ev.RequestReturned(now, request_id, now + deadline_s))
+                    self.on(ev.RequestReturned(now, request_id, now + deadline_s, near))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
                 request = RequestView(
@@ -411,6 +412,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     priority,
                     n_tokens=told["n_prompt_tokens"],
                     max_new_tokens=told["max_new_tokens"],
+                    near=near,
                 )
                 self.on(ev.RequestArrived(now, request))
             case ["ended", request_id, told]:
@@ -426,6 +428,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 grown = {key: n for key, n in counts.items() if key in known and n > known[key].n_output}
                 if grown:
                     self.on(ev.TokensCounted(now, grown))
+            case ["at", request_id, instance]:
+                self.on(ev.RequestMoved(now, request_id, instance))
             case ["read", instance]:
                 self._progress.is_read(instance)
             case ["rows", number, rows]:

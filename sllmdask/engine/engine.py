@@ -384,8 +384,10 @@ class LLMEngine:
     def model_id(self, model_id: str) -> None:
         self._transfer.model_id = model_id
 
-    def identify(self, tensors: Mapping[str, Tensor]) -> None:
+    def identify(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Set :attr:`model_id` by the weights, of which `tensors` are those of the checkpoint, all of them arrived."""
+        if tensors is None:
+            raise StateRefused("", "its weights cannot be told from others")
         self.model_id = weights_id(tensors, str(self._runner.dtype))
 
     def park(self, request_id: str) -> bool:
@@ -801,6 +803,11 @@ class EngineThread:
         """Drop a request; its last output has the reason ``abort``. One that has ended already is left alone."""
         with suppress(InstanceGone):
             self._send(_Abort(request_id))
+
+    def drop(self, request_id: str) -> None:
+        """As :meth:`abort`, without a last output, which could be taken for that of another request of the same name."""
+        with suppress(InstanceGone):
+            self.call(lambda engine: engine.abort(request_id))
 
     def call(self, run: Callable[[Any], T]) -> Future[T]:
         """Run something between two steps, in the engine's thread; ``call(LLMEngine.stats)`` for instance."""

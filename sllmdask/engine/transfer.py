@@ -321,6 +321,8 @@ class Transfer:
         """The KV of `sequence` could not be computed here: if it is one that comes from elsewhere, it does not come."""
         for request_id, entry in list(self._imports.items()):
             if entry.incoming.sequence is sequence:
+                # What went wrong may be in its blocks.
+                entry.n_tokens = sequence.n_computed = 0
                 self.import_abort(request_id, entry.manifest.epoch)
 
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
@@ -358,7 +360,13 @@ class Transfer:
         if entry is None or entry.manifest.epoch != epoch:
             return False
         del self._imports[request_id]
-        self._scheduler.refuse(entry.incoming)
+        known = entry.incoming.sequence
+        if known is None:
+            offered = entry.manifest
+            known = Sequence(request_id, offered.token_ids, SamplingParams(), salt=offered.salt)
+        # Its source knows tokens that were never told here.
+        known.n_computed = min(max(entry.n_tokens, known.n_computed), known.n_tokens)
+        self._scheduler.refuse(entry.incoming, known)
         self._remember("import", request_id, epoch, committed=False)
         return True
 

@@ -29,7 +29,7 @@ from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.choosers import CHOOSERS
 from sllmdask.policy.claims import Awaited, Claims
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Refuse, ReportLoaded, WakeAt
-from sllmdask.policy.dispatch import least_requests, takes_requests
+from sllmdask.policy.dispatch import nearest, takes_requests
 from sllmdask.policy.draining import Drainer
 from sllmdask.policy.fleet import Fleet
 from sllmdask.policy.learned import ServiceTime
@@ -218,8 +218,8 @@ class Controller:
                 return self._admit(request)
             case ev.RequestEnded(request=request_id, n_tokens=n_tokens):
                 self._end(request_id, at, served=True, n_tokens=n_tokens)
-            case ev.RequestReturned(request=request_id, deadline_at=deadline_at):
-                return self._return(request_id, at, deadline_at)
+            case ev.RequestReturned(request=request_id, deadline_at=deadline_at, near=near):
+                return self._return(request_id, at, deadline_at, near)
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
@@ -390,7 +390,7 @@ class Controller:
                 n_requests = instance.n_requests + change
                 self.state.put_instance(replace(instance, n_requests=n_requests, idle_since=at if n_requests == 0 else None))
 
-    def _return(self, request_id: str, at: float, deadline_at: float | None) -> list[Decision]:
+    def _return(self, request_id: str, at: float, deadline_at: float | None, near: str) -> list[Decision]:
         """The request waits again. Its instance gets no other one and is unloaded, should the worker be alive after all; if it
         was preempted, its instance has done nothing wrong."""
         if request_id not in self.running:
@@ -403,7 +403,13 @@ class Controller:
             self.fleet.drain(instance, "replaced", at)
         deadline_at = request.deadline_at if deadline_at is None else deadline_at
         request = replace(
-            request, instance=None, dispatched_at=None, deadline_at=deadline_at, n_output_before=request.n_output, counted_at=None
+            request,
+            instance=None,
+            dispatched_at=None,
+            deadline_at=deadline_at,
+            n_output_before=request.n_output,
+            counted_at=None,
+            near=near,
         )
         self._enqueue(request)
         if request.model not in self.models:
@@ -481,10 +487,13 @@ class Controller:
                 request = self.waiting[request_id]
                 if request.load_only:
                     continue
-                instance = least_requests(
-                    each
-                    for each in self.instances_of(model)
-                    if takes_requests(each, self.settings.max_requests) and not self.claims.closed(each.id, request)
+                instance = nearest(
+                    request.near,
+                    (
+                        each
+                        for each in self.instances_of(model)
+                        if takes_requests(each, self.settings.max_requests) and not self.claims.closed(each.id, request)
+                    ),
                 )
                 if instance is None:  # more is closed to those behind it, never less
                     break

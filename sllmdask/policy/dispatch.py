@@ -13,6 +13,12 @@ def takes_requests(instance: InstanceView, max_requests: int) -> bool:
     return ready and instance.n_requests + instance.n_arriving < max_requests
 
 
+def nearest(worker: str, instances: Iterable[InstanceView]) -> InstanceView | None:
+    """The instance on `worker`, which has most of what was computed for the request; without one, :func:`least_requests`."""
+    there = list(instances)
+    return least_requests(each for each in there if each.worker == worker) or least_requests(there)
+
+
 def least_requests(instances: Iterable[InstanceView]) -> InstanceView | None:
     """The instance with the fewest requests; ties by id."""
     return min(instances, key=lambda instance: (instance.n_requests + instance.n_arriving, instance.id), default=None)

@@ -89,12 +89,14 @@ class RequestEnded:
 class RequestReturned:
     """The instance of the request is gone: it takes its old place in the queue again, to begin or to go on with what it has.
 
-    It may wait there until `deadline_at`; ``None``: until its deadline of before.
+    It may wait there until `deadline_at`; ``None``: until its deadline of before. The worker `near` has most of what was computed
+    for it.
     """
 
     at: float
     request: str
     deadline_at: float | None = None
+    near: str = ""
 
 
 @dataclass(frozen=True)

@@ -144,3 +144,5 @@ class RequestView:
     n_output: int = 0
     counted_at: float | None = None
     n_output_before: int = 0
+    #: The worker that has most of what was computed for it, where it goes on if it can. Empty: none.
+    near: str = ""

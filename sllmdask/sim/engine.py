@@ -144,6 +144,13 @@ class CostModelEngine:
         return self._scheduler.max_model_len
 
     @property
+    def prefill_tokens_per_s(self) -> float:
+        return 1 / self.costs.prefill_s_per_token
+
+    def identify(self, tensors: Mapping[str, Any] | None) -> None:
+        """Its weights are its numbers: :attr:`model_id` is what it was set to."""
+
+    @property
     def has_work(self) -> bool:
         return not self._paused and self._scheduler.has_work
 
@@ -425,7 +432,13 @@ class CostModelEngine:
 
     # --- requests that enter -------------------------------------------------------------------------------------------
 
-    def import_open(self, manifest: Mapping[str, Any], n_tokens: int | None = None) -> dict[str, Any]:
+    def import_open(
+        self,
+        manifest: Mapping[str, Any],
+        n_tokens: int | None = None,
+        *,
+        tokens_will_do: bool = False,  # noqa: ARG002
+    ) -> dict[str, Any]:
         request_id = str(manifest.get("request_id", ""))
         self._refuse_stopped(request_id)
         _refuse_format(request_id, manifest)
@@ -452,6 +465,7 @@ class CostModelEngine:
             "epoch": epoch,
             "since_block": len(entering.kv) // entering.block_size,
             "same_numerics": True,
+            "kv_refused": None,
         }
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
@@ -469,18 +483,42 @@ class CostModelEngine:
         entering.kv += kv[len(entering.kv) - first :]
         return {"n_tokens": len(entering.kv), "since_block": len(entering.kv) // entering.block_size}
 
+    def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
+        if not self._scheduler.extend(self._entering_in(request_id, epoch).incoming, n_tokens):
+            raise StateRefused(request_id, f"there is no room for {n_tokens} tokens")
+
+    def import_tokens(self, request_id: str, epoch: int, since: int = 0, token_ids: Iterable[int] = ()) -> dict[str, Any]:
+        entering = self._entering_in(request_id, epoch)
+        sequence = entering.incoming.sequence
+        if sequence is None:
+            sequence = Sequence(request_id, entering.token_ids, SamplingParams())
+            sequence.n_computed = min(len(entering.kv), sequence.n_tokens - 1)
+        if since > sequence.n_tokens:
+            raise StateRefused(request_id, f"its tokens {sequence.n_tokens} to {since} are missing")
+        fresh = list(token_ids)[sequence.n_tokens - since :]
+        sequence.output_ids += fresh
+        if not self._scheduler.compute(entering.incoming, sequence):
+            del sequence.output_ids[len(sequence.output_ids) - len(fresh) :]
+            raise StateRefused(request_id, f"there is no room for the KV of {sequence.n_tokens + len(fresh)} tokens")
+        self._stalled = False
+        entering.kv += sequence.token_ids(len(entering.kv), sequence.n_computed)
+        return {"n_known": sequence.n_tokens, "n_tokens": len(entering.kv)}
+
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:
         if self._was_ended(True, request_id, epoch, committed=True):
             return False
         entering = self._entering_in(request_id, epoch)
         _refuse_format(request_id, state)
         sequence = _read(request_id, lambda: _sequence(state))
-        n_known = len(entering.token_ids)
-        if sequence.request_id != request_id or sequence.token_ids(0, n_known) != entering.token_ids:
+        computing = entering.incoming.sequence
+        known = entering.token_ids if computing is None else computing.token_ids(0, computing.n_tokens)
+        if sequence.request_id != request_id or sequence.token_ids(0, len(known)) != known:
             raise StateRefused(request_id, "its tokens are not those that were told before")
         self._check(sequence)
         if kv is not None:
             self.import_write(request_id, epoch, kv)
+        if computing is not None:
+            entering.kv += computing.token_ids(len(entering.kv), computing.n_computed)
         n_computed = min(len(entering.kv), sequence.n_tokens - 1)
         if entering.kv[:n_computed] != sequence.token_ids(0, n_computed):
             raise StateRefused(request_id, "its KV is not that of its tokens")

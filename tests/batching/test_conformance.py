@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -189,6 +189,12 @@ class SendsAndStays(CostModelEngine):
         return committed
 
 
+class TakesTokensTwice(CostModelEngine):
+    def import_tokens(self, request_id: str, epoch: int, since: int = 0, token_ids: Iterable[int] = ()) -> dict[str, Any]:
+        known = super().import_tokens(request_id, epoch)["n_known"]
+        return super().import_tokens(request_id, epoch, max(since, known) if since <= known else since, token_ids)
+
+
 class TakesAnyBytes(CostModelEngine):
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
         return super().import_write(request_id, epoch, {**chunk, "crc32": zlib.crc32(chunk["data"])})
@@ -276,6 +282,11 @@ class LosesTheLastToken(CostModelEngine):
             StaysStopped,
             c.a_move_that_is_called_off_changes_nothing,
             r"R3 has not ended, but the engine says that there is nothing to do\.",
+        ),
+        (
+            TakesTokensTwice,
+            c.a_request_that_moves_by_its_tokens_goes_on_where_it_was,
+            r"Told twice of \d+ tokens, it knows .*",
         ),
         (TakesAnyBytes, c.a_receiver_refuses_what_is_damaged, r"KV that was changed on its way was taken\."),
     ],

@@ -413,3 +413,19 @@ def test_who_arrives_with_fewer_tokens_than_were_awaited_gives_blocks_back():
     assert incoming is not None and batch.extend(incoming, 16)
     assert batch.accept(incoming, coming, 9)
     assert (len(coming.block_table), batch.pool.n_used, batch.pool.n_free) == (3, 3, 97)
+
+
+def test_what_was_there_of_a_sequence_that_does_not_come_is_found_by_the_next_one_that_begins_so():
+    batch = scheduler(n_blocks=10)
+    known = sequence("a", list(range(1, 13)))
+    incoming = batch.expect(known, 12)
+    assert incoming is not None and batch.extend(incoming, 12)
+    known.n_computed = 9  # of three blocks, two are full
+    batch.refuse(incoming, known)
+    assert (batch.pool.n_free, batch.pool.n_cached, batch.pool.n_reserved) == (10, 2, 0)
+    batch.add(sequence("a", [*range(1, 13), 50]))
+    assert shape(run(batch)) == [("a", 8, 5)]
+    unknown = batch.expect(sequence("b", [9] * 8), 8)
+    assert unknown is not None and batch.extend(unknown, 8)
+    batch.refuse(unknown)
+    assert batch.pool.n_cached == 0

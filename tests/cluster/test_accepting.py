@@ -10,7 +10,7 @@ import pytest_asyncio
 from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.sequence import FinishReason
 from sllmdask.cluster.gateway import MAX_RESUMES, MAX_RETURNS, Gateway, _Active
-from sllmdask.cluster.journal import Delta, Finished, GenerateRequest
+from sllmdask.cluster.journal import Delta, Finished, GenerateRequest, Progress
 from sllmdask.config import Settings
 from sllmdask.errors import EngineError, InstanceGone, ModelReplaced, WorkerLost
 from tests.fakes import byte_tokenizer, told_of
@@ -118,3 +118,27 @@ async def test_a_fault_of_the_request_itself_is_not_tried_again(gateway: Gateway
     gateway._follow(active, message(0, "abc"))
     with pytest.raises(EngineError):
         gateway._fail(active, EngineError("a step failed"))
+
+
+async def test_a_stop_string_in_what_was_held_during_a_move_ends_the_answer(gateway: Gateway):
+    """What the destination has said beyond it is of no account, however much that is."""
+    active = running(stop=("cd",))
+    epochs = [["tokens", "key", 1, 1 + i, byte_tokenizer().encode(each), None] for i, each in enumerate("bcdefg")]
+    held = [["moved", "key", 1, byte_tokenizer().encode("a"), "m/2", "w2", "1", {"epoch": 1, "outcome": ""}], *epochs]
+    assert [event for each in held for event in gateway._follow(active, each)] == []
+    *_, end = gateway._follow(active, message(0, "a"))
+    assert end == Finished(FinishReason.STOP, 2, 4)
+    assert active.journal.output_ids == byte_tokenizer().encode("abcd")
+
+
+async def test_a_request_whose_move_was_recalled_goes_on_elsewhere(gateway: Gateway):
+    active = running()
+    gateway._follow(active, message(0, "abc"))
+    gateway._follow(active, ["moving", "key", 0, "w2"])
+    assert gateway._follow(active, ["recalled", "key", 7, "aborted"]) == []
+    [waiting] = gateway._follow(active, ["recalled", "key", 1, "aborted"])
+    assert waiting == Progress("queued", "waiting for m")
+    assert (active.journal.worker, active.n_resumes) == (None, 1)
+    # It is not recalled a second time.
+    assert gateway._follow(active, ["recalled", "key", 1, "aborted"]) == []
+    await gateway.close()

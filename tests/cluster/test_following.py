@@ -116,3 +116,29 @@ def test_what_the_source_knows_in_the_end_is_in_the_record_whoever_is_heard_firs
         if not early:
             assert following.left(1, last)
         assert following.journal.moves[0]["stop_ms"] == 1.5
+
+
+def test_an_instance_that_was_lost_before_it_was_followed_is_lost_whoever_is_at_its_address_by_then():
+    following = followed(10)
+    message = moved(1, [10, 11], 1)
+    following.announced(message)
+    following.lose("w1")
+    assert not following.lost
+    following.moved(message)
+    following.journal.accept(0, 1, [11])
+    assert following.settled() == [] and following.journal.worker == "w1" and following.lost
+    back = ["stayed", "key", 0, 2, "m/1", "w0", {**RECORD, "outcome": "stayed"}]
+    following.announced(back)
+    following.stayed(back)
+    assert not following.lost
+    following.lose("w0")
+    assert following.lost
+
+
+def test_who_has_most_of_a_request_is_where_it_went_or_was_going():
+    following = followed(10)
+    assert following.nearest is None
+    following.moving(0, "w1")
+    assert following.nearest == "w1"
+    following.moved(moved(1, [10, 11], 2))
+    assert following.nearest == "w2"

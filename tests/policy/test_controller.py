@@ -842,6 +842,30 @@ def test_a_request_that_has_moved_counts_where_it_is():
     assert controller.instances[load.instance].n_requests == 0
 
 
+def test_a_request_that_has_lost_its_instance_goes_on_where_most_of_it_was_computed():
+    nodes = [replace(NODE, address=f"tcp://{i}", name=str(i)) for i in range(3)]
+    controller = controller_with(A, workers=nodes)
+    (load,) = ask(controller, "r1", "a", 1.0)
+    instances = {load.worker: load.instance}
+    controller.handle(ev.LoadFinished(2.0, load.instance, Tier.DISK))
+    for i, node in enumerate(each.name for each in nodes if each.address != load.worker):
+        (more,) = wish(controller, f"w{i}", "a", 3.0 + i, node=node)
+        instances[more.worker] = more.instance
+        controller.handle(ev.LoadFinished(3.5 + i, more.instance, Tier.DISK))
+    # The one that is near has more to do than the other one.
+    near, other = (address for address in instances if address != load.worker)
+    for i in range(2):
+        (dispatch,) = ask(controller, f"x{i}", "a", 5.0 + i)
+        controller.handle(ev.RequestMoved(5.5 + i, f"x{i}", instances[near]))
+    controller.handle(ev.WorkerLeft(7.0, load.worker))
+    (dispatch,) = acts(controller.handle(ev.RequestReturned(7.1, "r1", near=near)))
+    assert (dispatch.request, dispatch.instance) == ("r1", instances[near])
+    # Without a word of it, or when that is gone, it goes where there is least to do.
+    controller.handle(ev.WorkerLeft(8.0, near))
+    (dispatch,) = acts(controller.handle(ev.RequestReturned(8.1, "r1", near=near)))
+    assert dispatch.instance == instances[other]
+
+
 def test_an_instance_that_leaves_gets_no_requests_and_is_unloaded_when_the_last_one_is_elsewhere():
     controller = controller_with(A, workers=TWO_NODES)
     (load,) = ask(controller, "r1", "a", 1.0)
