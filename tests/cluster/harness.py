@@ -33,7 +33,7 @@ def free_port() -> int:
             return port
 
 
-def until(what: str, check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def until(what: str, check: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Ask `check` until it answers something true."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -92,7 +92,8 @@ class Processes:
             "127.0.0.1:0",
             *preload,
             *options,
-            **environment,
+            # A machine that tests is busy with other things, too, when a worker starts again.
+            **{"DASK_SLLMDASK__SCHEDULER__WORKER_WAIT": "60", **environment},
         )
 
     def start_worker(self, name: str, *options: str, slots: int = 1, **environment: str) -> None:
