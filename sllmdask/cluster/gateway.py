@@ -689,8 +689,8 @@ class Gateway(Lookout):
         self._recent.appendleft(active.as_row())
 
     def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None, near: str | None = None) -> None:
-        """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved; `near`: the
-        worker that has most of what was computed for it."""
+        """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved.
+        `near`: the worker that has most of what was computed for it."""
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
         told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
