@@ -94,10 +94,21 @@ class Drains:
 
     # --- how far they are ---
 
-    def moved_off(self, worker: str) -> None:
-        """A request has moved off a worker."""
-        if worker in self._drains:
-            self._drains[worker].n_moved += 1
+    def saw(self, event: ev.Event) -> None:
+        """Before the controller: count what moves off a node, whoever tells of it first."""
+        match event:
+            case ev.RequestMoved(request=key, instance=successor):
+                pass
+            case ev.MoveEnded(request=key, successor=successor, outcome="moved"):
+                pass
+            case _:
+                return
+        controller = self._controller
+        request = controller.running.get(key)
+        source = controller.instances.get((request.instance if request else None) or "")
+        target = controller.instances.get(successor)
+        if source is not None and target is not None and source.worker != target.worker and source.worker in self._drains:
+            self._drains[source.worker].n_moved += 1
 
     def settle(self) -> None:
         """Tell those whose node is empty, or gone."""

@@ -133,8 +133,8 @@ class Moving:
                 self._head.on(ev.RequestMoved(time.monotonic(), key, successor))
             return reply
 
-    async def decided(self, move: Move) -> bool:
-        """Move one request as the controller decided, and tell it what came of that; whether it has moved."""
+    async def decided(self, move: Move) -> None:
+        """Move one request as the controller decided, and tell it what came of that."""
         reason = None
         try:
             to = self._head.controller.workers.get(move.destination)
@@ -161,7 +161,6 @@ class Moving:
         else:
             logger.info("not moved request=%s to=%s cause=%s", move.request, move.successor, reason)
             self._head.on(ev.RequestStayed(now, move.request, reason))
-        return reason is None
 
     # --- an instance ---
 

@@ -155,6 +155,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             self._failed_at[event.instance] = event.at
         if isinstance(event, ev.LoadFinished):
             self._progress.takes_requests(event)
+        self.drains.saw(event)
         try:
             decisions = self.controller.handle(event)
         except Exception:
@@ -508,8 +509,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     async def _move(self, move: Move) -> None:
         logger.info("move request=%s instance=%s to=%s cause=%s", move.request, move.instance, move.successor, move.cause)
-        if await self.moving.decided(move):
-            self.drains.moved_off(move.worker)
+        await self.moving.decided(move)
 
     def _worker_named(self, name: str) -> WorkerView:
         worker = self._operations.node(name)

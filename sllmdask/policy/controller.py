@@ -224,7 +224,6 @@ class Controller:
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
             case ev.RequestMoved(request=request_id, instance=instance):
-                self.drainer.gone(request_id, at)
                 self._rebind(request_id, instance, at)
             case ev.RequestStayed(request=request_id, reason=reason):
                 self.drainer.stayed(request_id, reason, at)
@@ -379,6 +378,7 @@ class Controller:
 
     def _rebind(self, request_id: str, instance_id: str, at: float) -> None:
         """A running request has moved to another instance."""
+        self.drainer.gone(request_id, at)
         request = self.running.get(request_id)
         if request is None or request.instance == instance_id:
             return
