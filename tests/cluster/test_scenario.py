@@ -66,7 +66,7 @@ def url(cluster: Processes) -> str:
     url = cluster.start_door()
     make_checkpoint(cluster.directory / "long", "qwen2", hidden=HIDDEN)
     make_checkpoint(cluster.directory / "short", "qwen2", seed=1)
-    until("both workers joined", lambda: len(workers(url)) == 2)
+    until("both workers joined", lambda: len(workers(url)) == 2, timeout_s=90.0)
     return url
 
 
