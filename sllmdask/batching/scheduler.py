@@ -15,7 +15,6 @@ from sllmdask.batching.blocks import BlockPool, block_digest, blocks_for
 from sllmdask.batching.sequence import FinishReason, Sequence
 from sllmdask.errors import ContextTooLong, InvalidRequest
 
-
 #: Of the tokens of prefill beside decodes, the part that sequences which arrive may have: one in so many.
 ARRIVING_SHARE = 4
 
