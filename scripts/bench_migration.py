@@ -13,6 +13,8 @@ as anybody's requests move; and what these are measured against, made of the sam
 ``storm``: many streams and random moves. No token may be lost, doubled or another one than in the same streams undisturbed, no
 stream may end or be asked for again, and afterwards nothing may stay behind.
 
+All of it takes some ten minutes on two cores.
+
     python scripts/bench_migration.py --quick
     python scripts/bench_migration.py --json docs/results/migration-cpu.json --plot docs/results --page docs/migration.md
     python scripts/bench_migration.py --from docs/results/migration-cpu.json --plot .

@@ -239,9 +239,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     facts, arguments = result["machine"], result["arguments"]
     model = f"Model `{arguments['shape']}` of `scripts/bench_engine_model.py` in {arguments['dtype']}"
     where = f"{arguments['threads']} thread for each engine, {facts['cpu']}, {facts['cores']} cores for all processes"
-    parts = [
-        f"{model}, {where} (load of others: {result['load_before']:.1f}); medians of {arguments['repeats']}; the gap at the cut, at the client:"
-    ]
+    how = f"load of others: {result['load_before']:.1f}; medians of {arguments['repeats']}"
+    parts = [f"{model}, {where}; {how}. The gap at the cut, at the client:"]
     if "downtime" in result:
         parts += [_downtime_markdown(result["downtime"]), "\n".join(f"- {line}" for line in verdicts(result["downtime"]))]
     if "neighbours" in result:
