@@ -13,6 +13,8 @@ as anybody's requests move; and what these are measured against, made of the sam
 ``storm``: many streams and random moves. No token may be lost, doubled or another one than in the same streams undisturbed, no
 stream may end or be asked for again, and afterwards nothing may stay behind.
 
+All of it takes some ten minutes on two cores.
+
     python scripts/bench_migration.py --quick
     python scripts/bench_migration.py --json docs/results/migration-cpu.json --plot docs/results --page docs/migration.md
     python scripts/bench_migration.py --from docs/results/migration-cpu.json --plot .
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import statistics
@@ -68,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--shape", choices=SHAPES, default="0.12b", help="of the model that moves one by one (%(default)s)")
-    parser.add_argument("--storm-shape", choices=SHAPES, default="tiny", help="of the model of the storm (%(default)s)")
+    parser.add_argument("--storm-shape", choices=SHAPES, default="small", help="of the model of the storm (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048, 4096], help="prompt and answer at the cut"
@@ -133,11 +136,12 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    result: dict[str, Any] = {"machine": machine(args.threads), "arguments": arguments}
+    result: dict[str, Any] = {"machine": machine(args.threads), "load_before": os.getloadavg()[0], "arguments": arguments}
     progress = Progress()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if "downtime" in args.parts or "neighbours" in args.parts:
         progress.stage(f"{args.shape} {args.dtype}: starting two workers")
+        # Else a request that comes back would find its KV, and nothing would be measured.
         with cluster(args, args.shape, 2, prefix_reuse=False) as two:
             if "downtime" in args.parts:
                 result["downtime"], result["timeline"] = asyncio.run(downtime(args, two, progress))
@@ -147,19 +151,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["storm"] = []
         for n_workers in args.storm_workers:
             progress.stage(f"{args.storm_shape}: starting {n_workers} workers")
-            with cluster(args, args.storm_shape, n_workers, prefix_reuse=True) as several:
+            # So that one token that differs is one that was lost or doubled.
+            with cluster(args, args.storm_shape, n_workers, deterministic=True) as several:
                 result["storm"].append(asyncio.run(storm(args, several, progress)))
     progress.clear()
     return result
 
 
 @contextmanager
-def cluster(args: argparse.Namespace, shape: str, n_workers: int, *, prefix_reuse: bool) -> Any:
-    """`prefix_reuse`: not where a request that comes back would find its KV, and nothing would be measured."""
+def cluster(args: argparse.Namespace, shape: str, n_workers: int, **engine: bool) -> Any:
+    """`engine`: settings beside those of all parts."""
     directory = checkpoint(args.work_dir, shape, args.dtype, args.seed, MAX_MODEL_LEN)
-    engine = {"n_threads": args.threads, "kv_memory": "768MiB", "prefix_reuse": str(prefix_reuse).lower()}
+    settings = {"n_threads": args.threads, "kv_memory": "768MiB"} | {name: str(on).lower() for name, on in engine.items()}
     with tempfile.TemporaryDirectory(prefix="bench-migration-") as scratch:
-        made = Cluster(directory, Path(scratch, "store"), n_workers, engine, Path(scratch, "log"))
+        made = Cluster(directory, Path(scratch, "store"), n_workers, settings, Path(scratch, "log"))
         try:
             yield made
         finally:

@@ -205,9 +205,10 @@ def _neighbours(facts: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
 def storm_text(one: Mapping[str, Any]) -> str:
     moved = one["outcomes"].get("moved", 0)
     ways = ", ".join(f"{n} as {way}" for way, n in sorted(one["by_way"].items()))
+    others = "".join(f", {n} {outcome}" for outcome, n in sorted(one["outcomes"].items()) if outcome != "moved")
+    streams = f"{one['n_streams']} streams of {one['n_tokens']} tokens on {one['n_workers']} workers"
     lines = [
-        f"Storm: {one['n_streams']} streams of {one['n_tokens']} tokens on {one['n_workers']} workers, {moved} moves ({ways}); "
-        + ", ".join(f"{n} {outcome}" for outcome, n in sorted(one["outcomes"].items()) if outcome != "moved"),
+        f"Storm: {streams}, {moved} moves in {one['seconds']:.0f} s ({ways}){others}",
         f"streams that failed: {one['n_failed']}; with other tokens than undisturbed: {one['n_other_tokens']}",
     ]
     for name, facts in (("undisturbed", one["quiet"]), ("with moves", one["moving"]), ("at the cuts", one["pauses"])):
@@ -236,8 +237,10 @@ def fill(page: Path, result: Mapping[str, Any]) -> None:
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     facts, arguments = result["machine"], result["arguments"]
-    model = f"{arguments['shape']} parameters in {arguments['dtype']}"
-    parts = [f"{model}, {arguments['threads']} thread for each engine, {facts['cpu']}, {facts['cores']} cores:"]
+    model = f"Model `{arguments['shape']}` of `scripts/bench_engine_model.py` in {arguments['dtype']}"
+    where = f"{arguments['threads']} thread for each engine, {facts['cpu']}, {facts['cores']} cores for all processes"
+    how = f"load of others: {result['load_before']:.1f}; medians of {arguments['repeats']}"
+    parts = [f"{model}, {where}; {how}. The gap at the cut, at the client:"]
     if "downtime" in result:
         parts += [_downtime_markdown(result["downtime"]), "\n".join(f"- {line}" for line in verdicts(result["downtime"]))]
     if "neighbours" in result:

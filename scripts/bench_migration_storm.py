@@ -16,7 +16,7 @@ from scripts.bench_migration_cluster import Cluster, Stream, follow, open_sessio
 from scripts.bench_migration_report import gap_facts
 
 #: Tokens by which the speed of the streams is found, and the fewest and the most that an answer has.
-N_PROBE, N_TOKENS = 40, (60, 3500)
+N_PROBE, N_TOKENS = 40, (60, 7900)
 #: Streams that are tried for one move.
 N_TRIES = 5
 #: Seconds within which all is as before, once the last stream has ended.
@@ -40,11 +40,12 @@ async def storm(args: argparse.Namespace, several: Cluster, progress: Progress) 
     seconds = max(stream.at[-1] for stream in probe) - min(stream.at[0] for stream in probe)
     # The storm is to be over before the streams are.
     n_tokens = min(max(round(1.1 * args.seconds * N_PROBE / seconds), N_TOKENS[0]), N_TOKENS[1])
+    storm_s = min(args.seconds, n_tokens * seconds / N_PROBE / 1.1)
     progress.say(f"storm: {n_tokens} tokens each, undisturbed")
     quiet = await play(several, prompts, n_tokens, "quiet")
-    progress.say(f"storm: {n_tokens} tokens each, {args.moves} moves in {args.seconds:.0f} s")
+    progress.say(f"storm: {n_tokens} tokens each, {args.moves} moves in {storm_s:.0f} s")
     replies: list[dict[str, Any]] = []
-    planned = plan(args.moves, args.seconds, args.streams, args.seed)
+    planned = plan(args.moves, storm_s, args.streams, args.seed)
     moving = asyncio.create_task(move_all(several, planned, args.streams, replies))
     moved = await play(several, prompts, n_tokens, "moved")
     await moving
@@ -54,9 +55,10 @@ async def storm(args: argparse.Namespace, several: Cluster, progress: Progress) 
         "n_workers": len(several.nodes),
         "n_streams": args.streams,
         "n_tokens": n_tokens,
+        "seconds": storm_s,
         "outcomes": dict(outcomes),
         "by_way": dict(Counter(reply["way"] for reply in replies if reply["outcome"] == "moved")),
-        "reasons": dict(Counter(reply["reason"] for reply in replies if reply.get("reason"))),
+        "reasons": dict(Counter(reply["reason"] for reply in replies if reply["outcome"] in ("stayed", "refused"))),
         "n_failed": sum(bool(stream.error) or stream.reason != "length" for stream in moved),
         "n_other_tokens": sum(
             first_difference(after.ids, stayed.ids) is not None for after, stayed in zip(moved, quiet, strict=True)

@@ -98,6 +98,7 @@ def test_a_report_says_what_was_lost_and_what_stayed_behind():
         "n_streams": 4,
         "n_tokens": 50,
         "n_workers": 2,
+        "seconds": 60.0,
         "outcomes": {"moved": 3, "refused": 1},
         "by_way": {"kv": 2, "tokens": 1},
         "reasons": {"it has ended": 1},
@@ -110,7 +111,7 @@ def test_a_report_says_what_was_lost_and_what_stayed_behind():
         "held_after": {"0": [1, 5, 1]},
     }
     text = report({"machine": {"cpu": "a CPU", "cores": 2, "memory_nbytes": 8e9}, "storm": [one]})
-    assert "3 moves (2 as kv, 1 as tokens); 1 refused" in text
+    assert "3 moves in 60 s (2 as kv, 1 as tokens), 1 refused" in text
     assert "streams that failed: 1; with other tokens than undisturbed: 2" in text
     assert "{'0': [1, 5, 1]}, before {'0': [0, 0, 0]}" in text
 
