@@ -203,7 +203,7 @@ def _serve(control: socket.socket) -> Callable[[], object] | None:
         if not data:
             return None
         request = json.loads(data)
-        pid = os.fork() if "command" in request else _fork_for_parent()
+        pid = _fork_session() if "command" in request else _fork_for_parent()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -218,7 +218,6 @@ def _serve(control: socket.socket) -> Callable[[], object] | None:
 
 def _become(request: Mapping[str, Any], log: int) -> Callable[[], object]:
     """Make this process what a shell would have started; returns its ``main()``."""
-    os.setsid()
     os.chdir(request["cwd"])
     for fd in (1, 2):
         os.dup2(log, fd)
@@ -287,6 +286,20 @@ def _by(fork: Callable[[Mapping[str, Any], Sequence[int]], int], spawn: Callable
 def _look_after_orphans(on: bool) -> None:
     """Whether this process is the next parent of its descendants whose parent has ended."""
     ctypes.CDLL(None).prctl(_SUBREAPER, int(on), 0, 0, 0)
+
+
+def _fork_session() -> int:
+    """Fork a child that leads a session by the time it is told of: it may be signalled as a group at once."""
+    waiting, begun = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.close(waiting)
+    os.close(begun)
+    if pid:
+        os.read(waiting, 1)  # until the child has closed its end
+        os.close(waiting)
+    return pid
 
 
 def _fork_for_parent() -> int:

@@ -320,8 +320,9 @@ def test_a_running_and_a_queued_request_wait_through_two_deaths_of_the_worker(ur
 
 
 def test_a_worker_that_stands_still_for_a_while_goes_on_with_its_streams(url):
-    whole = ask(url, "a", **LONG)
-    stream = Stream(url, {"model": "a", **LONG})
+    body = {**LONG, "max_tokens": 800}
+    whole = ask(url, "a", **body)
+    stream = Stream(url, {"model": "a", **body})
     chunks = stream.chunks()
     text = next(chunks)["choices"][0]["text"]
     (worker,) = workers(url)
