@@ -663,6 +663,7 @@ class Gateway(Lookout):
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
         told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        told["n_output"] = len(active.journal.output_ids)
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
