@@ -203,9 +203,9 @@ class Controller:
                 self._rebind(request_id, instance, at)
             case ev.MoveEnded():
                 self.move_times.observe(event, self.models.get(event.model))
-                request = self.running.get(event.request)
+                mover = self.running.get(event.request)
                 # It may have been lost there, and be elsewhere, before its old worker tells of the move.
-                if event.outcome == "moved" and request is not None and request.instance == event.instance:
+                if event.outcome == "moved" and mover is not None and mover.instance == event.instance:
                     self._rebind(event.request, event.successor, at)
             case ev.TokensCounted(n_tokens=counts):
                 for request_id, n_tokens in counts.items():
