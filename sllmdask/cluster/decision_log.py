@@ -198,10 +198,10 @@ class DecisionLog:
             case ev.RequestEnded(request=key):
                 self._end(self.requests.get(key), at, self._told.pop(key, {}))
             case ev.RequestReturned(request=key):
-                self._told.pop(key, None)
+                began = bool(self._told.pop(key, {}).get("n_output"))
                 record = self.requests.get(key)
                 if record is not None and record.ended_at is None:
-                    record.state, record.instance, record.returned_at = "queued", None, at
+                    record.state, record.instance, record.returned_at = "queued", None, at if began else None
                     self._note_request(record, at, "returned")
             case ev.FrontDoorLeft(front_door=front_door):
                 for record in [record for record in self.live() if record.front_door == front_door]:
@@ -339,11 +339,15 @@ class DecisionLog:
         if record is None:
             return
         record.state = "running"
-        # One that lost its instance has not waited while it ran.
-        queue_s = dispatch.queue_s if record.returned_at is None else at - record.returned_at
-        first_s = queue_s if record.queue_s is None else record.queue_s
-        self._take(record, dispatch.instance, dispatch.node, first_s, dispatch.loaded_from)
-        record.returned_at = None
+        queue_s, tier, returned_at = dispatch.queue_s, dispatch.loaded_from, record.returned_at
+        if returned_at is None:
+            self._take(record, dispatch.instance, dispatch.node, queue_s, tier)
+        else:  # it has not waited while it ran; what it waited for at first is kept
+            load = self.loads.get(dispatch.instance)
+            tier = tier if load is None or (load.ready_at or 0.0) > returned_at else None
+            queue_s = at - returned_at
+            record.instance, record.returned_at = dispatch.instance, None
+            record.path.append(dispatch.node)
         self._copy_happenings(record)
         self._note_request(
             record,
@@ -352,7 +356,7 @@ class DecisionLog:
             node=dispatch.node,
             instance=dispatch.instance,
             seconds=queue_s,
-            tier=None if dispatch.loaded_from is None else str(dispatch.loaded_from),
+            tier=None if tier is None else str(tier),
         )
 
     def _take(self, record: RequestRecord, instance: str, node: str, queue_s: float, tier: object) -> None:

@@ -694,6 +694,7 @@ class Gateway(Lookout):
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
         told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
+        told["n_output"] = len(active.journal.output_ids)
         if near is not None:
             told["near"] = near
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])

@@ -128,7 +128,7 @@ class RequestRecord:
     moves: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[dict[str, Any]] = field(default_factory=list)
     queue_s: float | None = None
-    #: When its instance was gone, while it waits for another one.
+    #: When its instance was gone after its first token, while it waits for another one.
     returned_at: float | None = None
     #: ``hit``, or the tier that its model was loaded from while it waited.
     cold_start: str | None = None

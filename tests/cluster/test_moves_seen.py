@@ -228,6 +228,7 @@ async def test_a_request_that_goes_on_after_a_death_is_counted_and_told_by_its_o
     head = Head()
     head.two_instances()
     lost = {"node": "0", "reason": "worker", "n_tokens": 57, "to": "1", "pause_ms": 812.0, "outcome": "resumed"}
+    head.log.told("door:1", {"n_output": 57})
     head.on(ev.RequestReturned(4.0, "door:1"))
     head.log.resumed("door:1", lost, 5.0)
     head.log.resumed("door:1", {**lost, "outcome": "failed", "to": None, "pause_ms": None}, 6.0)
