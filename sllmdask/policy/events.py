@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,36 @@ class WorkerReported:
 class WorkerLeft:
     at: float
     address: str
+
+
+@dataclass(frozen=True)
+class WorkersAwaited:
+    """The scheduler is a new one, and the workers of these `names` were there before: nothing is loaded until all of them are
+    back, or `until`, since what is wanted may be loaded where they are."""
+
+    at: float
+    names: frozenset[str]
+    until: float
+
+
+@dataclass(frozen=True)
+class InstanceAdopted:
+    """A worker has an instance that was loaded before it was known here: for a scheduler that is gone, or before it was away.
+
+    It is `state`, ready or loading, and its worker has `n_requests` requests for it. `leaving`: why it is to get no more of them;
+    empty: it stays, if its model may have it.
+    """
+
+    at: float
+    instance: str
+    model: str
+    worker: str
+    n_slots: int
+    checkpoint: str
+    nbytes: int
+    state: InstanceState = InstanceState.READY
+    n_requests: int = 0
+    leaving: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,14 @@ class RequestReturned:
     at: float
     request: str
     deadline_at: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestClaimed:
+    """A front door says that `request` runs on its ``instance``, where another scheduler has sent it; its worker may join later."""
+
+    at: float
+    request: RequestView
 
 
 @dataclass(frozen=True)
@@ -178,11 +216,14 @@ Event = (
     WorkerJoined
     | WorkerReported
     | WorkerLeft
+    | WorkersAwaited
+    | InstanceAdopted
     | ModelDeployed
     | ModelDeleted
     | RequestArrived
     | RequestEnded
     | RequestReturned
+    | RequestClaimed
     | RequestMoved
     | InstanceLeaves
     | LoadRequested

@@ -88,6 +88,8 @@ class InstanceView:
     checkpoint: str = ""
     nbytes: int = 0
     n_requests: int = 0
+    #: Requests that its worker has from before this controller, and that no front door has claimed yet.
+    n_unclaimed: int = 0
     #: Why it gets no new requests and leaves when it is idle: its model was deleted, it was replaced, an operator asked.
     #: Empty: it stays.
     draining: str = ""
@@ -103,7 +105,7 @@ class InstanceView:
 
     @property
     def idle(self) -> bool:
-        return self.state is InstanceState.READY and self.n_requests == 0
+        return self.state is InstanceState.READY and self.n_requests == 0 and not self.n_unclaimed
 
 
 @dataclass(frozen=True)
