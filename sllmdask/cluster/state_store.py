@@ -104,6 +104,10 @@ class StateStore:
     async def worker_left(self, name: str) -> None:
         await self._write("DELETE FROM workers WHERE name = ?", [(name,)])
 
+    async def all_workers_left(self) -> None:
+        """None of them is waited for by the next scheduler."""
+        await self._do(lambda connection: connection.execute("DELETE FROM workers"))
+
     async def close(self) -> None:
         """After what is under way. The file can be opened by another scheduler then."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
@@ -143,8 +147,8 @@ def _open(path: Path, connection: sqlite3.Connection) -> Found:
         raise ConfigError(f"scheduler.state: {path} is a database of another program. Name another file.", "scheduler.state")
     if version > SCHEMA:
         raise ConfigError(
-            f"scheduler.state: {path} was written by a newer sllmdask (version {version} of its tables; this one knows {SCHEMA}). "
-            "Start that version again, or name another file.",
+            f"scheduler.state: {path} was written by a newer sllmdask: its tables are version {version}, and this one knows "
+            f"{SCHEMA}. Start that version again, or name another file.",
             "scheduler.state",
         )
     if not n_tables:
@@ -186,6 +190,6 @@ def _why(path: Path, error: Exception) -> str:
     if isinstance(error, sqlite3.OperationalError | OSError):
         return f"scheduler.state: cannot use {path}: {error}. Name another file."
     return (
-        f"scheduler.state: {path} is damaged, or no file of ours ({error}). It was not changed: put a copy of it back, or move it "
-        "away to begin without deployments."
+        f"scheduler.state: {path} is damaged, or no file of ours ({error}). It was not changed: put a copy of it back, or move "
+        "it away to begin without deployments."
     )

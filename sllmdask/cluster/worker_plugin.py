@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch is imported after the threads' environment is set, se
 logger = logging.getLogger(__name__)
 
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
-PROTOCOL = 3
+PROTOCOL = 4
 DEMO = "demo:"
 #: Files of a checkpoint that a front door needs: all that is neither weights nor code.
 _FRONT_DOOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -100,6 +100,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm_evacuate"] = self.evacuate
         worker.handlers["sllm_gone"] = self.gone
         worker.handlers["sllm_abort"] = self.abort
+        worker.handlers["sllm_give_back"] = self.give_back
         worker.handlers["sllm_pin"] = self.pin
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
@@ -161,6 +162,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
             "instances": snapshot["instances"],
+            "facts": self.registry.facts(),
             "pinned": [key for key, facts in snapshot["keys"].items() if facts["pinned"]],
             "node": self.node,
             "data": self.registry.store.data_address,
@@ -301,10 +303,10 @@ class SllmWorkerPlugin(WorkerPlugin):
         self._seen_on_disk(source)
         return {"path": path, "nbytes": info.nbytes, "account": self.account()}
 
-    async def unload(self, instance: str) -> dict[str, Any]:
-        """Close an instance that the scheduler does not know."""
+    async def unload(self, instance: str, forget: bool = False) -> dict[str, Any]:
+        """Close an instance that the scheduler does not know, or has no actor of."""
         assert self.registry is not None
-        await self.registry.unload(instance, forget=False)
+        await self.registry.unload(instance, forget)
         return {}
 
     async def move(self, instance: str, order: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +340,11 @@ class SllmWorkerPlugin(WorkerPlugin):
         """End all requests of an instance with `error`, at once."""
         assert self.registry is not None
         return {"n_aborted": self.registry.abort(instance, from_wire(error))}
+
+    async def give_back(self, instance: str, requests: list[str]) -> dict[str, Any]:
+        """End requests of an instance that no front door seems to have any more; one that has them sends them elsewhere."""
+        assert self.registry is not None
+        return {"n_ended": self.registry.give_back(instance, requests)}
 
     async def forget(self, source: str) -> dict[str, Any]:
         """Drop the host copy of a checkpoint that is not deployed any more; a disk copy that was fetched is the next to leave."""

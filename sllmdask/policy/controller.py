@@ -37,7 +37,7 @@ from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.records import N_BEST, REASONS, Records, Ways, choice
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import HeldInstance, InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
 _MAX_LOOKS = 2
@@ -179,19 +179,16 @@ class Controller:
     def _fold(self, event: ev.Event) -> list[Decision]:
         at = event.at
         match event:
-            case ev.WorkerJoined(worker=worker):
+            case ev.WorkerJoined(worker=worker, instances=held):
                 self._drop_worker(worker.address, at)
                 self.state.put_worker(worker)
+                self._adopt(worker, held, at)
                 self._dirty.update(dict.fromkeys(self._unplaceable_since))
                 self._is_back(worker.name)
             case ev.WorkersAwaited(names=names, until=until):
                 self._not_back = set(names) - {worker.name for worker in self.workers.values()}
                 if self._not_back:
                     self.timers.set(until, "back")
-            case ev.InstanceAdopted():
-                adopted = self.fleet.adopt(event)
-                if adopted is not None and not adopted.n_unclaimed:
-                    self._all_claimed(adopted.model, at)
             case ev.WorkerReported():
                 self._report(event)
             case ev.WorkerLeft(address=address):
@@ -260,6 +257,14 @@ class Controller:
                 self.fleet.dropped(instance, at)
             self.back_off.forget_worker(address)
             self._dirty.update(dict.fromkeys(self.queue.in_turn()))
+
+    def _adopt(self, worker: WorkerView, held: Iterable[HeldInstance], at: float) -> None:
+        """Nothing is loaded in the slots of what a worker has, nor sent there before that is known."""
+        for each in held:
+            if each.id not in self.instances:
+                instance = self.fleet.adopt(worker, each, at)
+                if not instance.n_unclaimed:
+                    self._all_claimed(instance.model, at)
 
     def _is_back(self, name: str) -> None:
         """A worker of that name is there; once none is missing, what waits is looked at."""

@@ -10,9 +10,9 @@ from sllmdask.policy.views import InstanceState, InstanceView
 def takes_requests(instance: InstanceView, max_requests: int) -> bool:
     """Whether it is ready, stays where it is, and has room."""
     ready = instance.state is InstanceState.READY and not instance.draining and not instance.successor
-    return ready and instance.n_requests < max_requests
+    return ready and instance.n_requests + instance.n_unclaimed < max_requests
 
 
 def least_requests(instances: Iterable[InstanceView]) -> InstanceView | None:
     """The instance with the fewest requests; ties by id."""
-    return min(instances, key=lambda instance: (instance.n_requests, instance.id), default=None)
+    return min(instances, key=lambda instance: (instance.n_requests + instance.n_unclaimed, instance.id), default=None)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sllmdask.policy.views import InstanceState, ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import HeldInstance, ModelView, RequestView, Tier, WorkerView
 
 
 @dataclass(frozen=True)
 class WorkerJoined:
+    """A worker has joined, with `instances` that it has from before: they are adopted."""
+
     at: float
     worker: WorkerView
+    instances: tuple[HeldInstance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,6 @@ class WorkersAwaited:
     at: float
     names: frozenset[str]
     until: float
-
-
-@dataclass(frozen=True)
-class InstanceAdopted:
-    """A worker has an instance that was loaded before it was known here: for a scheduler that is gone, or before it was away.
-
-    It is `state`, ready or loading, and its worker has `n_requests` requests for it. `leaving`: why it is to get no more of them;
-    empty: it stays, if its model may have it.
-    """
-
-    at: float
-    instance: str
-    model: str
-    worker: str
-    n_slots: int
-    checkpoint: str
-    nbytes: int
-    state: InstanceState = InstanceState.READY
-    n_requests: int = 0
-    leaving: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +94,7 @@ class RequestReturned:
 
 @dataclass(frozen=True)
 class RequestClaimed:
-    """A front door says that `request` runs on its ``instance``, where another scheduler has sent it; its worker may join later."""
+    """A front door says that `request` runs on its ``instance``, where another scheduler sent it; its worker may join later."""
 
     at: float
     request: RequestView
@@ -217,7 +200,6 @@ Event = (
     | WorkerReported
     | WorkerLeft
     | WorkersAwaited
-    | InstanceAdopted
     | ModelDeployed
     | ModelDeleted
     | RequestArrived

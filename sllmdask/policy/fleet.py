@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sllmdask.policy import events as ev
 from sllmdask.policy.backoff import BackOff
 from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
 from sllmdask.policy.options import WayFinder
-from sllmdask.policy.placement import missing_nbytes
+from sllmdask.policy.placement import missing_nbytes, unfit
 from sllmdask.policy.queue import RequestQueue
 from sllmdask.policy.records import Ways
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier
+from sllmdask.policy.views import HeldInstance, InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 from sllmdask.units import format_seconds
 
 #: Seconds that front doors have to claim the requests of an instance that is adopted; until then it does not leave as idle.
@@ -112,31 +111,28 @@ class Fleet:
 
     # --- they were there before ---
 
-    def adopt(self, event: ev.InstanceAdopted) -> InstanceView | None:
-        """An instance that a worker has: it counts from now on. ``None``: its worker is not here, or it is known."""
-        state, at = self._state, event.at
-        worker, model = state.workers.get(event.worker), state.models.get(event.model)
-        if worker is None or event.instance in state.instances:
-            return None
-        leaving = event.leaving
+    def adopt(self, worker: WorkerView, held: HeldInstance, at: float) -> InstanceView:
+        """An instance that a worker has: it counts from now on."""
+        state = self._state
+        model, leaving = state.models.get(held.model), held.leaving
         if model is None:
             leaving = leaving or "deleted"
-        elif model.n_slots != event.n_slots or unfit(model, worker) is not None:
+        elif model.n_slots != held.n_slots or unfit(model, worker) is not None:
             leaving = leaving or "replaced"
-        n_requests = len(self._queue.on_instance(event.instance))
-        is_ready = event.state is InstanceState.READY
+        n_requests = len(self._queue.on_instance(held.id))
+        is_ready = held.state is InstanceState.READY
         load_s = 0.0 if is_ready or model is None else sum(self._ways.load_parts(model, worker, at)[1].values())
         instance = InstanceView(
-            id=event.instance,
-            model=event.model,
-            worker=event.worker,
-            n_slots=event.n_slots,
-            state=event.state,
+            id=held.id,
+            model=held.model,
+            worker=worker.address,
+            n_slots=held.n_slots,
+            state=held.state,
             since=at,
-            checkpoint=event.checkpoint,
-            nbytes=event.nbytes,
+            checkpoint=held.checkpoint,
+            nbytes=held.nbytes,
             n_requests=n_requests,
-            n_unclaimed=max(0, event.n_requests - n_requests),
+            n_unclaimed=max(0, held.n_requests - n_requests),
             draining=leaving,
             idle_since=None if n_requests or not is_ready else at,
             ready_by=None if is_ready else at + load_s,

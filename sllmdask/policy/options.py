@@ -245,7 +245,7 @@ class WayFinder:
             closed = not request.load_only and self.claims.closed(instance.id, request)
             return [option(Way.LIVE, 0.0, lost="kept for a request that waits longer" if closed else "")]
         running = self.queue.on_instance(instance.id)
-        found = [option(Way.WAIT, min(self.remaining_s(each, at) for each in running))]
+        found = [option(Way.WAIT, min((self.remaining_s(each, at) for each in running), default=LEAST_REMAINING_S))]
         if any(each.priority < request.priority for each in running):
             found.append(option(Way.PREEMPT, LEAST_REMAINING_S, "move", self.preemption_lost))
         return found

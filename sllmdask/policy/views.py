@@ -75,6 +75,24 @@ class WorkerView:
 
 
 @dataclass(frozen=True)
+class HeldInstance:
+    """An instance that a worker has when it joins: loaded for a scheduler that is gone, or before the worker was away.
+
+    It is `state`, ready or loading, and has `n_requests` requests. `leaving`: why it is to get no more of them; empty: it stays,
+    if its model may have it.
+    """
+
+    id: str
+    model: str
+    n_slots: int
+    checkpoint: str
+    nbytes: int
+    state: InstanceState = InstanceState.READY
+    n_requests: int = 0
+    leaving: str = ""
+
+
+@dataclass(frozen=True)
 class InstanceView:
     """One copy of a model on one worker, with the requests that were dispatched to it and have not ended."""
 

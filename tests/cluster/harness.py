@@ -48,9 +48,11 @@ class Processes:
         self.port = free_port()
         self.scheduler = f"tcp://127.0.0.1:{self.port}"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        # A scheduler finds nothing that another test has deployed at the same port.
+        self.environment = {"XDG_STATE_HOME": str(directory / "state")}
 
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment, **environment}
         with (self.directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
