@@ -262,18 +262,20 @@ class Instance(Movable):
             self._reporting = None
         if self.closed:
             return
+        self._reported_at = time.monotonic()
+        self._registry.report(self._how_far())
+
+    def _how_far(self) -> dict[str, Any]:
         done, total = self._read
-        now = self._reported_at = time.monotonic()
-        self._registry.report(
-            {
-                "kind": "progress",
-                "instance": self.id,
-                "done": done,
-                "total": total,
-                "tier": str(self._registry.store.tier_of_load(self.source)),
-                "bytes_per_s": done / (now - self._began_at) if now > self._began_at else 0.0,
-            }
-        )
+        seconds = time.monotonic() - self._began_at
+        return {
+            "kind": "progress",
+            "instance": self.id,
+            "done": done,
+            "total": total,
+            "tier": str(self._registry.store.tier_of_load(self.source)),
+            "bytes_per_s": done / seconds if seconds > 0 else 0.0,
+        }
 
     async def close(self, error: SllmError | None = None) -> None:
         """Stop the engine, or the load that would make one; answer who still waits; unpin the host copy."""
@@ -332,6 +334,7 @@ class Instance(Movable):
             "nbytes": 0 if self._lease is None else self._lease.nbytes,
             "state": "loading" if self._lease is None else "ready",
             "leaving": self.leaving,
+            "progress": None if self._whole or self._read == (0, 0) else self._how_far(),
             "requests": {request_id: front_door for request_id, (front_door, _) in self._requests.items()},
         }
 

@@ -57,12 +57,12 @@ class Adoption:
     def look_for_orphans(self, worker: str, account: Mapping[str, Any]) -> None:
         """Have requests ended that a front door has forgotten, by a worker's account of what it has."""
         now = time.monotonic()
-        known = self._controller.running.keys() | self._controller.waiting.keys()
+        running, waiting = self._controller.running, self._controller.waiting
         orphans: dict[tuple[str, str, str], float] = {}
         late: dict[str, list[str]] = {}
         for instance, facts in account["facts"].items():
             for request, front_door in facts["requests"].items():
-                if request in known or front_door not in self._doors:
+                if request in running or request in waiting or front_door not in self._doors:
                     continue
                 key = worker, instance, request
                 orphans[key] = self._orphans.get(key, now)

@@ -149,19 +149,21 @@ class Deployments:
             allowed = {each.address for each in self.allowed(deployed.deployment)}
             if self.by_name.get(name) is not deployed or worker not in allowed:
                 continue
-            if "error" not in replies[source] or self._is_somewhere(source):
+            if "error" not in replies[source]:
                 self._serves(name, None)
             elif isinstance(error := from_wire(replies[source]), CheckpointNotFound):
                 if not source.startswith(("/", ".", "~")):  # it may come from elsewhere when it is needed
                     continue
                 reply = await self.ask(worker, "sllm_inspect", FETCH_S, source=source, fetch=True)
                 reason = from_wire(reply).message if "error" in reply else None
-                self._serves(name, None if self._is_somewhere(source) else reason)
-            elif isinstance(error, CheckpointError):
+                self._serves(name, None if self._is_elsewhere(source, worker) else reason)
+            elif isinstance(error, CheckpointError) and not self._is_elsewhere(source, worker):
                 self._serves(name, error.message)
 
-    def _is_somewhere(self, source: str) -> bool:
-        return any(worker.residency.get(source) in (Tier.HOST, Tier.DISK) for worker in self._controller.workers.values())
+    def _is_elsewhere(self, source: str, worker: str) -> bool:
+        """Whether it can be had though `worker` does not have its files: from its own memory, or from another one."""
+        tiers = {each.address: each.residency.get(source) for each in self._controller.workers.values()}
+        return tiers.pop(worker, None) is Tier.HOST or bool({Tier.HOST, Tier.DISK} & set(tiers.values()))
 
     def _serves(self, model: str, reason: str | None) -> None:
         """Whether a model can be served, and if not, why."""

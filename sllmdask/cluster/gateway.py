@@ -448,6 +448,8 @@ class Gateway(Lookout):
             raise unreachable from None
 
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        if not self.connected:  # Dask would try to reach it for a while
+            raise SchedulerUnreachable(self._scheduler, "it is not connected")
         try:
             reply: dict[str, Any] = await getattr(self._pool(self._scheduler), op)(**arguments)
         except (UnicodeEncodeError, OverflowError) as error:

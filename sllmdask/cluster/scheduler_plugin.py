@@ -251,7 +251,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         held = self._adoption.adopt(worker, facts)
         self.on(ev.WorkerJoined(time.monotonic(), view, held))
         for instance in held:
-            if instance.state is InstanceState.READY:
+            progress = facts["facts"][instance.id]["progress"]
+            if progress is not None:
+                self._progress.reported(progress)
+            elif instance.state is InstanceState.READY:
                 self._progress.is_read(instance.id)
         self.observer.saw_account(facts)
         self._names.joined(name)

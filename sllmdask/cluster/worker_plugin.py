@@ -68,8 +68,9 @@ class SllmWorkerPlugin(WorkerPlugin):
         self.registry: InstanceRegistry | None = None
         #: Which workers share memory and disk with this one.
         self.node = secrets.token_hex(8)
-        #: Sources whose files were seen here; it only grows, as the account's version counts them.
+        #: Sources whose files were seen here, and how often that has changed, which the account's version counts.
         self._on_disk: set[str] = set()
+        self._n_changes = 0
 
     async def setup(self, worker: Worker) -> None:
         self._worker = worker
@@ -157,7 +158,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         residency = dict.fromkeys(self._on_disk, str(Tier.DISK))
         residency |= {key: str(tier) for key, facts in snapshot["keys"].items() if (tier := _tier_of(facts["state"]))}
         return {
-            "version": snapshot["version"] + len(self._on_disk),
+            "version": snapshot["version"] + self._n_changes,
             "residency": residency,
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
@@ -199,13 +200,15 @@ class SllmWorkerPlugin(WorkerPlugin):
         try:
             await self.registry.backend(backend)  # first, since it needs no file
             on_disk = await self.registry.store.on_disk(resolve_source(source))
+            if not on_disk:
+                self._see_on_disk(source, False)
             if not fetch and not on_disk:
                 raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(source, resolve_source(source))
             facts = await self.registry.inspect(backend, info.path, info.config, Task(task, pooling, normalize))
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
-                self._seen_on_disk(source)
+                self._see_on_disk(source, True)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -234,9 +237,10 @@ class SllmWorkerPlugin(WorkerPlugin):
             return EngineError(f"inspecting the adapter {source!r} failed: {error!r}").as_wire()
         return {"nbytes": adapter.nbytes}
 
-    def _seen_on_disk(self, source: str) -> None:
-        if source not in self._on_disk:
-            self._on_disk.add(source)
+    def _see_on_disk(self, source: str, there: bool) -> None:
+        if there != (source in self._on_disk):
+            self._on_disk ^= {source}
+            self._n_changes += 1
             self.report({"kind": "account", "account": self.account()})
 
     async def files(self, source: str) -> dict[str, Any]:
@@ -300,7 +304,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             info = await self.registry.store.inspect(source, resolve_source(source))
         except SllmError as error:
             return error.as_wire()
-        self._seen_on_disk(source)
+        self._see_on_disk(source, True)
         return {"path": path, "nbytes": info.nbytes, "account": self.account()}
 
     async def unload(self, instance: str, forget: bool = False) -> dict[str, Any]:
