@@ -115,10 +115,10 @@ class Processes:
             **{"DASK_SLLMDASK__WORKER__MEMORY_GRACE": "5", **environment},
         )
 
-    def start_door(self, name: str = "door") -> str:
+    def start_door(self, name: str = "door", **environment: str) -> str:
         """A front door; returns its URL once it answers."""
         port = free_port()
-        self.start(name, "sllmdask", "serve", "--scheduler", self.scheduler, "--port", str(port))
+        self.start(name, "sllmdask", "serve", "--scheduler", self.scheduler, "--port", str(port), **environment)
         url = f"http://127.0.0.1:{port}"
         until(f"{name} answers", lambda: self.answers(name, url))
         return url
@@ -138,6 +138,12 @@ class Processes:
         if process.poll() is None:
             os.killpg(process.pid, number)
         process.wait(20)
+
+    def signal_workers(self, number: int) -> None:
+        """To each worker, and to its nanny."""
+        for name, process in self.running.items():
+            if name.startswith("worker"):
+                os.killpg(process.pid, number)
 
     def close(self) -> None:
         for name in list(self.running):
