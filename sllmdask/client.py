@@ -114,6 +114,7 @@ _BY_CODE: dict[str | None, type[SllmError]] = {
         errors.InsufficientMemory,
         errors.LoadFailed,
         errors.SchedulerUnreachable,
+        errors.StateUnwritable,
         errors.WorkerLost,
         errors.MoveFailed,
         errors.InstanceGone,

@@ -306,6 +306,9 @@ class SchedulerSettings(Frozen):
     event_log: str = ""
     #: A file with the hardware of nodes, which estimates begin with; empty: none.
     hardware_config: str = ""
+    #: The file that deployments return from when the scheduler is started again. ``auto``: one for its port, where that was
+    #: given; empty: none.
+    state: str = "auto"
 
 
 class ServerSettings(Frozen):

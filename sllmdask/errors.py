@@ -34,7 +34,8 @@
     │   ├── HostPoolUnavailable
     │   ├── LoadFailed
     │   ├── SourceUnreachable
-    │   └── SchedulerUnreachable
+    │   ├── SchedulerUnreachable
+    │   └── StateUnwritable
     ├── WorkerLost                  the cluster: the request may be tried on another worker
     ├── InstanceGone                the cluster: the instance left or died; the request may be tried on another one
     ├── ModelReplaced               the caller: an answer cannot be continued by another checkpoint
@@ -554,6 +555,20 @@ class SchedulerUnreachable(Unavailable):
     @property
     def message(self) -> str:
         return f"The Dask scheduler at {self.address} is not reachable ({self.reason}). Is it running, with the sllmdask preload?"
+
+
+class StateUnwritable(Unavailable):
+    """``StateUnwritable(path, reason)``: what was asked for could not be kept for the next start, and was not done."""
+
+    code = "state_unwritable"
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    @property
+    def message(self) -> str:
+        return f"The scheduler cannot write its state to {self.path} ({self.reason}), so nothing was changed. Is the disk full?"
 
 
 class WorkerLost(SllmError):

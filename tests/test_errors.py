@@ -56,6 +56,7 @@ EXAMPLES: list[SllmError] = [
     errors.HostPoolUnavailable("pool", "its keeper did not start"),
     errors.SourceUnreachable("https://models.example/qwen", "connection refused"),
     errors.SchedulerUnreachable("tcp://10.0.0.1:8786", "connection refused"),
+    errors.StateUnwritable("/var/lib/sllmdask/state.sqlite", "database or disk is full"),
     errors.WorkerLost("tcp://10.0.0.2:40000"),
     errors.InstanceGone("qwen/7"),
     errors.InstanceGone("qwen/7", "out of memory"),

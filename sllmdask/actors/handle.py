@@ -37,15 +37,20 @@ def actor_key(instance: str) -> str:
     return f"sllm/{instance}"
 
 
+def adopted_key(instance: str, n: int) -> str:
+    """The key of the actor of an instance that was there before: the one of its first actor may be known as lost."""
+    return f"{actor_key(instance)}#{n}"
+
+
 class ModelHandle:
-    """Calls to the :class:`~sllmdask.actors.model_actor.ModelActor` of one instance.
+    """Calls to the :class:`~sllmdask.actors.model_actor.ModelActor` of one instance, by its Dask key.
 
     It speaks Dask's own actor protocol over `pool` instead of through an ``Actor`` proxy: a proxy needs a default client in
     the process, and its futures never resolve when a reply cannot be read.
     """
 
-    def __init__(self, instance: str, worker: str, pool: ConnectionPool) -> None:
-        self.instance, self.worker = instance, worker
+    def __init__(self, key: str, worker: str, pool: ConnectionPool) -> None:
+        self.key, self.worker = key, worker
         self._pool = pool
 
     async def load(self, peers: list[str]) -> dict[str, Any]:
@@ -58,9 +63,7 @@ class ModelHandle:
 
     async def _call(self, method: str, *args: Any) -> Any:
         try:
-            reply = await self._pool(self.worker).actor_execute(
-                actor=actor_key(self.instance), function=method, args=list(args), kwargs={}
-            )
+            reply = await self._pool(self.worker).actor_execute(actor=self.key, function=method, args=list(args), kwargs={})
         except (OSError, KeyError, RuntimeError) as error:  # KeyError: the worker restarted and knows the actor no more
             raise WorkerLost(self.worker) from error
         if reply["status"] == "OK":

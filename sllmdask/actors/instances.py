@@ -67,6 +67,8 @@ EmbeddingChoice = dict[str, Any]
 
 #: Seconds that requests may still run in an instance that is to be unloaded.
 UNLOAD_GRACE_S = 600.0
+#: Seconds without any word of a front door after which its requests are stopped; it pings every two.
+SILENT_DOOR_S = 30.0
 #: Seconds between two progress reports of one load.
 REPORT_EVERY_S = 0.1
 
@@ -83,6 +85,7 @@ class Instance(Movable):
         registry: InstanceRegistry,
         embedding: EmbeddingChoice | None = None,
         backend: str = OWN,
+        n_slots: int = 1,
     ) -> None:
         super().__init__()
         self.id, self.model, self.source, self.dtype = instance_id, model, source, dtype
@@ -90,6 +93,9 @@ class Instance(Movable):
         self.embedding = embedding
         #: What builds its engine.
         self.backend = backend
+        self.n_slots = n_slots
+        #: Why the scheduler wants it to have no more requests; empty: it does not, as far as is known here.
+        self.leaving = ""
         self._inputs = InputLedger()
         #: Reads the files of an adapter for the engine's model; ``None``: the engine takes none.
         self.read_adapter: Callable[..., Any] | None = None
@@ -258,18 +264,20 @@ class Instance(Movable):
             self._reporting = None
         if self.closed:
             return
+        self._reported_at = time.monotonic()
+        self._registry.report(self._how_far())
+
+    def _how_far(self) -> dict[str, Any]:
         done, total = self._read
-        now = self._reported_at = time.monotonic()
-        self._registry.report(
-            {
-                "kind": "progress",
-                "instance": self.id,
-                "done": done,
-                "total": total,
-                "tier": str(self._registry.store.tier_of_load(self.source)),
-                "bytes_per_s": done / (now - self._began_at) if now > self._began_at else 0.0,
-            }
-        )
+        seconds = time.monotonic() - self._began_at
+        return {
+            "kind": "progress",
+            "instance": self.id,
+            "done": done,
+            "total": total,
+            "tier": str(self._registry.store.tier_of_load(self.source)),
+            "bytes_per_s": done / seconds if seconds > 0 else 0.0,
+        }
 
     async def close(self, error: SllmError | None = None) -> None:
         """Stop the engine, or the load that would make one; answer who still waits; unpin the host copy."""
@@ -315,6 +323,22 @@ class Instance(Movable):
     async def until_idle(self) -> None:
         """Until the last request has ended."""
         await self._idle.wait()
+
+    def facts(self) -> dict[str, Any]:
+        """What a scheduler that did not load it must know to take it over."""
+        return {
+            "model": self.model,
+            "source": self.source,
+            "dtype": self.dtype,
+            "embedding": self.embedding,
+            "backend": self.backend,
+            "n_slots": self.n_slots,
+            "nbytes": 0 if self._lease is None else self._lease.nbytes,
+            "state": "loading" if self._lease is None else "ready",
+            "leaving": self.leaving,
+            "progress": None if self._whole or self._read == (0, 0) else self._how_far(),
+            "requests": {request_id: front_door for request_id, (front_door, _) in self._requests.items()},
+        }
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -496,6 +520,14 @@ class Instance(Movable):
             self._registry.send(front_door, ["error", request_id, epoch, error.as_wire()])
         return len(aborted)
 
+    def give_back(self, requests: Sequence[str]) -> int:
+        """End those of `requests` that are here, with :class:`InstanceGone`; returns how many there were."""
+        mine = [(request_id, self._requests[request_id]) for request_id in requests if request_id in self._requests]
+        for request_id, (front_door, epoch) in mine:
+            self.cancel(request_id)
+            self._registry.send(front_door, ["error", request_id, epoch, InstanceGone(self.id).as_wire()])
+        return len(mine)
+
     def cancel_all_of(self, front_door: str) -> int:
         """Stop every request of a front door that is gone; returns how many there were."""
         mine = [request_id for request_id, (door, _) in self._requests.items() if door == front_door]
@@ -663,12 +695,18 @@ class InstanceRegistry:
         dtype: str,
         embedding: EmbeddingChoice | None = None,
         backend: str = OWN,
+        n_slots: int = 1,
     ) -> Instance:
         """The instance of that id; an actor that is created again finds its engine running."""
         instance = self._instances.get(instance_id)
         if instance is None:
-            instance = self._instances[instance_id] = Instance(instance_id, model, source, dtype, self, embedding, backend)
+            instance = Instance(instance_id, model, source, dtype, self, embedding, backend, n_slots)
+            self._instances[instance_id] = instance
         return instance
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What is here, and what for, by instance; plain msgpack types."""
+        return {instance.id: instance.facts() for instance in self._instances.values() if not instance.closed}
 
     def instance(self, instance_id: str) -> Instance | None:
         """The instance of that id; in any thread."""
@@ -750,6 +788,11 @@ class InstanceRegistry:
             instance.times |= {phase: seconds for phase, seconds in asdict(engine.build_times).items() if seconds is not None}
         return EngineThread(engine, loop, instance.on_outputs, instance.on_failed, name=instance.id)
 
+    def give_back(self, instance_id: str, requests: Sequence[str]) -> int:
+        """End those of `requests` that an instance has, as if it were gone: a front door that wants one sends it elsewhere."""
+        instance = self._instances.get(instance_id)
+        return 0 if instance is None else instance.give_back(requests)
+
     def abort(self, instance_id: str, error: SllmError) -> int:
         """End all requests of an instance with `error`, and refuse those to come; returns how many there were."""
         instance = self._instances.get(instance_id)
@@ -768,6 +811,7 @@ class InstanceRegistry:
         instance = self._instances.get(instance_id)
         if instance is None:
             return
+        instance.leaving = instance.leaving or "unloaded"
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await instance.until_idle()
@@ -822,10 +866,14 @@ class InstanceRegistry:
         """Read a front door's messages until it closes or dies; then stop what it had asked for."""
         outbox = Outbox(comm)
         self._outboxes[front_door] = outbox
+        heard = asyncio.Event()
+        watching = asyncio.create_task(_abort_when_silent(comm, heard, front_door))
         try:
             async for message in messages(comm):
+                heard.set()
                 self._receive(front_door, message)
         finally:
+            watching.cancel()
             if self._outboxes.get(front_door) is outbox:
                 del self._outboxes[front_door]
                 n_stopped = sum(instance.cancel_all_of(front_door) for instance in self._instances.values())
@@ -876,6 +924,18 @@ class InstanceRegistry:
         snapshot = self.store.snapshot()
         tiers = {str(Tier.DEVICE): self.memory.snapshot(), **snapshot["tiers"]}
         return {**snapshot, "tiers": tiers, "instances": dict(stats)}
+
+
+async def _abort_when_silent(comm: Comm, heard: asyncio.Event, front_door: str) -> None:
+    """A front door whose host is gone closes no connection. It pings; one that does not is not there."""
+    while True:
+        heard.clear()
+        try:
+            await asyncio.wait_for(heard.wait(), SILENT_DOOR_S)
+        except TimeoutError:
+            logger.warning("front door is silent front_door=%s", front_door)
+            comm.abort()
+            return
 
 
 def _log_kv(instance: Instance, engine: LLMEngine) -> None:

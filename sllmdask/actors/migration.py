@@ -38,6 +38,8 @@ class Departing(Host, Protocol):
     """An instance that requests leave, too. All but `engine` and `bulk` are called on the worker's event loop."""
 
     model: str
+    #: Why it is to have no more requests, for a scheduler that takes it over.
+    leaving: str
 
     @property
     def request_ids(self) -> tuple[str, ...]: ...
@@ -257,6 +259,7 @@ class Moves:
         host = self._registry.instance(instance)
         if host is None:
             raise InstanceGone(instance)
+        host.leaving = "moved"
         newest: dict[str, MoveRecord] = {}
         places = asyncio.Semaphore(N_MOVES_AT_ONCE)
 
@@ -279,6 +282,8 @@ class Moves:
                         await asyncio.sleep(RETRY_S)
         except TimeoutError:
             logger.warning("instance=%s still has %d requests", instance, len(host.request_ids))
+        if host.request_ids:
+            host.leaving = ""
         moves = {request: record.as_wire() for request, record in newest.items()}
         return {"moves": moves, "left": len(host.request_ids)}
 

@@ -7,7 +7,7 @@ of it; what only others know (the client's id of a request, how it ended, when t
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from sllmdask.cluster.happenings import Feed, Happening
@@ -17,7 +17,7 @@ from sllmdask.cluster.records import ChoiceRecord, LoadRecord, ModelRecord, Requ
 from sllmdask.policy import decisions as do
 from sllmdask.policy import events as ev
 from sllmdask.policy.choice import Choice, Way
-from sllmdask.policy.views import RequestView
+from sllmdask.policy.views import HeldInstance, InstanceState, RequestView
 
 #: Requests that have ended, models that are not deployed any more, and nodes that have left, of which something is kept.
 N_ENDED, N_DELETED, N_GONE = 2048, 256, 4096
@@ -195,6 +195,8 @@ class DecisionLog:
         match event:
             case ev.RequestArrived(request=request) | ev.LoadRequested(request=request):
                 self._arrived(request, at)
+            case ev.RequestClaimed(request=request):
+                self._claimed(request, at)
             case ev.RequestEnded(request=key):
                 self._end(self.requests.get(key), at, self._told.pop(key, {}))
             case ev.RequestReturned(request=key):
@@ -206,11 +208,13 @@ class DecisionLog:
             case ev.FrontDoorLeft(front_door=front_door):
                 for record in [record for record in self.live() if record.front_door == front_door]:
                     self._end(record, at, {"state": "cancelled", "error": "its front door has left"})
-            case ev.WorkerJoined(worker=worker):
+            case ev.WorkerJoined(worker=worker, instances=held):
                 self._forget_gone()
                 self._nodes[worker.address] = worker.name
                 self._lose_all_of(worker.address, at)
                 self._note(at, "joined", node=worker.name, slots=worker.slots, host_capacity=worker.host_capacity)
+                for each in held:
+                    self._adopted(each, worker.address, at)
             case ev.WorkerLeft(address=address):
                 lost = self._lose_all_of(address, at)
                 self._note(at, "left", node=self.node(address), instances=lost)
@@ -240,7 +244,7 @@ class DecisionLog:
                 self._moving_because.pop(instance, None)
                 self._close(self.loads.get(successor), at, failed=reason)
                 self._note_instance(self.loads.get(instance), at, "failed", what="move", cause=reason)
-            case ev.WorkerReported() | ev.UnloadRequested() | ev.TimerFired():
+            case ev.WorkerReported() | ev.UnloadRequested() | ev.WorkersAwaited() | ev.TimerFired():
                 pass
 
     def _decided(self, decision: do.Decision, at: float) -> None:
@@ -295,6 +299,19 @@ class DecisionLog:
         )
         self.requests[record.key] = record
         self._keys.setdefault(record.id, []).append(record.key)
+
+    def _claimed(self, request: RequestView, at: float) -> None:
+        """A request that a scheduler before this one has dispatched."""
+        told = dict(self._told.get(request.id, {}))
+        self._arrived(request, at)
+        record = self.requests[request.id]
+        if record.ended_at is not None:
+            return
+        record.arrived_at = self._wall_s(request.arrived_at)
+        record.state, record.instance = "running", request.instance
+        if not record.path and told.get("node"):
+            record.path.append(str(told["node"]))
+        self._note_request(record, at, "claimed", instance=request.instance, node=told.get("node"))
 
     def _end(self, record: RequestRecord | None, at: float, told: Mapping[str, Any]) -> None:
         if record is None:
@@ -417,6 +434,15 @@ class DecisionLog:
             instance, model, worker, self.node(worker), known.n_slots, known.nbytes, at, predicted_s
         )
         return load
+
+    def _adopted(self, held: HeldInstance, worker: str, at: float) -> None:
+        """An instance that was loaded before: what that took is not known here, and was counted then."""
+        if held.id in self.loads:
+            return
+        load = self._new_load(held.id, held.model, worker, inf, at)
+        load.n_slots, load.nbytes, load.counted = held.n_slots, held.nbytes, True
+        load.ready_at = at if held.state is InstanceState.READY else None
+        self._note_instance(load, at, "adopted", n_requests=held.n_requests)
 
     def _loaded(self, instance: str, tier: str, at: float) -> None:
         load = self.loads.get(instance)

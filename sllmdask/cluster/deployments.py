@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sllmdask.cluster.effects import ASK_S, FETCH_S, Effects
+from sllmdask.cluster.state_store import Found, StateStore, StoredDeployment
 from sllmdask.config import Deployment, Settings, parse
 from sllmdask.errors import (
     AdapterNotFound,
+    CheckpointError,
     CheckpointNotFound,
+    ConfigError,
     InvalidRequest,
     ModelDeleted,
     ModelNotFound,
@@ -46,6 +49,20 @@ class Deployed:
     #: ``None``: it generates text. Otherwise an ``EmbeddingInfo`` as plain types.
     embedding: dict[str, Any] | None = None
 
+    def as_stored(self) -> StoredDeployment:
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return StoredDeployment(self.deployment.model, self.given, facts)
+
+    @classmethod
+    def of_stored(cls, stored: StoredDeployment) -> Deployed:
+        """Raises :class:`ConfigError` if this version does not take what was given."""
+        deployment = parse(Deployment, stored.given, f"the stored deployment of {stored.model!r}")
+        return cls(_for_its_task(deployment, stored.facts["embedding"]), stored.given, **{n: stored.facts[n] for n in _FACTS})
+
+
+#: Fields of :class:`Deployed` that are kept beside what was given.
+_FACTS = ("created", "revision", "nbytes", "max_model_len", "architecture", "embedding")
+
 
 class Deployments:
     """The deployed models by name.
@@ -62,10 +79,15 @@ class Deployments:
         on: Callable[[ev.Event], None],
         peers: Callable[[str, str], list[str]],
         told: Callable[[str, dict[str, Any]], None],
+        store: StateStore | None = None,
     ) -> None:
         self._controller, self._settings, self._effects, self._on = controller, settings, effects, on
-        self._peers, self._told = peers, told
+        self._peers, self._told, self._store = peers, told, store
         self.by_name: dict[str, Deployed] = {}
+        #: Why no worker that has joined can serve a model that was deployed under another scheduler, by model.
+        self.unserved: dict[str, str] = {}
+        #: Held while a change is written and then made: changes are made in the order in which they were written.
+        self._changing = asyncio.Lock()
         #: Names of the nodes that keep a model's host copy, by model.
         self.pins: dict[str, set[str]] = {}
         #: Set when a worker joins.
@@ -99,6 +121,58 @@ class Deployments:
             self._told(worker, account)
         return reply
 
+    # --- returning ---
+
+    def restore(self, found: Found) -> list[str]:
+        """Deploy what was kept, as it was; returns the names. One that this version does not take stays in the store."""
+        self.pins = {model: set(nodes) for model, nodes in found.pins.items()}
+        for stored in found.deployments:
+            try:
+                deployed = Deployed.of_stored(stored)
+            except (ConfigError, LookupError) as error:
+                reason = error.message if isinstance(error, ConfigError) else f"{error} is missing"
+                logger.error("model=%s does not return, and stays in the store cause=%s", stored.model, reason)
+                continue
+            self.by_name[stored.model] = deployed
+            self._on(ev.ModelDeployed(time.monotonic(), self._view(deployed)))
+        self.pins = {model: nodes for model, nodes in self.pins.items() if model in self.by_name}
+        return list(self.by_name)
+
+    async def _look_for(self, worker: str) -> None:
+        """Ask a worker that has joined which checkpoints are on its disk; why, if a directory that nobody has is not there."""
+        models = list(self.by_name.values())
+        sources = {deployed.deployment.source for deployed in models}
+        asked = [self.ask(worker, "sllm_inspect", source=source, fetch=False) for source in sources]
+        replies = dict(zip(sources, await asyncio.gather(*asked), strict=True))
+        for deployed in models:
+            source, name = deployed.deployment.source, deployed.deployment.model
+            allowed = {each.address for each in self.allowed(deployed.deployment)}
+            if self.by_name.get(name) is not deployed or worker not in allowed:
+                continue
+            if "error" not in replies[source]:
+                self._serves(name, None)
+            elif isinstance(error := from_wire(replies[source]), CheckpointNotFound):
+                if not source.startswith(("/", ".", "~")):  # it may come from elsewhere when it is needed
+                    continue
+                reply = await self.ask(worker, "sllm_inspect", FETCH_S, source=source, fetch=True)
+                reason = from_wire(reply).message if "error" in reply else None
+                self._serves(name, None if self._is_elsewhere(source, worker) else reason)
+            elif isinstance(error, CheckpointError) and not self._is_elsewhere(source, worker):
+                self._serves(name, error.message)
+
+    def _is_elsewhere(self, source: str, worker: str) -> bool:
+        """Whether it can be had though `worker` does not have its files: from its own memory, or from another one."""
+        tiers = {each.address: each.residency.get(source) for each in self._controller.workers.values()}
+        return tiers.pop(worker, None) is Tier.HOST or bool({Tier.HOST, Tier.DISK} & set(tiers.values()))
+
+    def _serves(self, model: str, reason: str | None) -> None:
+        """Whether a model can be served, and if not, why."""
+        if reason is None:
+            self.unserved.pop(model, None)
+        elif self.unserved.get(model) != reason:
+            self.unserved[model] = reason
+            logger.warning("model=%s cannot be served now cause=%s", model, reason)
+
     # --- deploying ---
 
     async def register(self, deployment: dict[str, Any]) -> dict[str, Any]:
@@ -118,16 +192,44 @@ class Deployments:
     async def _deploy(self, asked: Deployment) -> dict[str, Any]:
         given = asked.model_dump(mode="json", exclude_unset=True)
         facts = await self._inspect(asked)
-        old = self.by_name.get(asked.model)
-        same = old is not None and old.deployment.source == asked.source
         max_model_len = min(asked.backend_config.max_model_len or facts["max_model_len"], facts["max_model_len"])
-        # What it is for is known from now on, also to who loads it.
-        backend = asked.backend_config.model_copy(update={"task": "embed" if facts.get("embedding") else "generate"})
-        asked = asked.model_copy(update={"backend_config": backend})
-        scaling = asked.auto_scaling_config
-        view = ModelView(
-            name=asked.model,
+        asked = _for_its_task(asked, facts.get("embedding"))
+        deployed = Deployed(
+            deployment=asked,
+            given=given,
+            created=int(time.time()),
+            revision=next(self._revisions),
             nbytes=facts["nbytes"],
+            max_model_len=max_model_len,
+            architecture=facts["architecture"],
+            embedding=facts.get("embedding"),
+        )
+        misfit = self._controller.feasible(self._view(deployed))
+        if misfit is not None:
+            raise misfit
+        await self._inspect_adapters(asked)
+        async with self._changing:
+            old = self.by_name.get(asked.model)
+            same = old is not None and old.deployment.source == asked.source
+            if old is not None and same:
+                deployed = replace(deployed, created=old.created, revision=old.revision)
+            if self._store is not None:
+                await self._store.put(deployed.as_stored())
+            if old is not None and not same:
+                self._forget(asked.model, replaced=True)
+            self.by_name[asked.model] = deployed
+            self.unserved.pop(asked.model, None)
+            logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
+            self._on(ev.ModelDeployed(time.monotonic(), self._view(deployed)))
+        return {"model": asked.model, "warnings": asked.warnings() + self._bring_to_nodes(asked)}
+
+    def _view(self, deployed: Deployed) -> ModelView:
+        """What the controller sees of a deployment."""
+        asked = deployed.deployment
+        scaling = asked.auto_scaling_config
+        return ModelView(
+            name=asked.model,
+            nbytes=deployed.nbytes,
             checkpoint=asked.source,
             n_slots=asked.num_gpus,
             target=scaling.target,
@@ -137,29 +239,10 @@ class Deployments:
             variant=asked.variant,
             nodes=asked.placement_config.nodes,
             pinned=bool(self.pins.get(asked.model)),
-            moves=not facts.get("embedding"),
+            moves=not deployed.embedding,
             alpha=asked.scheduler_config.alpha,
             beta=asked.scheduler_config.beta,
         )
-        misfit = self._controller.feasible(view)
-        if misfit is not None:
-            raise misfit
-        await self._inspect_adapters(asked)
-        if old is not None and not same:
-            self._forget(asked.model, replaced=True)
-        self.by_name[asked.model] = Deployed(
-            deployment=asked,
-            given=given,
-            created=old.created if old and same else int(time.time()),
-            revision=old.revision if old and same else next(self._revisions),
-            nbytes=facts["nbytes"],
-            max_model_len=max_model_len,
-            architecture=facts["architecture"],
-            embedding=facts.get("embedding"),
-        )
-        logger.info("deployed model=%s source=%s nbytes=%d", asked.model, asked.source, facts["nbytes"])
-        self._on(ev.ModelDeployed(time.monotonic(), view))
-        return {"model": asked.model, "warnings": asked.warnings() + self._bring_to_nodes(asked)}
 
     async def delete(self, model: str, adapters: list[str] | None = None, force: bool = False) -> dict[str, Any]:
         """Forget a model: who waits is refused, who runs may finish, then its memory is freed unless another model shares it.
@@ -183,10 +266,20 @@ class Deployments:
             )
             # An update, which begins with what was given, must not bring them back.
             given = _merged(deployed.given, {"backend_config": {"lora_adapters": left}})
-            self.by_name[model] = replace(deployed, deployment=changed, given=given)
+            async with self._changing:
+                if self.find(model) is not deployed:
+                    raise InvalidRequest(f"{model!r} was changed at the same time. Send the request again.", "model")
+                deployed = replace(deployed, deployment=changed, given=given)
+                if self._store is not None:
+                    await self._store.put(deployed.as_stored())
+                self.by_name[model] = deployed
             logger.info("deleted adapters=%s model=%s", ",".join(adapters), model)
             return {"model": model}
-        self._forget(model)
+        async with self._changing:
+            self.find(model)
+            if self._store is not None:
+                await self._store.delete(model)
+            self._forget(model)
         n_aborted = await self._abort(model) if force else 0
         n_running = 0 if force else sum(instance.n_requests for instance in self._leaving(model))
         return {"model": model, "n_running": n_running, "n_aborted": n_aborted}
@@ -215,8 +308,7 @@ class Deployments:
 
     async def worker_joined(self, worker: str) -> None:
         """A worker looks which of the deployed checkpoints are on its own disk, and gets those that it is to have."""
-        sources = {deployed.deployment.source for deployed in self.by_name.values()}
-        await asyncio.gather(*(self.ask(worker, "sllm_inspect", source=source, fetch=False) for source in sources))
+        await self._look_for(worker)
         view = self._controller.workers.get(worker)
         if view is not None:
             await asyncio.gather(
@@ -279,6 +371,7 @@ class Deployments:
 
     def _forget(self, model: str, *, replaced: bool = False) -> None:
         deployed = self.by_name.pop(model)
+        self.unserved.pop(model, None)
         if not replaced:
             self.pins.pop(model, None)
         source = deployed.deployment.source
@@ -339,18 +432,24 @@ class Deployments:
             if not self._is_wanted(deployment.source):
                 await self._forget_on(worker.address, deployment.source)
                 raise ModelNotFound(model)
-            self.pins.setdefault(model, set()).add(worker.name)
-            self._tell_of_pins(model)
+            await self._keep_pins(model, self.pins.get(model, set()) | {worker.name})
 
     async def unpin(self, model: str, names: Collection[str]) -> None:
         """Let the host copy on the nodes of those `names` be evicted again, unless another model keeps it there."""
         deployment = self.find(model).deployment
-        self.pins[model] = self.pins.get(model, set()) - set(names)
-        self._tell_of_pins(model)
+        await self._keep_pins(model, self.pins.get(model, set()) - set(names))
         for worker in [worker for worker in self._controller.workers.values() if worker.name in names]:
             others = [other for other, nodes in self.pins.items() if worker.name in nodes]
             if all(self.by_name[other].deployment.source != deployment.source for other in others):
                 await self.ask(worker.address, "sllm_pin", source=deployment.source, pinned=False)
+
+    async def _keep_pins(self, model: str, nodes: set[str]) -> None:
+        async with self._changing:
+            self.find(model)
+            if self._store is not None:
+                await self._store.pin(model, nodes)
+            self.pins[model] = nodes
+            self._tell_of_pins(model)
 
     def _tell_of_pins(self, model: str) -> None:
         """Front doors are told of it, and the controller if it makes a difference there."""
@@ -363,6 +462,12 @@ class Deployments:
 
     async def _forget_on(self, worker: str, source: str) -> None:
         await self.ask(worker, "sllm_forget", source=source)
+
+
+def _for_its_task(asked: Deployment, embedding: Any) -> Deployment:
+    """What a deployment is for is known once its checkpoint was seen, also to who loads it."""
+    backend = asked.backend_config.model_copy(update={"task": "embed" if embedding else "generate"})
+    return asked.model_copy(update={"backend_config": backend})
 
 
 def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

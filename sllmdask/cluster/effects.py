@@ -14,11 +14,11 @@ from distributed import Client, Scheduler, wait
 from distributed.core import ConnectionPool
 from distributed.security import Security
 
-from sllmdask.actors.handle import ModelHandle, actor_key
-from sllmdask.actors.model_actor import ModelActor
+from sllmdask.actors.handle import ModelHandle, actor_key, adopted_key
+from sllmdask.actors.model_actor import InstanceFacts, ModelActor
 from sllmdask.actors.streams import Outbox
 from sllmdask.config import Deployment
-from sllmdask.errors import SllmError, WorkerLost
+from sllmdask.errors import InstanceGone, SllmError, WorkerLost
 from sllmdask.policy import events as ev
 from sllmdask.policy.decisions import Chose, Decision, Dispatch, Load, Migrate, Preempt, Refuse, Unload, WakeAt
 from sllmdask.policy.views import Tier
@@ -59,6 +59,7 @@ class Effects:
         self._loads: dict[str, tuple[str, asyncio.Task[None]]] = {}
         self._migrations: dict[str, tuple[Migrate, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._n_adopted = 0
         self._timer: asyncio.TimerHandle | None = None
         #: Calls to workers: replies are ours to decode, unlike on the scheduler's own pool.
         self.pool = ConnectionPool(
@@ -218,50 +219,61 @@ class Effects:
 
     async def _make_ready(self, instance: str, model: str, worker: str, deployment: Deployment) -> Tier:
         """Create an instance's actor and load it; returns the tier that it was loaded from."""
-        client = await self._own_client()
-        future = client.submit(
-            ModelActor,
-            instance,
-            model,
-            deployment.source,
-            deployment.backend_config.torch_dtype,
-            deployment.backend_config.embedding,
-            deployment.backend,
-            key=actor_key(instance),
-            workers=[worker],
-            actor=True,
+        backend = deployment.backend_config
+        what = InstanceFacts(
+            model, deployment.source, backend.torch_dtype, backend.embedding, deployment.backend, deployment.num_gpus
         )
+        return await self._actor_ready(instance, worker, what, actor_key(instance))
+
+    async def _actor_ready(self, instance: str, worker: str, what: InstanceFacts, key: str, *, adopt: bool = False) -> Tier:
+        client = await self._own_client()
+        future = client.submit(ModelActor, instance, what, adopt, key=key, workers=[worker], actor=True)
         self._futures[instance] = worker, future
         with client.as_current():
             await wait(future)
         if future.status != "finished":
-            raise WorkerLost(worker)
+            raise InstanceGone(instance) if adopt and future.status == "error" else WorkerLost(worker)
         async with asyncio.timeout(LOAD_LIMIT_S):
-            peers = self._peers_of(deployment.source, worker)
-            done = await ModelHandle(instance, worker, self.pool).load(peers)
+            done = await ModelHandle(key, worker, self.pool).load(self._peers_of(what.source, worker))
         return Tier(done["loaded_from"])
 
+    def adopt(self, instance: str, worker: str, what: InstanceFacts, *, loading: bool) -> None:
+        """Have an actor over an instance that its worker has; what comes of a load is told, and that it is gone after all."""
+        logger.info("adopt model=%s worker=%s instance=%s", what.model, worker, instance)
+        self._n_adopted += 1
+        key = adopted_key(instance, self._n_adopted)
+        ready = self._actor_ready(instance, worker, what, key, adopt=True)
+        self._loads[instance] = worker, self.start(self._see_loaded(instance, what.model, worker, ready, news=loading))
+
     async def _load(self, load: Load, deployment: Deployment) -> None:
+        ready = self._make_ready(load.instance, load.model, load.worker, deployment)
+        await self._see_loaded(load.instance, load.model, load.worker, ready)
+
+    async def _see_loaded(
+        self, instance: str, model: str, worker: str, ready: Coroutine[Any, Any, Tier], *, news: bool = True
+    ) -> None:
+        """Tell what comes of a load; that it went well, only if that is `news`."""
         try:
-            loaded_from = await self._make_ready(load.instance, load.model, load.worker, deployment)
+            loaded_from = await ready
         except WorkerLost:
             # Most likely it has died, and Dask is about to say so, which ends this task: a load has not failed by that.
             await asyncio.sleep(NOTICE_S)
-            self._release(load.instance)
-            self._on(ev.LoadFailed(time.monotonic(), load.instance, f"the worker {load.worker} did not answer"))
+            self._release(instance)
+            self._on(ev.LoadFailed(time.monotonic(), instance, f"the worker {worker} did not answer"))
         except SllmError as error:
-            logger.warning("load failed model=%s worker=%s cause=%s", load.model, load.worker, error.message)
-            self._release(load.instance)
-            self._on(ev.LoadFailed(time.monotonic(), load.instance, error.message))
+            logger.warning("load failed model=%s worker=%s cause=%s", model, worker, error.message)
+            self._release(instance)
+            self._on(ev.LoadFailed(time.monotonic(), instance, error.message))
         except Exception as error:
             # An instance that never left "loading" would hold its slots for ever.
-            logger.exception("load failed model=%s worker=%s", load.model, load.worker)
-            self._release(load.instance)
-            self._on(ev.LoadFailed(time.monotonic(), load.instance, f"internal error: {error!r}"))
+            logger.exception("load failed model=%s worker=%s", model, worker)
+            self._release(instance)
+            self._on(ev.LoadFailed(time.monotonic(), instance, f"internal error: {error!r}"))
         else:
-            self._on(ev.LoadFinished(time.monotonic(), load.instance, loaded_from))
+            if news:
+                self._on(ev.LoadFinished(time.monotonic(), instance, loaded_from))
         finally:
-            self._loads.pop(load.instance, None)
+            self._loads.pop(instance, None)
 
     async def _unload(self, unload: Unload) -> None:
         _, loading = self._loads.get(unload.instance, (None, None))
@@ -279,7 +291,9 @@ class Effects:
                 with client.as_current():
                     await wait(future)  # an actor that is being created cannot be told anything yet
                 async with asyncio.timeout(UNLOAD_LIMIT_S):
-                    await ModelHandle(instance, worker, self.pool).unload(forget)
+                    await ModelHandle(future.key, worker, self.pool).unload(forget)
+            else:  # it was adopted a moment ago, or its load was called off as soon as it began
+                await self.ask(worker, "sllm_unload", UNLOAD_LIMIT_S, instance=instance, forget=forget)
         except WorkerLost:
             logger.info("unload instance=%s: its worker or its actor is gone", instance)
         except Exception:

@@ -48,6 +48,7 @@ from sllmdask.errors import (
     InvalidRequest,
     ModelNotFound,
     ModelReplaced,
+    QueueFull,
     QueueTimeout,
     SchedulerUnreachable,
     SllmError,
@@ -71,8 +72,9 @@ SILENCE_S = 20.0
 MOVING_S = 5.0
 #: Seconds beyond a request's deadline, or beyond the last news of it, after which it is given up without the scheduler.
 DEADLINE_MARGIN_S = 30.0
-#: Seconds between attempts to reach a scheduler that went away, from the first to the longest.
-RECONNECT_S = (0.2, 5.0)
+#: Seconds between attempts to reach a scheduler that went away, from the first to the longest, and for one of them.
+RECONNECT_S = (0.2, 1.0)
+REACH_S = 2.0
 
 
 class _Active:
@@ -89,7 +91,8 @@ class _Active:
         self.n_resumes = 0
         #: Which checkpoint of the model it was begun with: only the same one can continue it.
         self.revision = revision
-        self.began_at = time.monotonic()
+        self.began_at = self.waits_since = time.monotonic()
+        self.runs_since = 0.0
         self.first_token_s: float | None = None
         #: When its last token was accepted.
         self.last_token_at: float | None = None
@@ -178,7 +181,8 @@ class Gateway(Lookout):
         self._reading: dict[str, dict[str, Any]] = {}
         self._answering: set[str] = set()
         self._n_workers = 0
-        self._given_up = False
+        #: Set while there is a connection.
+        self._connected = asyncio.Event()
         self._mirrored = asyncio.Event()
         #: Requests under way, by the cluster's name for them.
         self._active: dict[str, _Active] = {}
@@ -193,7 +197,7 @@ class Gateway(Lookout):
         """Connect to the scheduler; raises :class:`SchedulerUnreachable`."""
         await self._pool.start()
         preloading = asyncio.get_running_loop().run_in_executor(None, preload)
-        comm = await self._connect()
+        comm = await self._connect(10)
         await preloading
         self._supervisor = asyncio.create_task(self._supervise(comm))
         try:
@@ -213,9 +217,9 @@ class Gateway(Lookout):
         await asyncio.gather(*self._tokenizers.values(), return_exceptions=True)
         await self._pool.close()
 
-    async def _connect(self) -> Any:
+    async def _connect(self, timeout_s: float) -> Any:
         try:
-            return await open_stream(self._scheduler, "sllm-front-door", timeout_s=10, front_door=self.id)
+            return await open_stream(self._scheduler, "sllm-front-door", timeout_s=timeout_s, front_door=self.id)
         except (OSError, ValueError, MemoryError) as error:  # MemoryError: a server of another kind, whose words read as lengths
             raise SchedulerUnreachable(self._scheduler, " ".join(str(error).split())) from None
 
@@ -223,9 +227,8 @@ class Gateway(Lookout):
         """Follow the scheduler; when it goes away, streams that run go on, and what waits is asked again on its return."""
         while True:
             self._outbox = Outbox(comm)
-            for active in self._active.values():
-                if active.journal.worker is None:
-                    self._ask_for_place(active)
+            self._connected.set()
+            self._announce()
             try:
                 async for message in messages(comm):
                     self._from_scheduler(message)
@@ -233,28 +236,49 @@ class Gateway(Lookout):
                 # The connection is begun anew, as if it had been lost: without it, every request would wait for ever.
                 logger.exception("a message from the scheduler could not be understood")
             outbox, self._outbox = self._outbox, None
+            self._connected.clear()
             await outbox.close()
             self._n_workers = 0
+            for active in self._active.values():
+                self._time_out(active)
             self._show_reading({})
             logger.warning("lost the scheduler at %s; trying again", self._scheduler)
-            patience = asyncio.get_running_loop().call_later(self._settings.scheduler.worker_wait, self._give_up)
             pause_s = RECONNECT_S[0]
             while True:
                 await asyncio.sleep(pause_s)
                 try:
-                    comm = await self._connect()
-                    patience.cancel()
-                    self._given_up = False
+                    comm = await self._connect(REACH_S)
                     break
                 except SchedulerUnreachable:
                     pause_s = min(RECONNECT_S[1], pause_s * 2)
 
-    def _give_up(self) -> None:
-        """The scheduler has been gone for too long: who waits for a place is told so, and who comes now too."""
-        self._given_up = True
+    def _announce(self) -> None:
+        """Tell a scheduler that may be another one which requests run, and where, and then which wait, the oldest first."""
+        for active in self._active.values():
+            journal = active.journal
+            if journal.worker is not None:
+                told = {**self._facts(active), "n_tokens": len(journal.output_ids), "node": journal.node}
+                told["running_s"] = time.monotonic() - active.runs_since
+                self._tell(["running", active.key, journal.request.model, journal.request.priority, journal.instance, told])
         for active in self._active.values():
             if active.journal.worker is None:
-                active.inbox.put_nowait(SchedulerUnreachable(self._scheduler, "it went away"))
+                self._ask_for_place(active)
+
+    def _time_out(self, active: _Active) -> None:
+        """While there is no scheduler, nobody else tells a request that waits that its time is over."""
+        if active.journal.worker is None:
+            late_in_s = active.waits_since + self._deadline_s(active) - time.monotonic()
+            asyncio.get_running_loop().call_later(max(0.0, late_in_s), self._say_late, active, active.waits_since)
+
+    def _say_late(self, active: _Active, waits_since: float) -> None:
+        if not self.connected and active.journal.worker is None and active.waits_since == waits_since:
+            reason = f"the scheduler at {self._scheduler} is not connected"
+            active.inbox.put_nowait(QueueTimeout(active.journal.request.model, self._deadline_s(active), reason))
+
+    def _deadline_s(self, active: _Active) -> float:
+        """Seconds that a request may wait for a place."""
+        given = active.journal.request.deadline_s
+        return self._settings.scheduler.request_deadline if given is None else given
 
     # --- what is there ---
 
@@ -400,7 +424,7 @@ class Gateway(Lookout):
         return await asyncio.shield(task)
 
     async def _fetch_tokenizer(self, model: str) -> Tokenizer:
-        reply = await self._ask("sllm_files", model=model)
+        reply = await self._ask_again("sllm_files", model=model)
         directory = Path(tempfile.mkdtemp(prefix="sllmdask-tokenizer-"))
         try:
             for name, content in reply["files"].items():
@@ -415,7 +439,24 @@ class Gateway(Lookout):
             raise ModelNotFound(model, difflib.get_close_matches(model, self._rows, n=3))
         return row
 
+    async def _ask_again(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """An answer that a request waits for: it waits for a scheduler that is away, too, as long as a request may."""
+        unreachable = SchedulerUnreachable(self._scheduler, "it does not answer")
+        try:
+            async with asyncio.timeout(self._settings.scheduler.request_deadline):
+                while True:
+                    try:
+                        return await self._ask(op, **arguments)
+                    except SchedulerUnreachable as error:
+                        unreachable = error
+                    await asyncio.sleep(RECONNECT_S[0])  # it is a moment before the loss of the connection is known
+                    await self._connected.wait()
+        except TimeoutError:
+            raise unreachable from None
+
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        if not self.connected:  # Dask would try to reach it for a while
+            raise SchedulerUnreachable(self._scheduler, "it is not connected")
         try:
             reply: dict[str, Any] = await getattr(self._pool(self._scheduler), op)(**arguments)
         except (UnicodeEncodeError, OverflowError) as error:
@@ -450,12 +491,17 @@ class Gateway(Lookout):
                 yield event
 
     async def _serve(self, request: GenerateRequest | EmbedRequest, text: TextStream) -> AsyncGenerator[GatewayEvent]:
-        if self._given_up:
-            raise SchedulerUnreachable(self._scheduler, "it went away")
+        if not self.connected:
+            # A scheduler would refuse them.
+            n_waiting = sum(active.journal.worker is None for active in self._active.values())
+            if n_waiting >= self._settings.scheduler.max_queue:
+                raise QueueFull(request.model, self._settings.scheduler.max_queue)
         active = _Active(f"{self.id}:{next(self._numbers)}", request, text, int(self._row(request.model)["revision"]))
         self._active[active.key] = active
         try:
             self._ask_for_place(active)
+            if not self.connected:
+                self._time_out(active)
             yield Progress("queued", f"waiting for {request.model}")
             while True:
                 message = await self._next(active)
@@ -473,12 +519,11 @@ class Gateway(Lookout):
         """The next message; while the request waits for a place, not for much longer than the scheduler would let it."""
         if active.journal.worker is not None:
             return await active.inbox.get()
-        request = active.journal.request
-        limit_s = (request.deadline_s or self._settings.scheduler.request_deadline) + DEADLINE_MARGIN_S
+        limit_s = self._deadline_s(active) + DEADLINE_MARGIN_S
         try:
             return await asyncio.wait_for(active.inbox.get(), limit_s)
         except TimeoutError:
-            return QueueTimeout(request.model, limit_s, "the scheduler did not answer")
+            return QueueTimeout(active.journal.request.model, limit_s, "the scheduler did not answer")
 
     def _follow(self, active: _Active, message: Message) -> list[GatewayEvent]:
         """What one message means for its request."""
@@ -486,8 +531,12 @@ class Gateway(Lookout):
         match message:
             case ["progress", state, detail, done, total] if journal.worker is None:
                 return [Progress(state, detail, done, total)]
+            case ["dispatch", *_] if journal.worker is not None:
+                # The scheduler before this one had sent it elsewhere, which was not known yet when it was asked again.
+                self._tell(["at", active.key, journal.instance])
             case ["dispatch", _, instance, worker, node, loaded_from, queue_s]:
                 self._check_revision(active)
+                active.runs_since = time.monotonic()
                 journal.instance, journal.worker, journal.node, journal.state = instance, worker, node, "running"
                 journal.path.append(node)
                 active.reading = False
@@ -661,7 +710,10 @@ class Gateway(Lookout):
         active.following = Following(journal)
         lost = journal.instance
         journal.begin_anew()
+        active.waits_since = time.monotonic()
         self._ask_for_place(active, "returned", lost, near)
+        if not self.connected:
+            self._time_out(active)
 
     def _check_revision(self, active: _Active) -> None:
         """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
@@ -692,12 +744,19 @@ class Gateway(Lookout):
         """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved.
         `near`: the worker that has most of what was computed for it."""
         request = active.journal.request
-        max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
-        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
+        told = {**self._facts(active), "waited_s": time.monotonic() - active.waits_since, "lost": lost}
         told["n_output"] = len(active.journal.output_ids)
         if near is not None:
             told["near"] = near
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
+
+    @staticmethod
+    def _facts(active: _Active) -> dict[str, Any]:
+        """What the scheduler is told of a request; ``seconds`` since it came."""
+        request = active.journal.request
+        max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
+        facts = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        return {**facts, "seconds": time.monotonic() - active.began_at}
 
     def _tell(self, message: Message) -> None:
         if self._outbox is not None:

@@ -111,6 +111,11 @@ def _migrated(facts: Mapping[str, Any]) -> str:
     return f"{where} after {format_seconds(facts['seconds'])}{predicted}, where it is {facts['successor']}"
 
 
+def _adopted(facts: Mapping[str, Any]) -> str:
+    n = facts["n_requests"]
+    return f"{facts['instance']} was on node {facts['node']} before, with {n} request{'' if n == 1 else 's'}"
+
+
 def _failed(facts: Mapping[str, Any]) -> str:
     what = {"load": "could not be loaded on", "run": "was lost on", "move": "could not be moved from"}[facts["what"]]
     return f"{facts['instance']} {what} node {facts['node']}{_cause(facts)}"
@@ -178,6 +183,7 @@ _TEXTS = {
     "deleted": lambda facts: f"{facts['model']} is not deployed any more{_cause(facts)}",
     "placed": lambda facts: f"{facts['instance']} is loaded{_source(facts)} on node {facts['node']}{_predicted(facts)}",
     "loaded": _loaded,
+    "adopted": _adopted,
     "failed": _failed,
     "evicted": _evicted,
     "unloading": lambda facts: f"{facts['instance']} is to leave node {facts['node']}{_cause(facts)}",
@@ -189,6 +195,7 @@ _TEXTS = {
     "preempted": _preempted,
     "waiting": lambda facts: f"{_request(facts)} waits{_cause(facts)}",
     "dispatched": _dispatched,
+    "claimed": lambda facts: f"{_request(facts)} still runs on {facts['instance']}, under a new scheduler",
     "returned": lambda facts: f"{_request(facts)} is back in the queue: its instance was gone",
     "moved": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",
     "stayed": lambda facts: f"{_request(facts)} {move_text(facts['move'])}",

@@ -55,6 +55,8 @@ class Rows:
         else:
             tiers = {worker.residency.get(deployed.deployment.source) for worker in self._controller.workers.values()}
             state = next((str(tier) for tier in (Tier.HOST, Tier.DISK) if tier in tiers), "absent")
+            reason = self._deployments.unserved.get(name) if state == "absent" else None
+            state = "failed" if reason else state
         return {
             "model": name,
             "state": state,

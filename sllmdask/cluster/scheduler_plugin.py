@@ -14,15 +14,19 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
+from math import inf
+from pathlib import Path
 from typing import Any
 
 import click
 from distributed import Scheduler
 from distributed.comm import Comm
+from distributed.comm.addressing import parse_host_port
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from sllmdask.actors.streams import Message, Outbox, messages
+from sllmdask.cluster.adopting import RETURN_S, Adoption, WorkerNames
 from sllmdask.cluster.dask_settings import log_as_dask_does, read_settings
 from sllmdask.cluster.deployments import Deployments
 from sllmdask.cluster.draining import Drains
@@ -34,6 +38,7 @@ from sllmdask.cluster.moving import Moving
 from sllmdask.cluster.observing import Observer
 from sllmdask.cluster.operations import Operations
 from sllmdask.cluster.rows import Rows
+from sllmdask.cluster.state_store import Found, StateStore, default_path
 from sllmdask.cluster.waiting import Departures, LoadProgress, Wishes
 from sllmdask.cluster.worker_plugin import PROTOCOL
 from sllmdask.config import Deployment, Settings, read_hardware
@@ -76,8 +81,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     name = "sllmdask"
 
-    def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
-        self.scheduler, self.settings = scheduler, settings
+    def __init__(self, scheduler: Scheduler, settings: Settings, store: StateStore | None = None) -> None:
+        """`store`: what is kept for the next scheduler, and what the one before has kept."""
+        self.scheduler, self.settings, self._store = scheduler, settings, store
+        found = Found(generation=_unique_generation(scheduler)) if store is None else store.found
         self.controller = Controller(
             ControllerSettings(
                 worker_wait_s=settings.scheduler.worker_wait,
@@ -87,6 +94,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 can_migrate=settings.scheduler.migrate,
                 max_requests=settings.engine.max_running,
                 can_move=True,
+                generation=found.generation,
             )
         )
         self._recorder = Recorder(settings.scheduler.event_log, self.controller.settings)
@@ -111,8 +119,10 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._estimates = Estimates(read_hardware(path) if path else {})
         self.moving = Moving(self)
         self.effects = Effects(scheduler, self.on, self._doors, self.deployment, self.peers, self.moving.evacuate)
-        self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers, self._fold_account)
+        self.deployments = Deployments(self.controller, settings, self.effects, self.on, self.peers, self._fold_account, store)
+        self._names = WorkerNames(store, self.effects.start)
         self.deployed = self.deployments.by_name
+        self._adoption = Adoption(self.controller, self.effects, self.deployed, self._doors)
         self._wishes, self._departures = Wishes(), Departures()
         self._progress = LoadProgress(self.controller, self._tell_soon)
         self.drains = Drains(self.controller, self.on, self._worker_named)
@@ -131,6 +141,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         )
         self.observer = Observer(self.controller, self._doors, self._accounts)
         self.moves_seen = MovesSeen(self.controller, self.observer.log, self.on)
+        if store is not None:
+            self._return(store)
         for operation, handler in self.observer.handlers.items():
             scheduler.handlers[operation] = answer(handler)
         scheduler.handlers["sllm-front-door"] = self.front_door
@@ -147,6 +159,23 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers["sllm_pin"] = self.pin
         scheduler.handlers["sllm_update"] = self.update
         scheduler.stream_handlers["sllm-report"] = self.worker_report
+
+    def _return(self, store: StateStore) -> None:
+        """What the scheduler before this one has kept."""
+        found, now = store.found, time.monotonic()
+        names = self.deployments.restore(found)
+        if found.generation > 1:
+            logger.info("%d deployments have returned from %s: %s", len(names), store.path, ", ".join(names) or "none")
+        if found.workers:
+            self.on(ev.WorkersAwaited(now, found.workers, now + RETURN_S))
+            self.effects.start(self._forget_absent(found.workers))
+
+    async def _forget_absent(self, names: frozenset[str]) -> None:
+        """Workers that have not come back are not waited for the next time."""
+        await asyncio.sleep(RETURN_S)
+        for name in sorted(names - {worker.name for worker in self.controller.workers.values()}):
+            logger.warning("worker %s was there before, and has not come back", name)
+            self._names.left(name)
 
     def on(self, event: ev.Event) -> None:
         """The one way into the controller."""
@@ -206,6 +235,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             await outbox.close()
         self.moves_seen.close()
         self._recorder.close()
+        await self._names.close()
+        if self._store is not None:
+            await self._store.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         state = scheduler.workers[worker]
@@ -231,7 +263,16 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self._reconciler = self._reconciler or asyncio.create_task(self._reconcile())
         self.effects.prepare()
         self._accounts[worker] = facts
-        self.on(ev.WorkerJoined(time.monotonic(), view))
+        held = self._adoption.adopt(worker, facts)
+        self.on(ev.WorkerJoined(time.monotonic(), view, held))
+        for instance in held:
+            progress = facts["facts"][instance.id]["progress"]
+            if progress is not None:
+                self._progress.reported(progress)
+            elif instance.state is InstanceState.READY:
+                self._progress.is_read(instance.id)
+        self.observer.saw_account(facts)
+        self._names.joined(name)
         self.deployments.joined.set()
         self.effects.start(self._greet(worker, name))
 
@@ -240,7 +281,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
         self.effects.worker_left(worker)
         self.moving.worker_left(worker)
         self.moves_seen.worker_left(worker)
+        self._adoption.worker_left(worker)
         if worker in self.controller.workers:
+            self._names.left(self.controller.workers[worker].name)
             self.on(ev.WorkerLeft(time.monotonic(), worker))
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:  # noqa: ARG002
@@ -287,6 +330,7 @@ class SllmSchedulerPlugin(SchedulerPlugin):
             return
         self._accounts[address] = account
         self.observer.saw_account(account)
+        self._adoption.look_for_orphans(address, account)
         for instance, stats in account["instances"].items():
             if "read_s" in stats.get("load", {}) or stats.get("n_output_tokens"):
                 self._progress.is_read(instance)
@@ -403,19 +447,37 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                     self.moves_seen.no_more(request_id)
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s, near))
                     return
-                # One that was returned but is not known was dispatched by a scheduler before this one.
+                # One that was returned but is not known was dispatched by a scheduler before this one. One that has waited under
+                # that one takes its old place, and may wait no longer than before.
                 request = RequestView(
                     request_id,
                     model,
                     front_door,
-                    now,
-                    now + deadline_s,
+                    now - told.get("seconds", 0.0),
+                    now - told.get("waited_s", 0.0) + deadline_s,
                     priority,
                     n_tokens=told["n_prompt_tokens"],
                     max_new_tokens=told["max_new_tokens"],
                     near=near,
                 )
                 self.on(ev.RequestArrived(now, request))
+            case ["running", request_id, model, priority, instance, told]:
+                self.observer.log.told(request_id, told)
+                request = RequestView(
+                    request_id,
+                    model,
+                    front_door,
+                    now - told["seconds"],
+                    inf,
+                    priority,
+                    instance,
+                    n_tokens=told["n_prompt_tokens"],
+                    dispatched_at=now - told["running_s"],
+                    max_new_tokens=told["max_new_tokens"],
+                    n_output=told["n_tokens"],
+                    counted_at=now,
+                )
+                self.on(ev.RequestClaimed(now, request))
             case ["ended", request_id, told]:
                 self.moves_seen.no_more(request_id, told["moves"])
                 self.observer.log.told(request_id, told)
@@ -550,15 +612,40 @@ def _residency(account: dict[str, Any]) -> dict[str, Tier]:
     return {key: Tier(tier) for key, tier in account["residency"].items()}
 
 
+def _given_port(scheduler: Scheduler) -> int | None:
+    """The port that the scheduler was told to have; ``None``: any."""
+    start: str = scheduler._start_address[0]  # its address does not tell whether the port was given
+    if not start.startswith(("tcp://", "tls://")):
+        return None
+    _, port = parse_host_port(start, 0)
+    return int(port) or None
+
+
+def _unique_generation(scheduler: Scheduler) -> int:
+    """Of a scheduler that keeps nothing: workers may come back to one that was started at a given port, and to no other."""
+    return 1 if _given_port(scheduler) is None else int(time.time())
+
+
+def open_store(scheduler: Scheduler, state: str) -> StateStore | None:
+    """The store that ``scheduler.state`` names, if any; raises :class:`ConfigError`."""
+    port = _given_port(scheduler)
+    if not state or (state == "auto" and port is None):
+        return None
+    return StateStore.open(default_path(port or 0) if state == "auto" else Path(state).expanduser())
+
+
 @click.command()
 @click.option("--hardware-config", help="file with the hardware of nodes (scheduler.hardware_config)")
+@click.option("--state", help="file that deployments are kept in, or auto (scheduler.state)")
 @click.option("--enable-migration/--no-migration", default=None, help="whether running instances make room (scheduler.migrate)")
-async def dask_setup(scheduler: Scheduler, hardware_config: str | None, enable_migration: bool | None) -> None:
+async def dask_setup(scheduler: Scheduler, hardware_config: str | None, state: str | None, enable_migration: bool | None) -> None:
     """Called by Dask for ``--preload sllmdask.cluster.scheduler_plugin``; the options are given after it."""
     log_as_dask_does()
     try:
-        flags = {"scheduler": {"hardware_config": hardware_config, "migrate": enable_migration}}
-        plugin = SllmSchedulerPlugin(scheduler, read_settings(flags))
+        flags = {"scheduler": {"hardware_config": hardware_config, "state": state, "migrate": enable_migration}}
+        settings = read_settings(flags)
+        # Nothing is awaited before the handlers are there: workers may be about to register.
+        plugin = SllmSchedulerPlugin(scheduler, settings, open_store(scheduler, settings.scheduler.state))
     except ConfigError as error:
         # Dask would log the failed preload and run a scheduler that knows no model.
         logger.error("%s", error.message)

@@ -1,7 +1,7 @@
 """A Dask worker that outlives its scheduler: ``dask worker ... --worker-class sllmdask.cluster.worker.SllmWorker``.
 
-Dask's own worker shuts down when it loses its scheduler. This one lets its running requests end, since front doors talk to it
-directly, gives the devices back, keeps the checkpoints in host memory, and registers anew when a scheduler answers there again.
+Dask's own worker shuts down when it loses its scheduler. This one goes on, since front doors talk to it directly, and registers
+anew when a scheduler answers there again, with its instances as they are: their engines run, and that scheduler adopts them.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distributed import Worker
 from distributed.batched import BatchedSend
+from distributed.comm import connect
 from distributed.core import Status
 from distributed.worker_state_machine import FreeKeysEvent
 
 from sllmdask.actors.model_actor import EXTENSION
 
-if TYPE_CHECKING:  # as in `worker_plugin`: torch is imported after the threads' environment is set
-    from sllmdask.actors.instances import InstanceRegistry
-
 logger = logging.getLogger(__name__)
 
 #: Why Dask closes a worker that has lost its scheduler. A scheduler that stops in good order says so; that still ends the worker.
 _LOST = frozenset({"worker-handle-scheduler-connection-broken", "worker-heartbeat-missing"})
-#: Seconds that running requests may take to end, and seconds after which a scheduler that does not come back is given up.
-DRAIN_S, GIVE_UP_S = 600.0, 600.0
+#: Seconds after which a scheduler that does not come back is given up.
+GIVE_UP_S = 600.0
+#: Seconds that one attempt to reach it may take, and between two of them.
+REACH_S, AGAIN_S = 2.0, 0.2
 
 
 class SllmWorker(Worker):
-    """Instead of closing when the scheduler is lost, it waits for one and joins again with empty slots and a warm host tier."""
+    """Instead of closing when the scheduler is lost, it waits for one and joins again with all that it has."""
 
     _rejoining: asyncio.Task[None] | None = None
 
@@ -57,13 +57,12 @@ class SllmWorker(Worker):
     async def _rejoin(self) -> None:
         for name in ("keep-alive", "heartbeat"):
             self.periodic_callbacks[name].stop()
-        registry: InstanceRegistry = self.extensions[EXTENSION]
-        await registry.drain(DRAIN_S)
         give_up_at = time.monotonic() + GIVE_UP_S
         async with asyncio.timeout(GIVE_UP_S):
             await self._forget_tasks()
         self.rpc.remove(self.scheduler.address)
         while True:
+            await self._until_reachable(give_up_at)
             # The old one has closed with its connection.
             self.batched_stream = BatchedSend(interval="2ms", loop=self.loop)
             try:
@@ -77,6 +76,17 @@ class SllmWorker(Worker):
                 return
             else:
                 self._rejoining = None
+                return
+
+    async def _until_reachable(self, give_up_at: float) -> None:
+        """Until somebody listens where the scheduler was: Dask's own attempts become rare within seconds."""
+        while time.monotonic() < give_up_at:
+            try:
+                comm = await connect(self.scheduler.address, timeout=REACH_S, **self.connection_args)
+            except (OSError, TimeoutError):
+                await asyncio.sleep(AGAIN_S)
+            else:
+                comm.abort()
                 return
 
     async def _forget_tasks(self) -> None:

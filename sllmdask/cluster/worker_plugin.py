@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # torch is imported after the threads' environment is set, se
 logger = logging.getLogger(__name__)
 
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
-PROTOCOL = 3
+PROTOCOL = 4
 DEMO = "demo:"
 #: Seconds that a thread that runs Python keeps the others waiting: a tenth of Python's own.
 SWITCH_INTERVAL_S = 0.0005
@@ -73,8 +73,9 @@ class SllmWorkerPlugin(WorkerPlugin):
         self.registry: InstanceRegistry | None = None
         #: Which workers share memory and disk with this one.
         self.node = secrets.token_hex(8)
-        #: Sources whose files were seen here; it only grows, as the account's version counts them.
+        #: Sources whose files were seen here, and how often that has changed, which the account's version counts.
         self._on_disk: set[str] = set()
+        self._n_changes = 0
 
     async def setup(self, worker: Worker) -> None:
         self._worker = worker
@@ -107,6 +108,7 @@ class SllmWorkerPlugin(WorkerPlugin):
         worker.handlers["sllm_evacuate"] = self.evacuate
         worker.handlers["sllm_gone"] = self.gone
         worker.handlers["sllm_abort"] = self.abort
+        worker.handlers["sllm_give_back"] = self.give_back
         worker.handlers["sllm_pin"] = self.pin
         worker.startup_information["sllm"] = self.static_facts
         worker.metrics["sllm"] = self.account
@@ -165,11 +167,12 @@ class SllmWorkerPlugin(WorkerPlugin):
         residency = dict.fromkeys(self._on_disk, str(Tier.DISK))
         residency |= {key: str(tier) for key, facts in snapshot["keys"].items() if (tier := _tier_of(facts["state"]))}
         return {
-            "version": snapshot["version"] + len(self._on_disk),
+            "version": snapshot["version"] + self._n_changes,
             "residency": residency,
             "tiers": snapshot["tiers"],
             "bandwidth": snapshot["bandwidth"],
             "instances": snapshot["instances"],
+            "facts": self.registry.facts(),
             "pinned": [key for key, facts in snapshot["keys"].items() if facts["pinned"]],
             "node": self.node,
             "data": self.registry.store.data_address,
@@ -206,13 +209,15 @@ class SllmWorkerPlugin(WorkerPlugin):
         try:
             await self.registry.backend(backend)  # first, since it needs no file
             on_disk = await self.registry.store.on_disk(resolve_source(source))
+            if not on_disk:
+                self._see_on_disk(source, False)
             if not fetch and not on_disk:
                 raise CheckpointNotFound(source, "it is not on this node's disk")
             info = await self.registry.store.inspect(source, resolve_source(source))
             facts = await self.registry.inspect(backend, info.path, info.config, Task(task, pooling, normalize))
             await asyncio.to_thread(_check_tokenizer, source, info.path)
             if on_disk:
-                self._seen_on_disk(source)
+                self._see_on_disk(source, True)
         except SllmError as error:
             return error.as_wire()
         except Exception as error:
@@ -241,9 +246,10 @@ class SllmWorkerPlugin(WorkerPlugin):
             return EngineError(f"inspecting the adapter {source!r} failed: {error!r}").as_wire()
         return {"nbytes": adapter.nbytes}
 
-    def _seen_on_disk(self, source: str) -> None:
-        if source not in self._on_disk:
-            self._on_disk.add(source)
+    def _see_on_disk(self, source: str, there: bool) -> None:
+        if there != (source in self._on_disk):
+            self._on_disk ^= {source}
+            self._n_changes += 1
             self.report({"kind": "account", "account": self.account()})
 
     async def files(self, source: str) -> dict[str, Any]:
@@ -307,13 +313,13 @@ class SllmWorkerPlugin(WorkerPlugin):
             info = await self.registry.store.inspect(source, resolve_source(source))
         except SllmError as error:
             return error.as_wire()
-        self._seen_on_disk(source)
+        self._see_on_disk(source, True)
         return {"path": path, "nbytes": info.nbytes, "account": self.account()}
 
-    async def unload(self, instance: str) -> dict[str, Any]:
-        """Close an instance that the scheduler does not know."""
+    async def unload(self, instance: str, forget: bool = False) -> dict[str, Any]:
+        """Close an instance that the scheduler does not know, or has no actor of."""
         assert self.registry is not None
-        await self.registry.unload(instance, forget=False)
+        await self.registry.unload(instance, forget)
         return {}
 
     async def move(self, instance: str, order: dict[str, Any]) -> dict[str, Any]:
@@ -347,6 +353,11 @@ class SllmWorkerPlugin(WorkerPlugin):
         """End all requests of an instance with `error`, at once."""
         assert self.registry is not None
         return {"n_aborted": self.registry.abort(instance, from_wire(error))}
+
+    async def give_back(self, instance: str, requests: list[str]) -> dict[str, Any]:
+        """End requests of an instance that no front door seems to have any more; one that has them sends them elsewhere."""
+        assert self.registry is not None
+        return {"n_ended": self.registry.give_back(instance, requests)}
 
     async def forget(self, source: str) -> dict[str, Any]:
         """Drop the host copy of a checkpoint that is not deployed any more; a disk copy that was fetched is the next to leave."""

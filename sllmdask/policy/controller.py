@@ -40,7 +40,7 @@ from sllmdask.policy.queue import Demand, RequestQueue, Turn, demand_of
 from sllmdask.policy.records import N_BEST, REASONS, Records, Ways, choice
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import HeldInstance, InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 
 #: Demands that one event looks at; the others follow at once, with a wake-up call in between, so that no event takes long.
 _MAX_LOOKS = 2
@@ -71,6 +71,8 @@ class ControllerSettings:
     chooser: str = "fastest"
     #: Of a chooser that needs chance.
     seed: int = 0
+    #: Which controller of its cluster this is: instances of the ones before may still be there, and are called otherwise.
+    generation: int = 1
 
 
 class Controller:
@@ -103,7 +105,7 @@ class Controller:
             can_preempt=settings.can_preempt,
             preempts_older=settings.preempts_older,
         )
-        self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers)
+        self.fleet = Fleet(self.state, self.queue, self.claims, self.back_off, self.finder, self.timers, settings.generation)
         self._choose = CHOOSERS[settings.chooser](settings.seed)
         self.autoscaler = Autoscaler(
             self.state, self.queue, self.back_off, self.finder, self.fleet, self.timers, self._choose, settings.min_residency_s
@@ -130,6 +132,8 @@ class Controller:
         self._dirty: dict[Demand, None] = {}
         #: Since when no connected worker may run the model, or not where it is wished for.
         self._unplaceable_since: dict[Demand, float] = {}
+        #: Names of workers that were there under the scheduler before this one, and are about to come back.
+        self._not_back: set[str] = set()
         self._wake_at: float | None = None
 
     def handle(self, event: ev.Event) -> list[Decision]:
@@ -139,7 +143,7 @@ class Controller:
         if isinstance(event, ev.RequestArrived) and self.queue.n_queued > self.settings.max_queue:
             late = self.waiting.get(event.request.id)
             decisions += [self._refuse(late, QueueFull(late.model, self.settings.max_queue))] if late else []
-        wake_at = event.at if self._dirty else self.timers.first()
+        wake_at = event.at if self._dirty and not self._not_back else self.timers.first()
         if wake_at != self._wake_at or isinstance(event, ev.TimerFired):
             self._wake_at = wake_at
             decisions.append(WakeAt(wake_at))
@@ -196,10 +200,16 @@ class Controller:
     def _fold(self, event: ev.Event) -> list[Decision]:
         at = event.at
         match event:
-            case ev.WorkerJoined(worker=worker):
+            case ev.WorkerJoined(worker=worker, instances=held):
                 self._drop_worker(worker.address, at)
                 self.state.put_worker(worker)
+                self._adopt(worker, held, at)
                 self._dirty.update(dict.fromkeys(self._unplaceable_since))
+                self._is_back(worker.name)
+            case ev.WorkersAwaited(names=names, until=until):
+                self._not_back = set(names) - {worker.name for worker in self.workers.values()}
+                if self._not_back:
+                    self.timers.set(until, "back")
             case ev.WorkerReported():
                 self._report(event)
             case ev.WorkerLeft(address=address):
@@ -223,6 +233,8 @@ class Controller:
             case ev.LoadRequested(request=request):
                 self.back_off.forget_model(request.model)
                 return self._admit(request)
+            case ev.RequestClaimed(request=request):
+                self._claim(request, at)
             case ev.RequestMoved(request=request_id, instance=instance):
                 self._rebind(request_id, instance, at)
             case ev.RequestStayed(request=request_id, reason=reason):
@@ -284,6 +296,50 @@ class Controller:
             self.back_off.forget_worker(address)
             self.move_times.forget_worker(address)
             self._dirty.update(dict.fromkeys(self.queue.in_turn()))
+
+    def _adopt(self, worker: WorkerView, held: Iterable[HeldInstance], at: float) -> None:
+        """Nothing is loaded in the slots of what a worker has, nor sent there before that is known."""
+        for each in held:
+            if each.id not in self.instances:
+                instance = self.fleet.adopt(worker, each, at)
+                if not instance.n_unclaimed:
+                    self._all_claimed(instance.model, at)
+
+    def _is_back(self, name: str) -> None:
+        """A worker of that name is there; once none is missing, what waits is looked at."""
+        if name in self._not_back:
+            self._not_back.remove(name)
+            if not self._not_back:
+                self._all_are_back()
+
+    def _all_are_back(self) -> None:
+        """Or are not waited for any more."""
+        self._not_back.clear()
+        self.timers.cancel("back")
+        for worker in self.workers:
+            self.state.touch_worker(worker)
+        for model in self.models:
+            self.state.touch_model(model)
+        self._dirty.update(dict.fromkeys(self.queue.in_turn()))
+
+    def _claim(self, request: RequestView, at: float) -> None:
+        """It runs where its front door says; an instance that is not here yet counts it when it comes."""
+        if request.id in self.waiting or request.instance is None:
+            return
+        if request.id in self.running:
+            self._rebind(request.id, request.instance, at)
+            return
+        self.queue.add(request)
+        self.queue.dispatch(request, request.instance, at if request.dispatched_at is None else request.dispatched_at)
+        instance = self.fleet.claimed(request.instance, at)
+        if instance is not None and not instance.n_unclaimed:
+            self._all_claimed(instance.model, at)
+
+    def _all_claimed(self, name: str, at: float) -> None:
+        """What an instance has to do is known: there may be too many of its model."""
+        model = self.models.get(name)
+        if model is not None:
+            self.autoscaler.limit(model, at)
 
     def _deploy(self, model: ModelView, at: float) -> None:
         """New settings take effect at once: instances that they do not allow get no more requests."""
@@ -432,6 +488,9 @@ class Controller:
         decisions += self.drainer.load_elsewhere(at)
         decisions += self.fleet.unload_drained(at)
         models, workers = self.state.take_changed()
+        if self._not_back:
+            self.autoscaler.look_at(models)
+            return decisions + self._dispatch(models, at)
         decisions += self.fleet.begin_planned(workers, at)
         for model in models:
             self._dirty.update(dict.fromkeys(self.queue.demands_of(model)))
@@ -465,6 +524,11 @@ class Controller:
                     self.fleet.drop(key[0], at)
                 case "drain":
                     self.state.touch_model(key[0])
+                case "unclaimed":
+                    self.fleet.none_claimed(key[0], at)
+                    self._all_claimed(self.instances[key[0]].model, at)
+                case "back":
+                    self._all_are_back()
         return decisions
 
     def _why_waiting(self, model: str) -> str:

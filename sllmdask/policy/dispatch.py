@@ -10,7 +10,7 @@ from sllmdask.policy.views import InstanceState, InstanceView
 def takes_requests(instance: InstanceView, max_requests: int) -> bool:
     """Whether it is ready, stays where it is, and has room."""
     ready = instance.state is InstanceState.READY and not instance.draining and not instance.successor
-    return ready and instance.n_requests + instance.n_arriving < max_requests
+    return ready and instance.n_expected < max_requests
 
 
 def nearest(worker: str, instances: Iterable[InstanceView]) -> InstanceView | None:
@@ -21,4 +21,4 @@ def nearest(worker: str, instances: Iterable[InstanceView]) -> InstanceView | No
 
 def least_requests(instances: Iterable[InstanceView]) -> InstanceView | None:
     """The instance with the fewest requests; ties by id."""
-    return min(instances, key=lambda instance: (instance.n_requests + instance.n_arriving, instance.id), default=None)
+    return min(instances, key=lambda instance: (instance.n_expected, instance.id), default=None)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import HeldInstance, ModelView, RequestView, Tier, WorkerView
 
 
 @dataclass(frozen=True)
 class WorkerJoined:
+    """A worker has joined, with `instances` that it has from before: they are adopted."""
+
     at: float
     worker: WorkerView
+    instances: tuple[HeldInstance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class WorkerUndrained:
 
     at: float
     address: str
+
+
+@dataclass(frozen=True)
+class WorkersAwaited:
+    """The scheduler is a new one, and the workers of these `names` were there before: nothing is loaded until all of them are
+    back, or `until`, since what is wanted may be loaded where they are."""
+
+    at: float
+    names: frozenset[str]
+    until: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,14 @@ class RequestReturned:
     request: str
     deadline_at: float | None = None
     near: str = ""
+
+
+@dataclass(frozen=True)
+class RequestClaimed:
+    """A front door says that `request` runs on its ``instance``, where another scheduler sent it; its worker may join later."""
+
+    at: float
+    request: RequestView
 
 
 @dataclass(frozen=True)
@@ -244,11 +265,13 @@ Event = (
     | WorkerLeft
     | WorkerDrains
     | WorkerUndrained
+    | WorkersAwaited
     | ModelDeployed
     | ModelDeleted
     | RequestArrived
     | RequestEnded
     | RequestReturned
+    | RequestClaimed
     | RequestMoved
     | RequestStayed
     | MoveEnded

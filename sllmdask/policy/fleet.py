@@ -10,17 +10,19 @@ from sllmdask.policy.choice import Option, Way
 from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Decision, Load, Migrate, Preempt, Unload
 from sllmdask.policy.options import WayFinder
-from sllmdask.policy.placement import missing_nbytes
+from sllmdask.policy.placement import missing_nbytes, unfit
 from sllmdask.policy.queue import RequestQueue
 from sllmdask.policy.records import Ways
 from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
-from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView, Tier
+from sllmdask.policy.views import HeldInstance, InstanceState, InstanceView, ModelView, RequestView, Tier, WorkerView
 from sllmdask.units import format_seconds
 
 #: An instance that has moved stays for so many times as long as that took: moves take no more than a small share of its time,
 #: and two models that want the same node do not chase each other.
 REST = 10.0
+#: Seconds that front doors have to claim the requests of an instance that is adopted; until then it does not leave as idle.
+CLAIM_S = 10.0
 #: Seconds after it became ready for which a worker's account may be older than an instance.
 ACCOUNT_LAG_S = 5.0
 #: Why the instances of a worker that is drained leave.
@@ -31,11 +33,18 @@ class Fleet:
     """All changes of instances, with the decisions that bring them about."""
 
     def __init__(
-        self, state: ClusterState, queue: RequestQueue, claims: Claims, back_off: BackOff, ways: WayFinder, timers: Timers
+        self,
+        state: ClusterState,
+        queue: RequestQueue,
+        claims: Claims,
+        back_off: BackOff,
+        ways: WayFinder,
+        timers: Timers,
+        generation: int = 1,
     ) -> None:
         self._state, self._queue, self._claims = state, queue, claims
         self._back_off, self._ways, self._timers = back_off, ways, timers
-        self._n_instances = 0
+        self._n_instances, self._generation = 0, generation
         #: When the newest instance became ready.
         self.last_ready_at = 0.0
         #: Who has to leave by a move or a preemption for an instance that is planned.
@@ -102,7 +111,63 @@ class Fleet:
 
     def _next_id(self, model: str) -> str:
         self._n_instances += 1
-        return f"{model}/{self._n_instances}"
+        # No instance is called like one that a controller before this one has loaded: it may be adopted.
+        return f"{model}/{self._n_instances}" if self._generation == 1 else f"{model}/{self._generation}.{self._n_instances}"
+
+    # --- they were there before ---
+
+    def adopt(self, worker: WorkerView, held: HeldInstance, at: float) -> InstanceView:
+        """An instance that a worker has: it counts from now on."""
+        state = self._state
+        model, leaving = state.models.get(held.model), held.leaving
+        if model is None:
+            leaving = leaving or "deleted"
+        elif model.n_slots != held.n_slots or unfit(model, worker) is not None:
+            leaving = leaving or "replaced"
+        n_requests = len(self._queue.on_instance(held.id))
+        is_ready = held.state is InstanceState.READY
+        load_s = 0.0 if is_ready or model is None else sum(self._ways.load_parts(model, worker, at)[1].values())
+        instance = InstanceView(
+            id=held.id,
+            model=held.model,
+            worker=worker.address,
+            n_slots=held.n_slots,
+            state=held.state,
+            since=at,
+            checkpoint=held.checkpoint,
+            nbytes=held.nbytes,
+            n_requests=n_requests,
+            n_unclaimed=max(0, held.n_requests - n_requests),
+            draining=leaving,
+            idle_since=None if n_requests or not is_ready else at,
+            ready_by=None if is_ready else at + load_s,
+        )
+        state.put_instance(instance)
+        if instance.n_unclaimed:
+            self._timers.set(at + CLAIM_S, "unclaimed", instance.id)
+        return instance
+
+    def claimed(self, instance_id: str, at: float) -> InstanceView | None:
+        """A front door has said that it has a request there, which is on the list already."""
+        instance = self._state.instances.get(instance_id)
+        if instance is None:
+            return None
+        if instance.state is InstanceState.LOADING:  # it serves: the news of that was lost with the scheduler before
+            self.loaded(instance_id, Tier.HOST, at)
+            instance = self._state.instances[instance_id]
+        n_unclaimed = max(0, instance.n_unclaimed - 1)
+        instance = replace(instance, n_requests=instance.n_requests + 1, idle_since=None, n_unclaimed=n_unclaimed)
+        self._state.put_instance(instance)
+        if not n_unclaimed:
+            self._timers.cancel("unclaimed", instance_id)
+        return instance
+
+    def none_claimed(self, instance_id: str, at: float) -> None:
+        """Nobody has said that the rest of what an adopted instance has is wanted: it counts no more."""
+        instance = self._state.instances.get(instance_id)
+        if instance is not None:
+            idle_since = None if instance.n_requests or instance.state is not InstanceState.READY else at
+            self._state.put_instance(replace(instance, n_unclaimed=0, idle_since=idle_since))
 
     # --- they become ready ---
 
@@ -300,7 +365,7 @@ class Fleet:
         self._claims.drop(instance.id)
         self._state.unpromise(instance.id, at)
         self._victims.pop(instance.id, None)
-        for kind in ("missing", "settled"):
+        for kind in ("missing", "settled", "unclaimed"):
             self._timers.cancel(kind, instance.id)
         source = self._moving.pop(instance.id, None)
         if source is not None:

@@ -79,6 +79,24 @@ class WorkerView:
 
 
 @dataclass(frozen=True)
+class HeldInstance:
+    """An instance that a worker has when it joins: loaded for a scheduler that is gone, or before the worker was away.
+
+    It is `state`, ready or loading, and has `n_requests` requests. `leaving`: why it is to get no more of them; empty: it stays,
+    if its model may have it.
+    """
+
+    id: str
+    model: str
+    n_slots: int
+    checkpoint: str
+    nbytes: int
+    state: InstanceState = InstanceState.READY
+    n_requests: int = 0
+    leaving: str = ""
+
+
+@dataclass(frozen=True)
 class InstanceView:
     """One copy of a model on one worker, with the requests that were dispatched to it and have not ended."""
 
@@ -94,6 +112,8 @@ class InstanceView:
     n_requests: int = 0
     #: Requests of other instances that are on their way to it: it keeps room for them, and is not idle.
     n_arriving: int = 0
+    #: Requests that its worker has from before this controller, and that no front door has claimed yet.
+    n_unclaimed: int = 0
     #: Why it gets no new requests and leaves when it is idle: its model was deleted, it was replaced, an operator asked.
     #: Empty: it stays.
     draining: str = ""
@@ -111,7 +131,12 @@ class InstanceView:
 
     @property
     def idle(self) -> bool:
-        return self.state is InstanceState.READY and self.n_requests == 0 and self.n_arriving == 0
+        return self.state is InstanceState.READY and self.n_expected == 0
+
+    @property
+    def n_expected(self) -> int:
+        """Requests that it has, by its worker's account too, or is about to have."""
+        return self.n_requests + self.n_arriving + self.n_unclaimed
 
 
 @dataclass(frozen=True)

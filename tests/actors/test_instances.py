@@ -29,9 +29,10 @@ DATE = Grammar("regex", r"[0-9]{4}-[0-9]{2}")
 
 @dataclass
 class Lease:
-    """What an instance asks of its lease here: where the files are."""
+    """What an instance asks of its lease here: where the files are, and their size."""
 
     path: str
+    nbytes: int = 1
 
 
 @dataclass
@@ -203,3 +204,14 @@ async def test_a_request_may_have_a_grammar_and_an_adapter(instance: Instance, m
     assert texts[0] != texts[1]
     assert adapters.n_users == 0
     assert door.of("left") == []
+
+
+async def test_requests_that_are_given_back_end_as_if_the_instance_were_gone_and_the_others_go_on(instance: Instance):
+    for name in ("kept", "lost"):
+        submit(instance, name, max_tokens=3)
+    assert instance.facts()["requests"] == {"kept": "door", "lost": "door"}
+    assert instance.give_back(["lost", "unknown"]) == 1
+    sent = door_of(instance).sent
+    assert [(message[0], message[3]["error"]) for message in sent if message[1] == "lost"] == [("error", "InstanceGone")]
+    assert len(await door_of(instance).until_ended("kept")) == 3
+    assert instance.facts()["requests"] == {}

@@ -49,7 +49,7 @@ MODULES = (
     "sllmdask.server.service",
 )
 #: Variables that are read when a process runs; all others are read, or may be, by what is imported.
-READ_LATE = ("DASK_", "SLLMDASK_", "LLM_SERVER_URL", "PYTEST_CURRENT_TEST")
+READ_LATE = ("DASK_", "XDG_STATE_HOME", "SLLMDASK_", "LLM_SERVER_URL", "PYTEST_CURRENT_TEST")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 _MAX_MESSAGE, _MAX_FDS = 128 * 1024, 16
 

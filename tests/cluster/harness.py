@@ -65,9 +65,11 @@ class Processes:
         self.port = free_port()
         self.scheduler = f"tcp://127.0.0.1:{self.port}"
         self.running: dict[str, subprocess.Popen[bytes] | Forked] = {}
+        # A scheduler finds nothing that another test has deployed at the same port.
+        self.environment = {"XDG_STATE_HOME": str(directory / "state")}
 
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes] | Forked:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment, **environment}
         line = [str(BIN / command[0]), *command[1:]]
         process: subprocess.Popen[bytes] | Forked
         with (self.directory / f"{name}.log").open("ab") as log:
@@ -129,10 +131,10 @@ class Processes:
             **{"DASK_SLLMDASK__WORKER__MEMORY_GRACE": "5", **environment},
         )
 
-    def start_door(self, name: str = "door") -> str:
+    def start_door(self, name: str = "door", **environment: str) -> str:
         """A front door; returns its URL once it answers."""
         port = free_port()
-        self.start(name, "sllmdask", "serve", "--scheduler", self.scheduler, "--port", str(port))
+        self.start(name, "sllmdask", "serve", "--scheduler", self.scheduler, "--port", str(port), **environment)
         url = f"http://127.0.0.1:{port}"
         until(f"{name} answers", lambda: self.answers(name, url))
         return url
@@ -152,6 +154,12 @@ class Processes:
         if process.poll() is None:
             os.killpg(process.pid, number)
         process.wait(20)
+
+    def signal_workers(self, number: int) -> None:
+        """To each worker, and to its nanny."""
+        for name, process in self.running.items():
+            if name.startswith("worker"):
+                os.killpg(process.pid, number)
 
     def close(self) -> None:
         for name in list(self.running):

@@ -12,7 +12,7 @@ from sllmdask.cli import main
 from sllmdask.errors import ConfigError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
-from sllmdask.policy.views import ModelView, RequestView, Tier, WorkerView
+from sllmdask.policy.views import HeldInstance, InstanceState, ModelView, RequestView, Tier, WorkerView
 from sllmdask.sim.replay import EventLog, replay
 
 GiB = 1024**3
@@ -33,6 +33,11 @@ def events():
     yield ev.LoadFailed(8.0, "b/2", "the disk is gone")
     yield ev.TimerFired(9.5)
     yield ev.WorkerLeft(10.0, "w")
+    # Under another scheduler it might be back, with what it had.
+    yield ev.WorkersAwaited(10.1, frozenset({"0"}), 20.0)
+    yield ev.RequestClaimed(10.2, RequestView("old", "a", "door", 1.0, float("inf"), instance="a/7", dispatched_at=2.0))
+    has = (HeldInstance("a/7", "a", 1, "a", GiB, InstanceState.READY, 2), HeldInstance("z/1", "z", 1, "z", GiB, leaving="moved"))
+    yield ev.WorkerJoined(10.3, WorkerView("w", "0", 2, 8 * GiB, residency=nodes, bytes_per_s={Tier.DISK: 1.0 * GiB}), has)
     yield ev.FrontDoorLeft(11.0, "door")
 
 
