@@ -127,6 +127,9 @@ class Instance(Movable):
         self._leaders: dict[str, str] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
         self._returning: set[asyncio.Task[None]] = set()
+        #: Requests that are begun again here, and those of them of which a copy from before still speaks.
+        self._replacing: set[asyncio.Task[None]] = set()
+        self._muted: set[str] = set()
         #: Grammars of requests that the engine will get.
         self._compiling: set[asyncio.Task[None]] = set()
         #: Set while there is none.
@@ -353,6 +356,10 @@ class Instance(Movable):
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
+        # A copy from before may have stayed, or come, by a move that nobody waits for any more.
+        has_copy = request_id in self._requests or self.expects(request_id)
+        if has_copy:
+            self.cancel(request_id)
         if group and not output_ids:
             leader = self._leaders.setdefault(group, request_id)
             sequence.leader = None if leader == request_id else leader
@@ -360,12 +367,38 @@ class Instance(Movable):
         if adapter is not None:
             self._adapter_of[request_id] = adapter
         self._idle.clear()
-        if adapter is None:
-            self._begin(sequence, self._engine, (front_door, epoch))
+        if has_copy:
+            replacing = asyncio.create_task(self._replace(sequence, self._engine, adapter, (front_door, epoch)))
+            self._replacing.add(replacing)
+            replacing.add_done_callback(self._replacing.discard)
         else:
-            waiting = asyncio.create_task(self._submit_with(adapter, sequence, (front_door, epoch)))
-            self._waiting_for_adapters.add(waiting)
-            waiting.add_done_callback(self._waiting_for_adapters.discard)
+            self._prepare(sequence, self._engine, adapter, (front_door, epoch))
+
+    async def _replace(
+        self, sequence: TokenSequence, engine: EngineThread, adapter: tuple[str, str] | None, waiting: tuple[str, int]
+    ) -> None:
+        """Begin a request once nothing is heard any more of a copy of it that runs here."""
+        request_id = sequence.request_id
+        self._muted.add(request_id)
+        try:
+            await asyncio.wrap_future(engine.call(lambda target: target.abort(request_id)))
+        except InstanceGone:
+            return  # it died a moment ago; its loss is on its way here
+        finally:
+            self._muted.discard(request_id)
+        if self._requests.get(request_id) == waiting:
+            self._prepare(sequence, engine, adapter, waiting)
+
+    def _prepare(
+        self, sequence: TokenSequence, engine: EngineThread, adapter: tuple[str, str] | None, waiting: tuple[str, int]
+    ) -> None:
+        """Begin a request when its adapter is there."""
+        if adapter is None:
+            self._begin(sequence, engine, waiting)
+        else:
+            acquiring = asyncio.create_task(self._submit_with(adapter, sequence, waiting))
+            self._waiting_for_adapters.add(acquiring)
+            acquiring.add_done_callback(self._waiting_for_adapters.discard)
 
     def _begin(self, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]) -> None:
         if sequence.params.grammar is None:
@@ -449,7 +482,13 @@ class Instance(Movable):
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._stop_embedding(request_id, error)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, epoch: int | None = None) -> None:
+        """Nobody wants what is done for the request; with `epoch`, unless it was begun again since."""
+        if epoch is not None and self._requests.get(request_id, ("", 0))[1] > epoch:
+            return
+        leaving = self._leaving.pop(request_id, None)
+        if leaving is not None:
+            leaving.unwanted()
         if self._forget(request_id) and self._engine is not None:
             for each in (request_id, *self._inputs.end(request_id)):
                 self._engine.abort(each)
@@ -477,7 +516,7 @@ class Instance(Movable):
             return
         for output in outputs:
             waiting = self._requests.get(output.request_id)
-            if waiting is None:
+            if waiting is None or output.request_id in self._muted:
                 continue
             if output.error is not None and self._hold_back(output.request_id, output.error):
                 continue
@@ -604,6 +643,8 @@ class InstanceRegistry:
         resolve: Callable[[str], str],
         move_bytes_per_s: float = 0.0,
         memory: MemoryLedger | None = None,
+        move_answer_s: float = 10.0,
+        move_reservation_s: float = 15.0,
     ) -> None:
         self.store, self.report, self.resolve = store, report, resolve
         self.settings = engine_settings
@@ -611,7 +652,7 @@ class InstanceRegistry:
         self._backends = Backends()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
-        self.moves = Moves(self, move_bytes_per_s)
+        self.moves = Moves(self, move_bytes_per_s, move_answer_s, move_reservation_s)
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="build")
 
@@ -804,10 +845,10 @@ class InstanceRegistry:
                     self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
                 else:
                     instance.embed(front_door, request_id, epoch, inputs, dimensions)
-            case ["cancel", request_id, instance_id]:
+            case ["cancel", request_id, instance_id, epoch]:
                 instance = self._instances.get(instance_id)
                 if instance is not None:
-                    instance.cancel(request_id)
+                    instance.cancel(request_id, epoch)
             case ["ping", number]:
                 self.send(front_door, ["pong", number])
             case _:

@@ -156,6 +156,10 @@ class Movable:
         self._expected.add((request_id, epoch))
         self._idle.clear()
 
+    def expects(self, request_id: str) -> bool:
+        """Whether the request may be about to come."""
+        return any(request_id == expected for expected, _ in self._expected)
+
     def unexpect(self, request_id: str, epoch: int) -> None:
         self._expected.discard((request_id, epoch))
         if not self._requests and not self._expected:
@@ -173,7 +177,11 @@ class Movable:
     def arrived(self, arrived: Arrived) -> None:
         """A request runs here from now on."""
         request_id = arrived.request
-        if self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
+        if self._requests.get(request_id, ("", -1))[1] > arrived.epoch:
+            # Its front door could not wait, and has it continued here: that has taken the place of what came.
+            if arrived.use is not None:
+                self.release_adapter(arrived.use)
+        elif self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
             if self._engine is not None:
                 self._engine.abort(request_id)
             if arrived.use is not None:

@@ -64,11 +64,8 @@ N_RECENT = 256
 MAX_RETURNS = 5
 #: Times that an answer is continued elsewhere because its instance died: a request that kills who serves it does not kill all.
 MAX_RESUMES = 3
-#: Seconds between pings of a worker, and without any word from it after which it counts as lost.
-PING_EVERY_S = 2.0
-SILENCE_S = 20.0
-#: Seconds that a request may be nowhere because it moves: its source has died, or its destination has not spoken yet.
-MOVING_S = 5.0
+#: Pings in a row that a worker may leave without an answer, before it counts as lost.
+N_PINGS = 10
 #: Seconds beyond a request's deadline, or beyond the last news of it, after which it is given up without the scheduler.
 DEADLINE_MARGIN_S = 30.0
 #: Seconds between attempts to reach a scheduler that went away, from the first to the longest.
@@ -111,6 +108,8 @@ class WorkerLink:
 
     def __init__(self, gateway: Gateway, worker: str) -> None:
         self._gateway, self.worker = gateway, worker
+        self._ping_every_s = gateway.settings.server.worker_silence / N_PINGS
+        self._n_unheard = 0
         self._unsent: list[Message] = []
         self._outbox: Outbox | None = None
         self._task = asyncio.create_task(self._run())
@@ -138,27 +137,30 @@ class WorkerLink:
     async def _talk(self) -> None:
         comm = await open_stream(self.worker, "sllm-stream", timeout_s=5, front_door=self._gateway.id)
         self._outbox = Outbox(comm)
-        self._heard_at = asyncio.get_running_loop().time()
         pinger = asyncio.create_task(self._ping(self._outbox, comm))
         try:
             for message in self._unsent:
                 self._outbox.put(message)
             self._unsent.clear()
             async for message in messages(comm):
-                self._heard_at = asyncio.get_running_loop().time()
+                self._n_unheard = 0
                 self._gateway.from_worker(message)
         finally:
             pinger.cancel()
             await self._outbox.close()
 
     async def _ping(self, outbox: Outbox, comm: Any) -> None:
-        """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute."""
+        """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute.
+
+        Pings are counted, not seconds: a front door that stood still itself has to read first what came meanwhile.
+        """
         number = 0
         while True:
-            await asyncio.sleep(PING_EVERY_S)
+            await asyncio.sleep(self._ping_every_s)
             number += 1
+            self._n_unheard += 1
             outbox.put(["ping", number])
-            if asyncio.get_running_loop().time() - self._heard_at > SILENCE_S:
+            if self._n_unheard > N_PINGS:
                 comm.abort()
 
 
@@ -167,7 +169,8 @@ class Gateway(Lookout):
 
     def __init__(self, scheduler: str, settings: Settings) -> None:
         self.id = uuid.uuid4().hex[:12]
-        self._scheduler, self._settings = scheduler, settings
+        self._scheduler, self.settings = scheduler, settings
+        self._move_patience_s = settings.server.move_patience
         self._pool = ConnectionPool(deserialize=True, connection_args=Security().get_connection_args("client"), timeout=10)
         self._outbox: Outbox | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -235,7 +238,7 @@ class Gateway(Lookout):
             self._n_workers = 0
             self._show_reading({})
             logger.warning("lost the scheduler at %s; trying again", self._scheduler)
-            patience = asyncio.get_running_loop().call_later(self._settings.scheduler.worker_wait, self._give_up)
+            patience = asyncio.get_running_loop().call_later(self.settings.scheduler.worker_wait, self._give_up)
             pause_s = RECONNECT_S[0]
             while True:
                 await asyncio.sleep(pause_s)
@@ -467,7 +470,7 @@ class Gateway(Lookout):
         if active.journal.worker is not None:
             return await active.inbox.get()
         request = active.journal.request
-        limit_s = (request.deadline_s or self._settings.scheduler.request_deadline) + DEADLINE_MARGIN_S
+        limit_s = (request.deadline_s or self.settings.scheduler.request_deadline) + DEADLINE_MARGIN_S
         try:
             return await asyncio.wait_for(active.inbox.get(), limit_s)
         except TimeoutError:
@@ -508,9 +511,15 @@ class Gateway(Lookout):
             case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
                 # If it cannot speak to us, nobody does.
                 loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
-                loop.call_later(MOVING_S if worker in self._links else 0, active.inbox.put_nowait, lost)
-            case ["missing", _, epoch, worker] if epoch > journal.epoch and not active.following.waits:
-                self._fail(active, WorkerLost(worker))
+                loop.call_later(self._move_patience_s if worker in self._links else 0, active.inbox.put_nowait, lost)
+            case ["doubting", _, epoch, *to] if epoch == journal.epoch:
+                # The source does not know whether the request is here or there, and nobody runs it until somebody does.
+                lost = ["missing", active.key, *to]
+                asyncio.get_running_loop().call_later(self._move_patience_s, active.inbox.put_nowait, lost)
+            case ["missing", _, epoch, worker, *instance] if epoch > journal.epoch and not active.following.waits:
+                if journal.worker in self._links and journal.instance is not None:
+                    self._stop(active.key, [Stop(journal.worker, journal.instance, journal.epoch)])
+                self._fail(active, WorkerLost(worker), *instance)
                 return [Progress("queued", f"waiting for {journal.request.model}")]
             case ["embeddings", _, epoch, vectors]:
                 return self._accept_vectors(active, epoch, vectors)
@@ -535,7 +544,7 @@ class Gateway(Lookout):
 
     def _stop(self, key: str, stops: list[Stop]) -> None:
         for stop in stops:
-            self._link(stop.worker).send(["cancel", key, stop.instance])
+            self._link(stop.worker).send(["cancel", key, stop.instance, stop.epoch])
 
     def _tell_reading(self, active: _Active) -> list[GatewayEvent]:
         """How far the instance is that will give the first token, and once that it is all there."""
@@ -590,10 +599,11 @@ class Gateway(Lookout):
             events.append(Finished(FinishReason.STOP, journal.request.n_prompt_tokens, 0))
         return events
 
-    def _fail(self, active: _Active, error: SllmError) -> None:
+    def _fail(self, active: _Active, error: SllmError, lost: str | None = None) -> None:
         """What lost its instance or its worker goes back to its place in the queue, to be continued elsewhere with its tokens.
 
-        All else is raised, and so is the loss of one instance too many.
+        All else is raised, and so is the loss of one instance too many. `lost` is the instance, if it is another than where the
+        request was last.
         """
         journal = active.journal
         began = bool(journal.output_ids)
@@ -616,8 +626,9 @@ class Gateway(Lookout):
             )
         self._stop(active.key, active.following.elsewhere())
         active.following = Following(journal)
+        lost = lost or journal.instance
         journal.begin_anew()
-        self._ask_for_place(active, "returned")
+        self._ask_for_place(active, "returned", lost)
 
     def _check_revision(self, active: _Active) -> None:
         """Raise :class:`ModelReplaced` if the answer has begun and the model's name stands for another checkpoint by now."""
@@ -635,15 +646,17 @@ class Gateway(Lookout):
             journal.state = "cancelled"
         link = self._links.get(journal.worker) if journal.worker else None
         if link is not None and (journal.state != "finished" or active.text.stopped):
-            link.send(["cancel", active.key, journal.instance])
-        self._stop(active.key, active.following.elsewhere())
+            link.send(["cancel", active.key, journal.instance, None])
+        for stop in active.following.elsewhere():
+            self._link(stop.worker).send(["cancel", active.key, stop.instance, None])
         self._tell(["ended", active.key, active.outcome()])
         self._recent.appendleft(active.as_row())
 
-    def _ask_for_place(self, active: _Active, what: str = "request") -> None:
+    def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None) -> None:
+        """`lost`: the instance that is gone, or does not answer."""
         request = active.journal.request
         max_new_tokens = request.params.max_tokens if isinstance(request, GenerateRequest) else 0
-        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens}
+        told = {"id": request.id, "n_prompt_tokens": request.n_prompt_tokens, "max_new_tokens": max_new_tokens, "lost": lost}
         self._tell([what, active.key, request.model, request.priority, request.deadline_s, told])
 
     def _tell(self, message: Message) -> None:
@@ -715,13 +728,13 @@ class Gateway(Lookout):
                         active.following.heard(message[2], asyncio.get_running_loop().time())
                     if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
-            case ["moving" | "moved" | "stayed" | "left", key, *_]:
+            case ["moving" | "doubting" | "moved" | "stayed" | "left", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
                     active.inbox.put_nowait(message)
                 elif message[0] == "moved":
                     # Its client left while it was on its way.
-                    self._stop(key, [Stop(message[5], message[4])])
+                    self._stop(key, [Stop(message[5], message[4], message[2])])
             case ["pong", _]:
                 pass
             case _:
@@ -736,7 +749,8 @@ class Gateway(Lookout):
             if journal.worker == link.worker and (following.going_to in (None, link.worker) or following.waits):
                 self._say_lost(active, link.worker, journal.epoch)
             elif journal.worker == link.worker:  # the request may be elsewhere already, and is about to say so
-                asyncio.get_running_loop().call_later(MOVING_S, self._say_lost, active, link.worker, journal.epoch)
+                loop = asyncio.get_running_loop()
+                loop.call_later(self._move_patience_s, self._say_lost, active, link.worker, journal.epoch)
 
     def _say_lost(self, active: _Active, worker: str | None, epoch: int) -> None:
         if worker is not None and active.journal.epoch == epoch:

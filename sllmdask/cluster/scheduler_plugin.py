@@ -375,6 +375,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 self.observer.log.told(request_id, told)
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and request_id in self.controller.running:
+                    lost = told.get("lost")
+                    if lost in self.controller.instances:  # it may have moved there without a word of it here
+                        self.on(ev.RequestMoved(now, request_id, lost))
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s))
                     return
                 # One that was returned but is not known was dispatched by a scheduler before this one.
