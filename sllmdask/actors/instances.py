@@ -127,11 +127,10 @@ class Instance(Movable):
         self._leaders: dict[str, str] = {}
         #: Those of them that are on their way to another instance, because the load has failed.
         self._returning: set[asyncio.Task[None]] = set()
-        #: Requests that are begun again here, and those of them of which a copy from before still speaks.
-        self._replacing: set[asyncio.Task[None]] = set()
-        self._muted: set[str] = set()
         #: Grammars of requests that the engine will get.
         self._compiling: set[asyncio.Task[None]] = set()
+        #: Requests that go on here, and wait until the engine has dropped what it may have had of them.
+        self._clearing: set[asyncio.Task[None]] = set()
         #: Set while there is none.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -356,10 +355,7 @@ class Instance(Movable):
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
         sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
-        # A copy from before may have stayed, or come, by a move that nobody waits for any more.
-        has_copy = request_id in self._requests or self.expects(request_id)
-        if has_copy:
-            self.cancel(request_id)
+        self._drop(request_id)
         if group and not output_ids:
             leader = self._leaders.setdefault(group, request_id)
             sequence.leader = None if leader == request_id else leader
@@ -367,38 +363,42 @@ class Instance(Movable):
         if adapter is not None:
             self._adapter_of[request_id] = adapter
         self._idle.clear()
-        if has_copy:
-            replacing = asyncio.create_task(self._replace(sequence, self._engine, adapter, (front_door, epoch)))
-            self._replacing.add(replacing)
-            replacing.add_done_callback(self._replacing.discard)
+        if epoch:
+            clearing = asyncio.create_task(self._submit_again(adapter, sequence, (front_door, epoch), self._engine))
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
         else:
-            self._prepare(sequence, self._engine, adapter, (front_door, epoch))
+            self._prepare(adapter, sequence, self._engine, (front_door, epoch))
 
-    async def _replace(
-        self, sequence: TokenSequence, engine: EngineThread, adapter: tuple[str, str] | None, waiting: tuple[str, int]
+    async def _submit_again(
+        self, adapter: tuple[str, str] | None, sequence: TokenSequence, waiting: tuple[str, int], engine: EngineThread
     ) -> None:
-        """Begin a request once nothing is heard any more of a copy of it that runs here."""
+        """Continue a request of which the engine may have another copy: one that a move has brought, or that is being cancelled.
+
+        That one ends first: nothing is heard of it afterwards.
+        """
         request_id = sequence.request_id
-        self._muted.add(request_id)
+        failure: SllmError | None = None
         try:
             await asyncio.wrap_future(engine.call(lambda target: target.abort(request_id)))
-        except InstanceGone:
-            return  # it died a moment ago; its loss is on its way here
-        finally:
-            self._muted.discard(request_id)
-        if self._requests.get(request_id) == waiting:
-            self._prepare(sequence, engine, adapter, waiting)
+        except SllmError as error:
+            failure = error
+        if self._requests.get(request_id) != waiting:
+            return  # cancelled, or answered because the instance is gone
+        if failure is None:
+            self._prepare(adapter, sequence, engine, waiting)
+        else:
+            self._answer_error(request_id, failure)
 
     def _prepare(
-        self, sequence: TokenSequence, engine: EngineThread, adapter: tuple[str, str] | None, waiting: tuple[str, int]
+        self, adapter: tuple[str, str] | None, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]
     ) -> None:
-        """Begin a request when its adapter is there."""
         if adapter is None:
             self._begin(sequence, engine, waiting)
         else:
-            acquiring = asyncio.create_task(self._submit_with(adapter, sequence, waiting))
-            self._waiting_for_adapters.add(acquiring)
-            acquiring.add_done_callback(self._waiting_for_adapters.discard)
+            task = asyncio.create_task(self._submit_with(adapter, sequence, waiting))
+            self._waiting_for_adapters.add(task)
+            task.add_done_callback(self._waiting_for_adapters.discard)
 
     def _begin(self, sequence: TokenSequence, engine: EngineThread, waiting: tuple[str, int]) -> None:
         if sequence.params.grammar is None:
@@ -486,7 +486,7 @@ class Instance(Movable):
         """Nobody wants what is done for the request; with `epoch`, unless it was begun again since."""
         if epoch is not None and self._requests.get(request_id, ("", 0))[1] > epoch:
             return
-        leaving = self._leaving.pop(request_id, None)
+        leaving = self._leaving.get(request_id)
         if leaving is not None:
             leaving.unwanted()
         if self._forget(request_id) and self._engine is not None:
@@ -516,8 +516,8 @@ class Instance(Movable):
             return
         for output in outputs:
             waiting = self._requests.get(output.request_id)
-            if waiting is None or output.request_id in self._muted:
-                continue
+            if waiting is None or output.request_id not in self._handed_over:
+                continue  # of nobody, or of a copy that was dropped
             if output.error is not None and self._hold_back(output.request_id, output.error):
                 continue
             front_door, epoch = waiting
@@ -582,6 +582,13 @@ class Instance(Movable):
         self._registry.lost(self, error)
 
     def _forget(self, request_id: str) -> bool:
+        known = self._drop(request_id)
+        if not self._requests and not self._expected:
+            self._idle.set()
+        return known
+
+    def _drop(self, request_id: str) -> bool:
+        """Let go of what a request has here; whether it was here. Another one of its name may follow."""
         known = self._requests.pop(request_id, None) is not None
         use = self._uses.pop(request_id, None)
         if use is not None and self._adapters is not None:
@@ -590,8 +597,6 @@ class Instance(Movable):
         self._adapter_of.pop(request_id, None)
         for group in [group for group, leader in self._leaders.items() if leader == request_id]:
             del self._leaders[group]
-        if not self._requests and not self._expected:
-            self._idle.set()
         return known
 
     def _answer_error(self, request_id: str, error: SllmError) -> None:

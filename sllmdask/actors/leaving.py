@@ -147,8 +147,9 @@ class Link:
 class Leaving:
     """One move, from its first message to its end: :meth:`run`, in a thread.
 
-    `token` is what workers know at the time. `answer_s`: seconds that the destination may take for an answer. `prepare` sees to it that the engine can give requests away, or raises
-    :class:`StateRefused`; `bulk` is held while KV is read. `tell` sends a message to the request's front door, from any thread.
+    `token` is what workers know at the time. `answer_s`: seconds that the destination may take for an answer. `prepare` sees to
+    it that the engine can give requests away, or raises :class:`StateRefused`; `bulk` is held while KV is read. `tell` sends a
+    message to the request's front door, from any thread.
     """
 
     def __init__(

@@ -54,6 +54,9 @@ class Movable:
     def _forget(self, request_id: str) -> bool:
         raise NotImplementedError
 
+    def _drop(self, request_id: str) -> bool:
+        raise NotImplementedError
+
     def _answer_error(self, request_id: str, error: SllmError) -> None:
         raise NotImplementedError
 
@@ -139,6 +142,8 @@ class Movable:
         leaving = self._leaving.get(request_id)
         if leaving is None or not leaving.stopped:
             return False
+        if self._requests.get(request_id) != (leaving.ticket.front_door, leaving.ticket.stream_epoch):
+            return False  # what is here now was begun anew, and has nothing to do with that move
         self._held_back[request_id] = error
         return True
 
@@ -155,10 +160,6 @@ class Movable:
     def expect(self, request_id: str, epoch: int) -> None:
         self._expected.add((request_id, epoch))
         self._idle.clear()
-
-    def expects(self, request_id: str) -> bool:
-        """Whether the request may be about to come."""
-        return any(request_id == expected for expected, _ in self._expected)
 
     def unexpect(self, request_id: str, epoch: int) -> None:
         self._expected.discard((request_id, epoch))
@@ -177,16 +178,15 @@ class Movable:
     def arrived(self, arrived: Arrived) -> None:
         """A request runs here from now on."""
         request_id = arrived.request
-        if self._requests.get(request_id, ("", -1))[1] > arrived.epoch:
-            # Its front door could not wait, and has it continued here: that has taken the place of what came.
-            if arrived.use is not None:
-                self.release_adapter(arrived.use)
-        elif self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
-            if self._engine is not None:
+        _, known = self._requests.get(request_id, ("", -1))
+        if known > arrived.epoch or self._engine is None or self.closed or not self._registry.has_door(arrived.front_door):
+            # Begun anew here, it drops what the engine has of it by itself.
+            if self._engine is not None and known < arrived.epoch:
                 self._engine.abort(request_id)
             if arrived.use is not None:
                 self.release_adapter(arrived.use)
         else:
+            self._drop(request_id)
             self._requests[request_id] = (arrived.front_door, arrived.epoch)
             self._handed_over.add(request_id)
             if arrived.use is not None and arrived.adapter is not None:
