@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sllmdask.actors import arriving, leaving, move_wire
+from sllmdask.actors import leaving, move_wire
 from sllmdask.actors.adapters import AdapterUse
 from sllmdask.actors.instances import Instance
 from sllmdask.actors.leaving import CHUNK_NBYTES
