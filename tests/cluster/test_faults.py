@@ -125,11 +125,11 @@ class Cluster:
         self.watch = self.processes.start_door("watch")
         until("all workers joined", lambda: len(workers(self.watch)) == 3, 60)
         self.register()
-        for stage in STAGES:
-            asked = Asked(self.door, stage, f"undisturbed-{STAGES.index(stage)}", self.holding)
-            until("an answer that nobody disturbs", lambda asked=asked: asked.ended)
+        all_asked = [Asked(self.door, stage, f"undisturbed-{number}", self.holding) for number, stage in enumerate(STAGES)]
+        until("answers that nobody disturbs", lambda: all(asked.ended for asked in all_asked), 60)
+        for asked in all_asked:
             assert asked.error is None and len(asked.tokens) == N, asked.error
-            self.undisturbed[stage] = asked.text, asked.tokens
+            self.undisturbed[asked.stage] = asked.text, asked.tokens
 
     def start_scheduler(self) -> None:
         self.processes.start_scheduler("--preload", "tests.cluster.holding", **self.environment)
@@ -161,7 +161,7 @@ class Cluster:
         (self.holding / "order.tmp").write_text(f"{what} {number}")
         (self.holding / "order.tmp").rename(self.holding / f"order.{name}")
         said = self.holding / f"said.{number}"
-        until(f"{name} does {what}", said.exists, 20)
+        until(f"{name} does {what}", said.exists, 60)
         return json.loads(said.read_text())
 
     # --- one fault ---
@@ -190,7 +190,7 @@ class Cluster:
 
     def reached(self, row: str, stage: str) -> None:
         reached = self.holding / f"{row}.{stage}.reached"
-        until(f"{row}: a request is at {stage}", reached.exists, 20)
+        until(f"{row}: a request is at {stage}", reached.exists, 60)
 
     def go(self, row: str, *stages: str) -> None:
         for stage in stages:
@@ -204,7 +204,7 @@ class Cluster:
         told.rename(self.holding / "row")
         asked = [Asked(self.door, stage, f"{row}-{STAGES.index(stage)}", self.holding) for stage in STAGES]
         for each in asked:
-            assert each.begun.wait(20) and each.error is None, each.error
+            assert each.begun.wait(60) and each.error is None, each.error
         self.admin("/admin/load", {"model": "a", "node": destination})
         for each in asked:
             self.admin("/admin/migrate", {"request": each.name, "to": destination, "kind": "kv", "wait": False}, self.door)
@@ -400,7 +400,7 @@ def test_a_fault_at_any_stage_of_a_move_costs_no_token_and_doubles_none(cluster:
             assert (each.text, each.tokens, each.reason) == (*cluster.undisturbed[each.stage], "length"), each.stage
         rows = cluster.rows()
         outcomes = {each.stage: outcome(rows[each.name]) for each in asked}
-    until("all is free again", cluster.at_rest, 30)
+    until("all is free again", cluster.at_rest, 60)
     for stage, indexes in cluster.computed(fault.name).items():
         # Only what its front door has begun again may have been computed twice.
         assert outcomes[stage] in ("resumed", "ends") or sorted(indexes) == list(range(N)), stage
