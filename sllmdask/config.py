@@ -275,6 +275,10 @@ class WorkerSettings(Frozen):
     peers: bool = True
     #: Bytes of KV per second that requests which leave a worker may send together; 0: what the network carries.
     migration_bandwidth: BytesPerSecond = Field(default=0.0, ge=0)
+    #: Seconds that the worker to which a request moves may take for an answer.
+    migration_answer: Seconds = Field(default=10.0, gt=0)
+    #: Seconds without a word of the source after which what was reserved for a request is given up.
+    migration_reservation: Seconds = Field(default=15.0, gt=0)
     #: Seconds that requests have to move away, or to end, after SIGTERM; 0: none. The workers of ``up`` have none.
     grace: Seconds = Field(default=25.0, ge=0)
     #: Bytes per read.
@@ -320,6 +324,10 @@ class ServerSettings(Frozen):
     max_body_bytes: Bytes = Field(default=8 * 1024**2, ge=1024)
     #: Seconds between SSE comments while nothing else is sent.
     heartbeat: Seconds = Field(default=5.0, gt=0)
+    #: Seconds without a word from a worker, which is asked for one ten times in that time, after which it counts as lost.
+    worker_silence: Seconds = Field(default=20.0, gt=0)
+    #: Seconds that a request may be nowhere because it moves; then it is continued from what its client has.
+    move_patience: Seconds = Field(default=5.0, gt=0)
 
 
 class Settings(Frozen):

@@ -26,8 +26,6 @@ from sllmdask.errors import InstanceGone, SllmError, StateRefused
 
 logger = logging.getLogger(__name__)
 
-#: Seconds without a message after which a reservation is given up: the source has died, or cannot reach us.
-RESERVATION_S = 15.0
 #: Seconds that an answer may wait for tokens to be computed, and between two looks at them.
 COMPUTE_S, LOOK_S = 0.5, 0.002
 #: Seconds that an adapter, or a grammar, may take to be ready.
@@ -106,10 +104,14 @@ class _Move:
 
 
 class Arriving:
-    """All moves to one worker. `incarnation` names its process."""
+    """All moves to one worker. `incarnation` names its process.
 
-    def __init__(self, worker: Worker, incarnation: str, loop: asyncio.AbstractEventLoop) -> None:
+    `reservation_s`: seconds without a message after which a reservation is given up: the source has died, or cannot reach us.
+    """
+
+    def __init__(self, worker: Worker, incarnation: str, loop: asyncio.AbstractEventLoop, reservation_s: float) -> None:
         self._worker, self.incarnation, self._loop = worker, incarnation, loop
+        self.reservation_s = reservation_s
         #: The newest move of each request.
         self._moves: OrderedDict[str, _Move] = OrderedDict()
         self._lock = threading.Lock()
@@ -280,7 +282,7 @@ class Arriving:
     async def _expire(self, request: str, move: _Move) -> None:
         """Give the reservation up when its source has been silent for too long."""
         while move.state in (Target.NOTHING, Target.RESERVED):
-            wait_s = move.heard_at + RESERVATION_S - time.monotonic()
+            wait_s = move.heard_at + self.reservation_s - time.monotonic()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             else:
@@ -288,7 +290,7 @@ class Arriving:
 
     def _late(self, request: str, move: _Move) -> None:
         with move.lock:
-            if move.state is Target.RESERVED and time.monotonic() >= move.heard_at + RESERVATION_S:
+            if move.state is Target.RESERVED and time.monotonic() >= move.heard_at + self.reservation_s:
                 logger.warning("reservation given up request=%s epoch=%d cause=nothing was heard of it", request, move.epoch)
                 move.reason = "nothing was heard of the move for too long"
                 self._happens(request, move, Asked.LATE)

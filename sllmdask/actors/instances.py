@@ -506,7 +506,13 @@ class Instance(Movable):
         except InstanceGone as error:  # it died a moment ago; its loss is on its way here
             self._stop_embedding(request_id, error)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, epoch: int | None = None) -> None:
+        """Nobody wants what is done for the request; with `epoch`, unless it was begun again since."""
+        if epoch is not None and self._requests.get(request_id, ("", 0))[1] > epoch:
+            return
+        leaving = self._leaving.get(request_id)
+        if leaving is not None:
+            leaving.unwanted()
         if self._forget(request_id) and self._engine is not None:
             for each in (request_id, *self._inputs.end(request_id)):
                 self._engine.drop(each)
@@ -674,6 +680,8 @@ class InstanceRegistry:
         resolve: Callable[[str], str],
         move_bytes_per_s: float = 0.0,
         memory: MemoryLedger | None = None,
+        move_answer_s: float = 10.0,
+        move_reservation_s: float = 15.0,
     ) -> None:
         self.store, self.report, self.resolve = store, report, resolve
         self.settings = engine_settings
@@ -681,7 +689,7 @@ class InstanceRegistry:
         self._backends = Backends()
         self._instances: dict[str, Instance] = {}
         self._outboxes: dict[str, Outbox] = {}
-        self.moves = Moves(self, move_bytes_per_s)
+        self.moves = Moves(self, move_bytes_per_s, move_answer_s, move_reservation_s)
         #: Requests that front doors do not want to come any more.
         self._recalling: set[asyncio.Task[None]] = set()
         # Building is Python and holds the GIL: one at a time keeps the loop responsive.
@@ -896,10 +904,10 @@ class InstanceRegistry:
                     self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
                 else:
                     instance.embed(front_door, request_id, epoch, inputs, dimensions)
-            case ["cancel", request_id, instance_id]:
+            case ["cancel", request_id, instance_id, epoch]:
                 instance = self._instances.get(instance_id)
                 if instance is not None:
-                    instance.cancel(request_id)
+                    instance.cancel(request_id, epoch)
             case ["recall", request_id, epoch]:
                 recalling = asyncio.create_task(self._recall(front_door, request_id, epoch))
                 self._recalling.add(recalling)

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds to connect; for an answer; for that to `reserve`, before which an adapter may be loaded or a grammar compiled.
-CONNECT_S, ANSWER_S, RESERVE_S = 3.0, 10.0, 60.0
+#: Seconds to connect; for the answer to `reserve`, before which an adapter may be loaded or a grammar compiled.
+CONNECT_S, RESERVE_S = 3.0, 60.0
 #: The same where nothing depends on the answer.
 CALL_OFF_S = 2.0
 #: Seconds for which a request that cannot be stopped yet is waited for, and for which a front door may take to connect.
@@ -152,8 +152,9 @@ class Link:
 class Leaving:
     """One move, from its first message to its end: :meth:`run`, in a thread.
 
-    `token` is what workers know at the time. `prepare` sees to it that the engine can give requests away, or raises
-    :class:`StateRefused`; `bulk` is held while KV is read. `tell` sends a message to the request's front door, from any thread.
+    `token` is what workers know at the time. `answer_s`: seconds that the destination may take for an answer. `prepare` sees to
+    it that the engine can give requests away, or raises :class:`StateRefused`; `bulk` is held while KV is read. `tell` sends a
+    message to the request's front door, from any thread.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Leaving:
         tls: ssl.SSLContext | None,
         link: Link,
         pace: Pace,
+        answer_s: float,
         prepare: Callable[[], object],
         bulk: threading.Lock,
         tell: Callable[[Message], None],
@@ -175,14 +177,15 @@ class Leaving:
         self.state = Source.ASKING
         self._engine = engine
         self._token, self._tls, self._link, self._pace = token, tls, link, pace
+        self._answer_s = answer_s
         self._prepare, self._bulk, self._tell = prepare, bulk, tell
         self._wire: Wire | None = None
         #: The incarnation of the destination, once it has answered, and its newest answer.
         self._peer: str | None = None
         self._reply: dict[str, Any] = {}
         self._n_lost = 0
-        #: Set when the destination's process is known to have ended, and when this one is about to.
-        self._gone, self._closing = threading.Event(), threading.Event()
+        #: Set when the destination is said to have left, when this process is about to, and when nobody wants the request.
+        self._gone, self._closing, self._over = threading.Event(), threading.Event(), threading.Event()
         self._stopping = False
         self._kind = Kind.KV
         self._sequence: Sequence | None = None
@@ -201,9 +204,17 @@ class Leaving:
         return self._stopping or self.state.stopped
 
     def destination_gone(self) -> None:
-        """The destination's process has ended; from any thread."""
+        """The scheduler has lost the destination; from any thread.
+
+        That may be a connection that broke: a request that was stopped may run there all the same, and waits for a proof.
+        """
         self._gone.set()
-        self._cut()
+        if not self.stopped:
+            self._cut()
+
+    def unwanted(self) -> None:
+        """The request has ended, or is continued elsewhere: there is no need to learn what became of it. From any thread."""
+        self._over.set()
 
     def close(self) -> None:
         """The engine is about to end, and with it what is left of the request here; from any thread."""
@@ -215,6 +226,10 @@ class Leaving:
         self._began_at = time.perf_counter()
         turn = BEGIN
         while not self._closing.is_set():
+            if turn.state is Source.DOUBTING is not self.state:
+                # Not for ever: its client waits.
+                to, ticket = self.order.destination, self.ticket
+                self._tell(["doubting", self.order.request, ticket.stream_epoch, ticket.epoch, to.worker, to.instance])
             self.state = turn.state
             heard: Heard | None = None
             for action in turn.actions:
@@ -233,6 +248,8 @@ class Leaving:
 
     def _next(self, heard: Heard) -> Turn:
         self.record.unreachable = heard in (Heard.LOST, Heard.GONE)
+        if heard is Heard.LOST and self.state.stopped and self._over.is_set():
+            heard = Heard.OVER
         turn = SOURCE.get((self.state, heard))
         if turn is None:
             self.record.reason = f"the destination answered {heard} while the source was {self.state}"
@@ -265,7 +282,7 @@ class Leaving:
                 return self._ask("query")
             case Do.ABORT:
                 # Where nothing depends on the answer, its reservation ends by itself if this does not arrive.
-                answer_s = CALL_OFF_S if self.state.final else ANSWER_S
+                answer_s = min(CALL_OFF_S, self._answer_s) if self.state.final else self._answer_s
                 return self._ask("abort", answer_s=answer_s, cause=self.record.reason or self.order.cause)
             case Do.KEEP:
                 self._call(lambda engine: engine.export_abort(self.order.request, self.ticket.epoch))
@@ -470,19 +487,21 @@ class Leaving:
 
     # --- the connection ---
 
-    def _ask(self, op: str, payload: bytes = b"", *, answer_s: float = ANSWER_S, **fields: Any) -> Heard:
+    def _ask(self, op: str, payload: bytes = b"", *, answer_s: float | None = None, **fields: Any) -> Heard:
         """Send a message, and hear what comes back; nothing that comes in time is :attr:`Heard.LOST`."""
         if self._n_lost:
             first, longest = AGAIN_S
-            self._gone.wait(min(longest, first * 2 ** (self._n_lost - 1)))
-        if self._gone.is_set():
+            wake = self._closing if self.state.stopped else self._gone
+            wake.wait(min(longest, first * 2 ** min(self._n_lost - 1, 10)))
+        if self._gone.is_set() and not self.state.stopped:
             return Heard.GONE
         message = {"op": op, "request": self.order.request, "epoch": self.ticket.epoch, "to": self._peer, **fields}
         to = self.order.destination
         try:
             if self._wire is None:
-                self._wire = dial(to.address, self._token(), self._tls, connect_s=CONNECT_S, idle_s=ANSWER_S)
-            self._wire.limit(answer_s)
+                connect_s = min(CONNECT_S, self._answer_s)
+                self._wire = dial(to.address, self._token(), self._tls, connect_s=connect_s, idle_s=self._answer_s)
+            self._wire.limit(self._answer_s if answer_s is None else answer_s)
             move_wire.send(self._wire, message, payload)
             reply, _ = move_wire.receive(self._wire)
             heard = Heard(reply["answer"])
@@ -492,7 +511,7 @@ class Leaving:
             self.record.reason = f"node {to.node} does not answer: {error or type(error).__name__}"
             # Whoever was there has closed his port, and his engines with it.
             ended = isinstance(error, ConnectionRefusedError) and self._peer is not None
-            return Heard.GONE if ended or self._gone.is_set() else Heard.LOST
+            return Heard.GONE if ended or (self._gone.is_set() and not self.state.stopped) else Heard.LOST
         self._n_lost = 0
         if self._peer is not None and reply["incarnation"] != self._peer:
             self.record.reason = f"the worker of node {to.node} was started anew"

@@ -92,11 +92,13 @@ class _Crowd:
 class Moves:
     """All moves from and to one worker. On its event loop, but for what says otherwise.
 
-    `bytes_per_s`: what all requests that leave together may send; 0: any.
+    `bytes_per_s`: what all requests that leave together may send; 0: any. `answer_s`: what a destination may take for an answer;
+    `reservation_s`: for how long room is kept for a request of which nothing more is heard.
     """
 
-    def __init__(self, registry: Registry, bytes_per_s: float = 0.0) -> None:
+    def __init__(self, registry: Registry, bytes_per_s: float = 0.0, answer_s: float = 10.0, reservation_s: float = 15.0) -> None:
         self._registry = registry
+        self._answer_s, self._reservation_s = answer_s, reservation_s
         #: Of this process, for those who talk to it.
         self.incarnation = secrets.token_hex(8)
         #: Dask's address of this worker.
@@ -132,7 +134,7 @@ class Moves:
         """
         self._token, self._tls, self.address = checked_token(token), connect_tls, address
         if self._server is None:
-            self._arriving = Arriving(self, self.incarnation, asyncio.get_running_loop())
+            self._arriving = Arriving(self, self.incarnation, asyncio.get_running_loop(), self._reservation_s)
             self._server = MoveServer(host, token, self._arriving.answer, tls=listen_tls)
         else:
             self._server.renew(token)
@@ -197,6 +199,7 @@ class Moves:
                 tls=self._tls,
                 link=link,
                 pace=self._pace,
+                answer_s=self._answer_s,
                 prepare=host.moving_engine,
                 bulk=host.bulk,
                 tell=tell,
@@ -288,7 +291,7 @@ class Moves:
         return {"moves": moves, "left": len(host.request_ids)}
 
     def worker_gone(self, worker: str) -> None:
-        """The process of the worker at `worker` (Dask's address) has ended: who waits for its answer need not."""
+        """The scheduler has lost the worker at `worker` (Dask's address): nobody need begin to move there."""
         for leaving in self._leaving:
             if leaving.order.destination.worker == worker:
                 leaving.destination_gone()

@@ -64,7 +64,7 @@ class Heard(StrEnum):
     STOPPED = "stopped"
     #: No answer in time, or no connection.
     LOST = "no answer"
-    #: An answer of another incarnation, or word that the destination's process has ended.
+    #: An answer of another incarnation, or a closed port: the destination's process has ended.
     GONE = "destination gone"
     #: The request has ended, or its client has left.
     OVER = "request over"
@@ -100,6 +100,8 @@ BEGIN = Turn(Source.ASKING, (Do.RESERVE,))
 _STAY = Turn(Source.STAYED, (Do.KEEP,))
 _CALL_OFF = Turn(Source.STAYED, (Do.ABORT, Do.KEEP))
 _ENDED = Turn(Source.ENDED, (Do.ABORT, Do.KEEP))
+#: It was stopped, and nobody wants it any more: its front door has it continued elsewhere, or its client has left.
+_UNWANTED = Turn(Source.ENDED, (Do.ABORT, Do.LEAVE))
 _MOVED = Turn(Source.MOVED, (Do.LEAVE,))
 _RECALL = Turn(Source.RECALLING, (Do.ABORT,))
 
@@ -131,6 +133,9 @@ SOURCE: Mapping[tuple[Source, Heard], Turn] = {
     (Source.COMMITTING, Heard.UNKNOWN): _RECALL,
     (Source.COMMITTING, Heard.RESERVED): Turn(Source.COMMITTING),
     (Source.COMMITTING, Heard.REFUSED): Turn(Source.COMMITTING),
+    (Source.COMMITTING, Heard.OVER): _UNWANTED,
+    (Source.DOUBTING, Heard.OVER): _UNWANTED,
+    (Source.RECALLING, Heard.OVER): _UNWANTED,
     (Source.DOUBTING, Heard.COMMITTED): _MOVED,
     (Source.DOUBTING, Heard.ABORTED): _STAY,
     (Source.DOUBTING, Heard.GONE): _STAY,

@@ -16,10 +16,11 @@ from sllmdask.cluster.journal import Journal
 
 @dataclass(frozen=True)
 class Stop:
-    """Nobody wants what this instance does for the request."""
+    """Nobody wants what this instance does for the request under this epoch, or one before."""
 
     worker: str
     instance: str
+    epoch: int
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Following:
         """The request is elsewhere, see :meth:`settled`; whom to stop."""
         _, _, epoch, _, instance, worker, _, _ = message
         if epoch <= self.journal.epoch:
-            return [Stop(worker, instance)]
+            return [Stop(worker, instance, epoch)]
         # It may go on before the words of the instance in between are here.
         self._arrivals.append((message, []))
         self._arrivals.sort(key=lambda arrival: arrival[0][2])
@@ -124,10 +125,10 @@ class Following:
         _, _, _, epoch, instance, worker, record = message
         journal = self.journal
         if epoch <= journal.epoch:
-            return [Stop(worker, instance)]
+            return [Stop(worker, instance, epoch)]
         unwanted = self.elsewhere()
         if (journal.worker, journal.instance) != (worker, instance) and journal.worker and journal.instance:
-            unwanted.append(Stop(journal.worker, journal.instance))
+            unwanted.append(Stop(journal.worker, journal.instance, journal.epoch))
         self._arrivals, self.going_to = [], None
         self._go_to(epoch, worker, instance, record["source"], record)
         return unwanted
@@ -139,7 +140,7 @@ class Following:
 
     def elsewhere(self) -> list[Stop]:
         """Instances besides the journal's that have the request."""
-        return [Stop(message[5], message[4]) for message, _ in self._arrivals]
+        return [Stop(message[5], message[4], message[2]) for message, _ in self._arrivals]
 
     def told(self) -> dict[str, Any] | None:
         """A token of the journal's epoch was accepted: what its client waited for it belongs to the last move, which is returned

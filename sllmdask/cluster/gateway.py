@@ -65,11 +65,8 @@ N_RECENT = 256
 MAX_RETURNS = 5
 #: Times that an answer is continued elsewhere because its instance died: a request that kills who serves it does not kill all.
 MAX_RESUMES = 3
-#: Seconds between pings of a worker, and without any word from it after which it counts as lost.
-PING_EVERY_S = 2.0
-SILENCE_S = 20.0
-#: Seconds that a request may be nowhere because it moves: its source has died, or its destination has not spoken yet.
-MOVING_S = 5.0
+#: Pings in a row that a worker may leave without an answer, before it counts as lost.
+N_PINGS = 10
 #: Seconds beyond a request's deadline, or beyond the last news of it, after which it is given up without the scheduler.
 DEADLINE_MARGIN_S = 30.0
 #: Seconds between attempts to reach a scheduler that went away, from the first to the longest, and for one of them.
@@ -116,6 +113,8 @@ class WorkerLink:
 
     def __init__(self, gateway: Gateway, worker: str) -> None:
         self._gateway, self.worker = gateway, worker
+        self._ping_every_s = gateway.settings.server.worker_silence / N_PINGS
+        self._n_unheard = 0
         self._unsent: list[Message] = []
         self._outbox: Outbox | None = None
         self._task = asyncio.create_task(self._run())
@@ -143,27 +142,30 @@ class WorkerLink:
     async def _talk(self) -> None:
         comm = await open_stream(self.worker, "sllm-stream", timeout_s=5, front_door=self._gateway.id)
         self._outbox = Outbox(comm)
-        self._heard_at = asyncio.get_running_loop().time()
         pinger = asyncio.create_task(self._ping(self._outbox, comm))
         try:
             for message in self._unsent:
                 self._outbox.put(message)
             self._unsent.clear()
             async for message in messages(comm):
-                self._heard_at = asyncio.get_running_loop().time()
+                self._n_unheard = 0
                 self._gateway.from_worker(message)
         finally:
             pinger.cancel()
             await self._outbox.close()
 
     async def _ping(self, outbox: Outbox, comm: Any) -> None:
-        """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute."""
+        """A worker that hangs or is cut off closes no connection; Dask would notice after half a minute.
+
+        Pings are counted, not seconds: a front door that stood still itself has to read first what came meanwhile.
+        """
         number = 0
         while True:
-            await asyncio.sleep(PING_EVERY_S)
+            await asyncio.sleep(self._ping_every_s)
             number += 1
+            self._n_unheard += 1
             outbox.put(["ping", number])
-            if asyncio.get_running_loop().time() - self._heard_at > SILENCE_S:
+            if self._n_unheard > N_PINGS:
                 comm.abort()
 
 
@@ -172,7 +174,8 @@ class Gateway(Lookout):
 
     def __init__(self, scheduler: str, settings: Settings) -> None:
         self.id = uuid.uuid4().hex[:12]
-        self._scheduler, self._settings = scheduler, settings
+        self._scheduler, self.settings = scheduler, settings
+        self._move_patience_s = settings.server.move_patience
         self._pool = ConnectionPool(deserialize=True, connection_args=Security().get_connection_args("client"), timeout=10)
         self._outbox: Outbox | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -278,7 +281,7 @@ class Gateway(Lookout):
     def _deadline_s(self, active: _Active) -> float:
         """Seconds that a request may wait for a place."""
         given = active.journal.request.deadline_s
-        return self._settings.scheduler.request_deadline if given is None else given
+        return self.settings.scheduler.request_deadline if given is None else given
 
     # --- what is there ---
 
@@ -443,7 +446,7 @@ class Gateway(Lookout):
         """An answer that a request waits for: it waits for a scheduler that is away, too, as long as a request may."""
         unreachable = SchedulerUnreachable(self._scheduler, "it does not answer")
         try:
-            async with asyncio.timeout(self._settings.scheduler.request_deadline):
+            async with asyncio.timeout(self.settings.scheduler.request_deadline):
                 while True:
                     try:
                         return await self._ask(op, **arguments)
@@ -494,8 +497,8 @@ class Gateway(Lookout):
         if not self.connected:
             # A scheduler would refuse them.
             n_waiting = sum(active.journal.worker is None for active in self._active.values())
-            if n_waiting >= self._settings.scheduler.max_queue:
-                raise QueueFull(request.model, self._settings.scheduler.max_queue)
+            if n_waiting >= self.settings.scheduler.max_queue:
+                raise QueueFull(request.model, self.settings.scheduler.max_queue)
         active = _Active(f"{self.id}:{next(self._numbers)}", request, text, int(self._row(request.model)["revision"]))
         self._active[active.key] = active
         try:
@@ -568,9 +571,15 @@ class Gateway(Lookout):
             case ["left", _, _, epoch, worker, record] if not active.following.left(epoch, record):
                 # If it cannot speak to us, nobody does.
                 loop, lost = asyncio.get_running_loop(), ["missing", active.key, epoch, worker]
-                loop.call_later(MOVING_S if worker in self._links else 0, active.inbox.put_nowait, lost)
-            case ["missing", _, epoch, worker] if epoch > journal.epoch and not active.following.waits:
-                self._fail(active, WorkerLost(worker))
+                loop.call_later(self._move_patience_s if worker in self._links else 0, active.inbox.put_nowait, lost)
+            case ["doubting", _, epoch, *to] if epoch == journal.epoch:
+                # The source does not know whether the request is here or there, and nobody runs it until somebody does.
+                lost = ["missing", active.key, *to]
+                asyncio.get_running_loop().call_later(self._move_patience_s, active.inbox.put_nowait, lost)
+            case ["missing", _, epoch, worker, *instance] if epoch > journal.epoch and not active.following.waits:
+                if journal.worker in self._links and journal.instance is not None:
+                    self._stop(active.key, [Stop(journal.worker, journal.instance, journal.epoch)])
+                self._fail(active, WorkerLost(worker), *instance)
                 return [Progress("queued", f"waiting for {journal.request.model}")]
             case ["recalled", _, epoch, _] if epoch == journal.epoch + 1 and not active.following.waits:
                 # It is not where it was going to, and will not come there.
@@ -613,7 +622,7 @@ class Gateway(Lookout):
 
     def _stop(self, key: str, stops: list[Stop]) -> None:
         for stop in stops:
-            self._link(stop.worker).send(["cancel", key, stop.instance])
+            self._link(stop.worker).send(["cancel", key, stop.instance, stop.epoch])
 
     def _tell_reading(self, active: _Active) -> list[GatewayEvent]:
         """How far the instance is that will give the first token, and once that it is all there."""
@@ -679,10 +688,11 @@ class Gateway(Lookout):
             events.append(Finished(FinishReason.STOP, journal.request.n_prompt_tokens, 0))
         return events
 
-    def _fail(self, active: _Active, error: SllmError) -> None:
+    def _fail(self, active: _Active, error: SllmError, lost: str | None = None) -> None:
         """What lost its instance or its worker goes back to its place in the queue, to be continued elsewhere with its tokens.
 
-        All else is raised, and so is the loss of one instance too many.
+        All else is raised, and so is the loss of one instance too many. `lost` is the instance, if it is another than where the
+        request was last.
         """
         journal = active.journal
         began = bool(journal.output_ids)
@@ -708,7 +718,7 @@ class Gateway(Lookout):
         self._stop(active.key, active.following.elsewhere())
         near = active.following.nearest
         active.following = Following(journal)
-        lost = journal.instance
+        lost = lost or journal.instance
         journal.begin_anew()
         active.waits_since = time.monotonic()
         self._ask_for_place(active, "returned", lost, near)
@@ -731,7 +741,7 @@ class Gateway(Lookout):
             journal.state = "cancelled"
         link = self._links.get(journal.worker) if journal.worker else None
         if link is not None and (journal.state != "finished" or active.text.stopped):
-            link.send(["cancel", active.key, journal.instance])
+            link.send(["cancel", active.key, journal.instance, None])
         self._stop(active.key, active.following.elsewhere())
         outcome = {"finished": "resumed", "cancelled": "cancelled"}.get(journal.state, "failed")
         resume = journal.resume_over(outcome)
@@ -741,8 +751,8 @@ class Gateway(Lookout):
         self._recent.appendleft(active.as_row())
 
     def _ask_for_place(self, active: _Active, what: str = "request", lost: str | None = None, near: str | None = None) -> None:
-        """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved.
-        `near`: the worker that has most of what was computed for it."""
+        """Have the request wait. `lost`: the instance that it ran on, which the scheduler may not know yet if it has moved, or
+        one that does not answer. `near`: the worker that has most of what was computed for it."""
         request = active.journal.request
         told = {**self._facts(active), "waited_s": time.monotonic() - active.waits_since, "lost": lost}
         told["n_output"] = len(active.journal.output_ids)
@@ -830,14 +840,14 @@ class Gateway(Lookout):
                         active.following.heard(message[2], asyncio.get_running_loop().time())
                     if message[0] != "error" and message[2] == active.journal.epoch:
                         self._answers(active.journal.instance)
-            case ["moving" | "moved" | "stayed" | "left" | "recalled", key, *_]:
+            case ["moving" | "doubting" | "moved" | "stayed" | "left" | "recalled", key, *_]:
                 active = self._active.get(key)
                 if active is not None:
                     active.following.announced(message)
                     active.inbox.put_nowait(message)
                 elif message[0] == "moved":
                     # Its client left while it was on its way.
-                    self._stop(key, [Stop(message[5], message[4])])
+                    self._stop(key, [Stop(message[5], message[4], message[2])])
             case ["pong", _]:
                 pass
             case _:
@@ -857,7 +867,7 @@ class Gateway(Lookout):
                 going_to = self._links.get(following.going_to or "")
                 if going_to is not None:
                     going_to.send(["recall", active.key, journal.epoch + 1])
-                asyncio.get_running_loop().call_later(MOVING_S, self._say_lost, active, link.worker, journal.epoch)
+                asyncio.get_running_loop().call_later(self._move_patience_s, self._say_lost, active, link.worker, journal.epoch)
 
     def _say_lost(self, active: _Active, worker: str | None, epoch: int) -> None:
         if worker is not None and active.journal.epoch == epoch:

@@ -95,3 +95,6 @@ class SllmWorker(Worker):
         self.handle_stimulus(event)
         while self.state.tasks:  # noqa: ASYNC110 - Dask's state machine has no event for it
             await asyncio.sleep(0.05)
+        # Dask takes for granted that a worker which registers has measured nothing: one that has would end at its next heartbeat.
+        self.digests_total_since_heartbeat.clear()
+        self.extensions["spans"].digests_total_since_heartbeat.clear()

@@ -92,7 +92,14 @@ class SllmWorkerPlugin(WorkerPlugin):
         store = await self._open_store(worker)
         memory = open_ledger(engine_settings.device, self.settings.worker, MEMORY_LIMIT, self.host_capacity)
         self.registry = InstanceRegistry(
-            store, engine_settings, self.report, resolve_source, self.settings.worker.migration_bandwidth, memory
+            store,
+            engine_settings,
+            self.report,
+            resolve_source,
+            self.settings.worker.migration_bandwidth,
+            memory,
+            self.settings.worker.migration_answer,
+            self.settings.worker.migration_reservation,
         )
         worker.extensions[EXTENSION] = self.registry
         worker.handlers["sllm-stream"] = self.stream
@@ -344,7 +351,7 @@ class SllmWorkerPlugin(WorkerPlugin):
             return error.as_wire()
 
     async def gone(self, address: str) -> dict[str, Any]:
-        """The worker at that address has ended: nobody need wait for its answer."""
+        """The scheduler has lost the worker at that address: moves to it that can still be called off are."""
         assert self.registry is not None
         self.registry.moves.worker_gone(address)
         return {}

@@ -873,7 +873,8 @@ class EngineThread:
                 for command in self._next_commands():
                     if isinstance(command, _Close):
                         return
-                    outputs += self._obey(command)
+                    # At once: who waits for the result of a later call has heard all from before it.
+                    self._deliver_outputs(self._obey(command))
                 if self._engine.has_work:
                     outputs += self._engine.step()
                 self._stats = self._engine.stats()

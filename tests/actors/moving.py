@@ -57,6 +57,8 @@ class Asked:
     reason: str | None = None
     error: dict[str, Any] | None = None
     n_stopped: int = 0
+    #: Whether a source has said that it does not know where the request is.
+    doubted: bool = False
 
     @property
     def ended(self) -> bool:
@@ -97,8 +99,8 @@ class Door:
             self._cancel(stop.worker, name, stop.instance)
         self.changed.set()
 
-    def _cancel(self, worker: str, name: str, instance: str) -> None:
-        self.workers[worker]._receive("door", ["cancel", name, instance])
+    def _cancel(self, worker: str, name: str, instance: str, epoch: int | None = None) -> None:
+        self.workers[worker]._receive("door", ["cancel", name, instance, epoch])
 
     def receive(self, worker: str, message: Message) -> None:
         asked = self.asked.get(message[1])
@@ -127,11 +129,13 @@ class Door:
                 stops = following.moved(message)
             case ["stayed", *_]:
                 stops = following.stayed(message)
+            case ["doubting", _, epoch, *_] if epoch == journal.epoch:
+                asked.doubted = True
             case ["error", _, epoch, error] if epoch == journal.epoch:
                 asked.error = error
         for stop in stops:
             asked.n_stopped += 1
-            self._cancel(stop.worker, asked.journal.request.id, stop.instance)
+            self._cancel(stop.worker, asked.journal.request.id, stop.instance, stop.epoch)
         for held in following.settled():
             self._follow(asked, held)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from sllmdask.actors import arriving, leaving, move_wire
+from sllmdask.actors import leaving, move_wire
 from sllmdask.actors.adapters import AdapterUse
+from sllmdask.actors.instances import Instance
 from sllmdask.actors.leaving import CHUNK_NBYTES
 from sllmdask.batching.params import Grammar
 from sllmdask.batching.precopy import Kind
@@ -363,30 +364,41 @@ async def test_a_commit_whose_word_or_answer_is_lost_is_asked_after_and_the_requ
         await there.all_free()
 
 
-async def test_word_that_the_destination_has_ended_frees_a_request_that_was_in_doubt(
+async def test_a_request_in_doubt_is_continued_from_what_its_front_door_has_and_both_copies_are_fenced(
     model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ):
-    """The destination has hung: it takes connections, and answers nothing."""
-    real_send = move_wire.send
-    hung = threading.Event()
+    """The destination has taken the request, and hangs: it says nothing of it. That the scheduler has lost it proves nothing."""
+    real_send, real_arrived = move_wire.send, Instance.arrived
+    hung, late = threading.Event(), []
 
     def send(wire: Any, message: Any, payload: bytes = b"") -> None:
-        if message.get("op") in ("commit", "query", "abort"):
-            hung.set()
-            raise TimeoutError("nothing came")
         real_send(wire, message, payload)
+        if message.get("op") in ("commit", "query", "abort"):
+            raise TimeoutError("nothing came")
+
+    def arrived(instance: Instance, told: Any) -> None:
+        late.append(lambda: real_arrived(instance, told))
+        hung.set()
 
     monkeypatch.setattr(move_wire, "send", send)
+    monkeypatch.setattr(Instance, "arrived", arrived)
     [prompt] = prompts(1, 40, 40)
     async with workers(model) as there:
         asked = there.door.submit("a", "1", prompt, max_tokens=40)
         await until_token(there, "a", 3)
         moving = asyncio.ensure_future(there.move("a", "2"))
         assert await asyncio.to_thread(hung.wait, 20)
-        n_tokens = len(asked.tokens)
+        await there.door.until(lambda: asked.doubted)
         there.registries["1"].moves.worker_gone("2")
-        assert (await moving).outcome == "stayed"
-        assert n_tokens < 40 and (await there.door.answers())["a"] == alone(model, prompt, 40)
+        n_tokens, epoch = len(asked.tokens), asked.journal.epoch
+        asked.journal.begin_anew()
+        asked.journal.worker, asked.journal.instance = "2", "m/2"
+        there.door._cancel("1", "a", "m/1", epoch)
+        there.registries["2"]._receive("door", asked.journal.submission("a"))
+        assert (await moving).outcome == "ended"
+        late[0]()
+        assert 0 < n_tokens < 40 and (await there.door.answers())["a"] == alone(model, prompt, 40)
+        await there.all_free()
 
 
 async def test_an_engine_that_dies_while_its_request_is_in_doubt_says_nothing_of_it(
@@ -418,10 +430,11 @@ async def test_an_engine_that_dies_while_its_request_is_in_doubt_says_nothing_of
         assert instance.request_ids == ()
 
 
-async def test_a_reservation_of_which_nothing_is_heard_is_given_up(model: TinyModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(arriving, "RESERVATION_S", 0.05)
+async def test_a_reservation_of_which_nothing_is_heard_is_given_up(model: TinyModel):
     [prompt] = prompts(1, 60, 60)
     async with workers(model) as there:
+        for registry in there.registries.values():
+            registry.moves._arriving.reservation_s = 0.05
         there.door.submit("a", "1", prompt, max_tokens=40)
         manifest = await reserve(there, "a")
         assert manifest["answer"] == "reserved"

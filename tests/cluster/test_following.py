@@ -72,15 +72,15 @@ def test_an_instance_that_speaks_under_an_epoch_that_is_over_is_stopped():
     following = followed(10)
     following.journal.begin_anew()
     assert following.journal.epoch == EPOCHS_PER_DISPATCH
-    assert following.moved(moved(1, [10], 1)) == [Stop("w1", "m/2")]
-    assert following.stayed(["stayed", "key", 0, 2, "m/1", "w0", RECORD]) == [Stop("w0", "m/1")]
+    assert following.moved(moved(1, [10], 1)) == [Stop("w1", "m/2", 1)]
+    assert following.stayed(["stayed", "key", 0, 2, "m/1", "w0", RECORD]) == [Stop("w0", "m/1", 2)]
 
 
 def test_a_source_that_keeps_the_request_has_it_back_from_a_destination_that_was_believed_dead():
     following = followed(10)
     following.moved(moved(1, [10], 1))
     assert following.settled() == [] and following.journal.worker == "w1"
-    assert following.stayed(["stayed", "key", 0, 2, "m/1", "w0", {**RECORD, "outcome": "stayed"}]) == [Stop("w1", "m/2")]
+    assert following.stayed(["stayed", "key", 0, 2, "m/1", "w0", {**RECORD, "outcome": "stayed"}]) == [Stop("w1", "m/2", 1)]
     journal = following.journal
     assert (journal.worker, journal.instance, journal.node, journal.epoch) == ("w0", "m/1", "0", 2)
     assert [move["outcome"] for move in journal.moves] == ["moved", "stayed"]
@@ -90,7 +90,7 @@ def test_what_the_old_instance_owes_is_known_from_the_new_one():
     following = followed(10)
     following.moved(moved(1, [10, 11, 12], 1))
     assert following.settled() == [] and following.waits
-    assert following.rest() == [11, 12] and following.elsewhere() == [Stop("w1", "m/2")]
+    assert following.rest() == [11, 12] and following.elsewhere() == [Stop("w1", "m/2", 1)]
 
 
 def test_the_pause_of_a_move_is_the_time_between_two_tokens():

@@ -79,6 +79,22 @@ async def test_answers_reach_the_loop_in_its_own_thread_once_per_step(model: Tin
 
 
 @pytest.mark.asyncio
+async def test_the_end_of_a_cancelled_request_is_heard_before_the_result_of_a_later_call(
+    listener: Listener, thread: EngineThread
+):
+    thread.submit(request("a", [1, 2, 3], 200))
+    thread.submit(request("b", [4, 5, 6], 200))
+    await listener.until(lambda: len(listener.outputs) > 2)
+    may_go_on = threading.Event()
+    thread.call(lambda _: may_go_on.wait(20))
+    thread.abort("a")
+    later = asyncio.wrap_future(thread.call(lambda _: None))
+    may_go_on.set()
+    await later
+    assert [output.finish_reason for output in listener.outputs if output.request_id == "a"][-1] is FinishReason.ABORT
+
+
+@pytest.mark.asyncio
 async def test_a_refused_request_ends_by_an_output_and_disturbs_nobody(listener: Listener, thread: EngineThread):
     thread.submit(request("good", [1, 2, 3], 4))
     thread.submit(request("too long", [1] * 600))
