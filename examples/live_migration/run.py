@@ -173,6 +173,8 @@ def main() -> int:
     parser.add_argument("--short", metavar="MODEL", default="demo:demo-qwen", help="of the short one (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="of the long answer at most (default: 1024, of the model made here 400)")
     options = parser.parse_args()
+    if options.tokens is not None and options.tokens < 1:
+        parser.error("--tokens must be 1 or more")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     made = tempfile.TemporaryDirectory(prefix="sllmdask-")
     try:
