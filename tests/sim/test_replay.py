@@ -62,6 +62,32 @@ def test_events_come_back_as_they_were_and_lead_to_the_same_decisions(log):
     assert kinds >= {"Chose", "Load", "Dispatch", "Refuse", "Unload", "WakeAt"}
 
 
+def test_a_node_that_is_drained_is_drained_again(tmp_path):
+    path = tmp_path / "events.jsonl"
+    controller = Controller(ControllerSettings(can_move=True))
+    nodes = [WorkerView(f"w{i}", str(i), 1, 8 * GiB, residency={"a": Tier.DISK}) for i in range(2)]
+    with path.open("w") as file:
+        writer = EventLog(file, controller.settings)
+        for event in (
+            *(ev.WorkerJoined(0.0, node) for node in nodes),
+            ev.ModelDeployed(0.0, ModelView("a", nbytes=GiB)),
+            ev.RequestArrived(1.0, RequestView("r", "a", "door", 1.0, 100.0)),
+            ev.LoadFinished(2.0, "a/1", Tier.DISK),
+            ev.WorkerDrains(3.0, "w0", "an operator asked"),
+            ev.LoadFinished(4.0, "a/2", Tier.DISK),
+            ev.RequestStayed(4.1, "r", "no room"),
+            ev.TimerFired(4.4),
+            ev.RequestMoved(4.5, "r", "a/2"),
+            ev.WorkerUndrained(5.0, "w0"),
+        ):
+            writer.event(event)
+            for decision in controller.handle(event):
+                writer.decision(decision)
+    steps = list(replay(path))
+    assert all(step.then == step.now for step in steps)
+    assert [decision["decision"] for step in steps for decision in step.then].count("Move") == 2
+
+
 def test_a_decision_that_was_another_one_then_is_found(log):
     text = log.read_text().replace('"cause": "evicted"', '"cause": "for fun"')
     log.write_text(text)
