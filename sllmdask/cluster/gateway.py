@@ -716,7 +716,7 @@ class Gateway(Lookout):
                 error.code,
             )
         self._stop(active.key, active.following.elsewhere())
-        near = active.following.nearest
+        near = active.following.nearest if lost is None else None  # what does not answer is near, too
         active.following = Following(journal)
         lost = lost or journal.instance
         journal.begin_anew()
