@@ -388,6 +388,9 @@ class Instance(Movable):
             self._adapter_of[request_id] = adapter
         self._idle.clear()
         if epoch:
+            leaving = self._leaving.get(request_id)
+            if leaving is not None:  # the copy from before, of which it is not known whether it has left
+                leaving.unwanted()
             clearing = asyncio.create_task(self._submit_again(adapter, sequence, (front_door, epoch), self._engine))
             self._clearing.add(clearing)
             clearing.add_done_callback(self._clearing.discard)

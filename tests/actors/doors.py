@@ -252,7 +252,7 @@ class Town:
     async def start(self, name: str) -> None:
         """A worker of that name, in a new process as far as anybody can see."""
         store: Any = None
-        registry = InstanceRegistry(store, settings(), lambda _: None, lambda source: source)
+        registry = InstanceRegistry(store, settings(), lambda _: None, lambda source: source, move_reservation_s=2.0)
         self._n_started += 1
         instance = registry.adopt_or_create(f"m/{self._n_started}", "m", "m", "auto")
         engine = make_engine(self._model, **{"max_batch_tokens": 32, **self._engines.get(name, {})})

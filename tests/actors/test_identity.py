@@ -16,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sllmdask.actors import arriving
 from sllmdask.batching.params import Grammar, SamplingParams
 from sllmdask.batching.precopy import Kind
 from sllmdask.batching.sequence import FinishReason, Sequence
@@ -244,11 +243,7 @@ async def die(there: Town, rng: Random) -> None:
         await there.start(worker)
 
 
-def test_requests_whose_workers_die_while_they_move_are_answered_as_if_they_had_stayed(
-    model: TinyModel, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(arriving, "RESERVATION_S", 2.0)
-
+def test_requests_whose_workers_die_while_they_move_are_answered_as_if_they_had_stayed(model: TinyModel):
     @identity(5)
     @given(st.randoms(use_true_random=True))
     def examine(rng: Random) -> None:
@@ -257,8 +252,7 @@ def test_requests_whose_workers_die_while_they_move_are_answered_as_if_they_had_
     examine()
 
 
-def test_in_bfloat16_the_deterministic_mode_keeps_the_same_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(arriving, "RESERVATION_S", 2.0)
+def test_in_bfloat16_the_deterministic_mode_keeps_the_same_promise(tmp_path: Path):
     model = make_model(tmp_path, dtype=torch.bfloat16)
     byte_tokenizer()._hf.save_pretrained(tmp_path)
     rng = Random(7)
