@@ -443,8 +443,8 @@ class SllmSchedulerPlugin(SchedulerPlugin):
                 deadline_s = self.settings.scheduler.request_deadline if deadline_s is None else deadline_s
                 if what == "returned" and (running := self.controller.running.get(request_id)) is not None:
                     lost = told["lost"]
-                    if lost != running.instance and lost in self.controller.instances:
-                        self.on(ev.RequestMoved(now, request_id, lost))  # without a word of it here
+                    if lost not in (None, running.instance):  # what it has left has done nothing wrong
+                        self.on(ev.RequestMoved(now, request_id, lost))
                     self.moves_seen.no_more(request_id)
                     self.on(ev.RequestReturned(now, request_id, now + deadline_s, near))
                     return

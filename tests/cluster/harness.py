@@ -69,7 +69,9 @@ class Processes:
         self.environment = {"XDG_STATE_HOME": str(directory / "state")}
 
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes] | Forked:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment, **environment}
+        # A LocalCluster of another test leaves the level of its logs in this process's environment.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("DASK_LOGGING__")}
+        env = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment, **environment}
         line = [str(BIN / command[0]), *command[1:]]
         process: subprocess.Popen[bytes] | Forked
         with (self.directory / f"{name}.log").open("ab") as log:

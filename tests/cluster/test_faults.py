@@ -408,10 +408,12 @@ def test_a_fault_at_any_stage_of_a_move_costs_no_token_and_doubles_none(cluster:
     assert answer["usage"]["completion_tokens"] == 3
     if WRITE:
         write(fault, [*outcomes.values()])
-    assert dict(zip(STAGES, written(fault), strict=True)) == outcomes
+    for stage, cell in zip(STAGES, written(fault), strict=True):
+        assert outcomes[stage] in cell.split(" or "), (stage, cluster.rows().get(f"{fault.name}-{STAGES.index(stage)}"))
 
 
 def test_every_cell_of_the_table_is_filled():
     victims, kinds = (SOURCE, DESTINATION, DOOR, SCHEDULER), (KILLED, STOPPED, CUT)
     assert {(fault.victim, fault.kind) for fault in FAULTS} == set(itertools.product(victims, kinds))
-    assert all(cell in ("stays", "moves", "resumed", "ends") for fault in FAULTS for cell in written(fault))
+    cells = [each for fault in FAULTS for cell in written(fault) for each in cell.split(" or ")]
+    assert set(cells) <= {"stays", "moves", "resumed", "ends"}
