@@ -134,6 +134,8 @@ def hold_moves(holding: Holding) -> None:
         if op == "commit" and stage == "last stage":
             holding.wait(stage)
         heard = ask(self, op, payload, **fields)
+        if (op, stage) == ("reserve", "load"):
+            holding.reach("loaded")
         if (op, stage) in (("reserve", "reserve"), ("append", "append")) and heard is Heard.RESERVED:
             holding.wait(stage)
         if op == "commit" and stage == "commit acked" and heard is Heard.COMMITTED:
