@@ -17,6 +17,8 @@ from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register, worker
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
 
+pytestmark = pytest.mark.cluster
+
 #: Tokens of an answer, of a model that takes some milliseconds for each. Drawn: a lost or doubled one changes what follows.
 N = 400
 #: Seconds that a worker may take to join.

@@ -15,6 +15,8 @@ from tests.checkpoints import VOCAB, make_checkpoint
 from tests.cluster.asking import register
 from tests.cluster.harness import Processes, Stream, get, post, until, workers
 
+pytestmark = pytest.mark.cluster
+
 #: Answers that are read to their ends, and clients that leave; tokens of an answer.
 N_READ, N_LEAVE, N = 12, 4, 260
 
