@@ -16,6 +16,7 @@ from sllmdask.policy.claims import Claims
 from sllmdask.policy.decisions import Chose, Decision, Move
 from sllmdask.policy.dispatch import least_requests, takes_requests
 from sllmdask.policy.fleet import NODE_DRAINED, Fleet
+from sllmdask.policy.move_times import N_MOVES_AT_ONCE
 from sllmdask.policy.options import WayFinder
 from sllmdask.policy.queue import RequestQueue
 from sllmdask.policy.records import Ways, choice
@@ -23,8 +24,6 @@ from sllmdask.policy.state import ClusterState
 from sllmdask.policy.timers import Timers
 from sllmdask.policy.views import InstanceState, InstanceView, ModelView, RequestView
 
-#: Requests of one instance that move at a time, as many as a worker sends at once.
-N_AT_ONCE = 8
 #: Seconds before a request that stayed is tried again, from the first time to the longest.
 RETRY_S = (0.25, 8.0)
 #: Why instances take no more requests that are moved away from them. Others end where they are: the weights of their model are
@@ -132,7 +131,7 @@ class Drainer:
         self._why.pop(model.name, None)
         while True:
             living = self._state.living(model.name)
-            n_places = sum(max(0, self._max_requests - each.n_requests - each.n_arriving) for each in living)
+            n_places = sum(max(0, self._max_requests - each.n_expected) for each in living)
             if len(living) >= needed and n_places >= n_leaving:
                 return decisions
             if len(living) >= model.max_instances:
@@ -176,7 +175,7 @@ class Drainer:
 
     def _move_off(self, instance: InstanceView, at: float) -> list[Decision]:
         mine = self._queue.on_instance(instance.id)
-        n_places = N_AT_ONCE - sum(each.id in self._moving for each in mine)
+        n_places = N_MOVES_AT_ONCE - sum(each.id in self._moving for each in mine)
         decisions: list[Decision] = []
         for request in mine:
             if n_places <= len(decisions):
