@@ -713,7 +713,9 @@ class Controller:
             reason = f"max_instances is {model.max_instances}, and it is loaded on node {nodes}. Unload it there first"
             return self._refuse_all(demand, LoadFailed(model.name, reason))
         model = self._wanted(request)
-        ways = self.finder.of_request(request, model, at, may_load=not at_most)
+        # An operator who wants it on that node wants one of it, even if another is predicted to be sooner by now.
+        is_read = request.load_only and bool(request.node) and any(each.state is InstanceState.LOADING for each in living)
+        ways = self.finder.of_request(request, model, at, may_load=not at_most and not is_read)
         if not coming and not ways.any_allowed:
             if not ways.any_fit and not self.state.fit(model):
                 return self._refuse_unplaceable(demand, model, at)

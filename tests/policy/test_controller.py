@@ -904,3 +904,21 @@ def test_an_instance_that_something_is_about_to_move_to_does_not_leave_as_idle()
     assert acts(controller.handle(ev.RequestEnded(52.0, "w1"))) == []
     (last,) = acts(controller.handle(ev.RequestEnded(53.0, "r1")))
     assert last.instance == second.instance
+
+
+def test_where_a_model_is_being_read_no_second_instance_is_loaded_for_the_same_wish():
+    worker = replace(NODE, slots=3)
+    controller = controller_with(replace(A, max_instances=3), B, workers=(worker,))
+    (other,) = wish(controller, "w1", "b", 1.0, node="0")
+    controller.handle(ev.LoadFinished(2.0, other.instance, Tier.DISK))
+    (load,) = wish(controller, "w2", "a", 3.0, node="0")
+    # Its bytes are in host memory by now, from where another instance is predicted to be ready at once, and a slot comes free.
+    seen = ev.WorkerReported(
+        3.1, worker.address, 1, {**worker.residency, "a": Tier.HOST}, {Tier.DISK: 1.0 * GiB, Tier.HOST: 1000.0 * GiB}, {}
+    )
+    decisions = controller.handle(seen)
+    decisions += controller.handle(ev.UnloadRequested(3.2, "b"))
+    decisions += controller.handle(ev.UnloadFinished(3.3, other.instance))
+    assert not [each for each in decisions if isinstance(each, Load)]
+    (report,) = acts(controller.handle(ev.LoadFinished(4.0, load.instance, Tier.DISK)))
+    assert (report.request, report.instance) == ("w2", load.instance)
