@@ -51,6 +51,7 @@ from sllmdask.errors import (
     WrongTask,
 )
 from sllmdask.loader.device import CudaDevice, DeviceCopy, lay_out
+from sllmdask.loader.disk import named_now
 from sllmdask.loader.format import read_index
 from sllmdask.loader.records import HostLease
 from sllmdask.loader.store import CheckpointStore
@@ -445,12 +446,12 @@ class Instance(Movable):
     async def _compile(self, sequence: TokenSequence, grammar: Grammar, engine: EngineThread, waiting: tuple[str, int]) -> None:
         """Hand a request over once its grammar is compiled, which may take longer than a step and is not done in its thread."""
         failure: SllmError | None = None
-        path = ""
+        path: Path | None = None
         # The tokenizer's files may be renamed meanwhile, because a fetch was completed.
-        while self._lease is not None and self._lease.path != path:
-            path = self._lease.path
+        while self._lease is not None and (found := named_now(Path(self._lease.path))) != path:
+            path = found
             try:
-                await asyncio.to_thread(engine.prepare, grammar, Path(path))
+                await asyncio.to_thread(engine.prepare, grammar, path)
                 failure = None
                 break
             except SllmError as error:
@@ -769,7 +770,7 @@ class InstanceRegistry:
         settings = self.settings if instance.dtype == "auto" else self.settings.model_copy(update={"dtype": instance.dtype})
         wait = None if lease.arrivals is None else lease.arrivals.wait
         tensors: Mapping[str, Any] | None = lease.tensors
-        path = Path(lease.path)
+        path = named_now(Path(lease.path))
         device = pick_device(settings.device)
         copying: DeviceCopy | None = None
         memory = self.memory.account(instance.id, instance.model)
@@ -788,7 +789,7 @@ class InstanceRegistry:
             memory.close()
             if not isinstance(error, CheckpointNotFound):
                 raise
-            if path == Path(lease.path):
+            if path == named_now(Path(lease.path)):
                 raise
             # The directory has its final name only now, because a fetch was completed.
             return self._build(backend, lease, instance, loop)

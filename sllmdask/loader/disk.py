@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 PARTIAL, LEAVING, DAMAGED = ".partial", ".leaving", ".damaged"
 
 
+def named_now(path: Path) -> Path:
+    """The directory at `path`, which may have got its final name a moment ago, because what was fetched to it is complete."""
+    final = path.with_name(path.name.removesuffix(PARTIAL))
+    return final if final != path and not path.is_dir() and final.is_dir() else path
+
+
 @dataclass(frozen=True, slots=True)
 class DiskCopy:
     """One complete copy: `nbytes` on disk; `last_used` in nanoseconds since 1970, kept as the directory's time of change."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sllmdask.errors import CheckpointNotFound, DiskFull
-from sllmdask.loader.disk import DiskTier
+from sllmdask.loader.disk import PARTIAL, DiskTier, named_now
 from sllmdask.loader.tee import JOURNAL
 
 
@@ -132,7 +132,7 @@ def test_what_is_held_by_this_or_another_process_stays(root, put):
     hold = disk.hold(b)
     again = disk.hold(b)
     code = """
-import sys; from pathlib import Path; from sllmdask.loader.disk import DiskTier
+import sys; from pathlib import Path; from sllmdask.loader.disk import PARTIAL, DiskTier, named_now
 from sllmdask.loader.tee import JOURNAL
 fd = DiskTier(Path(sys.argv[1]), 300).hold(Path(sys.argv[2])); print(fd is not None, flush=True); sys.stdin.read()
 """
@@ -211,3 +211,13 @@ def test_a_damaged_copy_is_put_aside_and_one_of_them_is_kept(root, put, tmp_path
     (tmp_path / "mine").mkdir()
     assert not disk.quarantine(tmp_path / "mine", "of a user")
     assert (tmp_path / "mine").is_dir()
+
+
+def test_a_directory_whose_fetch_was_completed_a_moment_ago_is_found_by_its_final_name(root):
+    final, partial = root / "a", root / f"a{PARTIAL}"
+    partial.mkdir(parents=True)
+    assert named_now(partial) == partial
+    partial.rename(final)
+    assert (named_now(partial), named_now(final)) == (final, final)
+    final.rmdir()
+    assert named_now(partial) == partial, "what is not there at all is not there by either name"
