@@ -219,7 +219,7 @@ class Arriving:
             return {**ticket, "prefill_tokens_per_s": target.prefill_tokens_per_s}
 
         ticket = engine.call(open_import).result()
-        move.facts = {key: ticket[key] for key in ("since_block", "kv_refused", "prefill_tokens_per_s")}
+        move.facts = {key: ticket[key] for key in ("n_tokens", "kv_refused", "prefill_tokens_per_s")}
         asyncio.run_coroutine_threadsafe(self._expire(request, move), self._loop)
 
     def _append(self, request: str, move: _Move, message: Mapping[str, Any], payload: bytes | bytearray) -> None:

@@ -342,7 +342,7 @@ class Leaving:
             raise StateRefused(self.order.request, kv_refused)
         self._kind = Kind.TOKENS if kv_refused else (self.order.kind or costs.cheaper)
         self.record.kind = str(self._kind)
-        self._since = int(self._reply.get("since_block", 0)) if self._kind is Kind.KV else 0
+        self._since = int(self._reply.get("n_tokens", 0)) if self._kind is Kind.KV else 0
 
     @property
     def kv_nbytes(self) -> int:
@@ -350,12 +350,22 @@ class Leaving:
         stats = self._engine.stats()
         return blocks_for(self.record.n_tokens, stats.get("block_size", 1)) * int(stats.get("bytes_per_block", 0))
 
+    @property
+    def _step_s(self) -> float:
+        """What a step takes here, on average."""
+        stats = self._engine.stats()
+        return float(stats["step_s"]) / max(1, stats["n_steps"])
+
+    @property
+    def _token_nbytes(self) -> int:
+        """Bytes of the KV of a token."""
+        stats = self._engine.stats()
+        return int(stats["bytes_per_block"]) // int(stats["block_size"])
+
     def _give_kv(self) -> Heard:
         """A chunk of full blocks; or, when a stage is over and little is left, the stop."""
-        stats = self._engine.stats()
-        block_size, block_nbytes = stats["block_size"], stats["bytes_per_block"]
         with self._bulk:
-            read = self._call(self._read(max(1, self._pace.piece_nbytes // block_nbytes)))
+            read = self._call(self._read())
         if read is None:
             return Heard.OVER
         chunk, n_tokens, n_full = read
@@ -364,35 +374,47 @@ class Leaving:
             self._stage_stop = n_full
             self.record.steps.append(0)
         if self._since >= self._stage_stop or not chunk["n_tokens"]:
-            left_nbytes = (blocks_for(n_tokens, block_size) - self._since) * block_nbytes
-            step_s = stats["step_s"] / max(1, stats["n_steps"])
+            left_nbytes = (n_tokens - self._since) * self._token_nbytes
             n_stages = len(self.record.steps)
-            if not chunk["n_tokens"] or is_last_stage(left_nbytes, self._link.bytes_per_s, step_s, n_stages):
+            if not chunk["n_tokens"] or is_last_stage(left_nbytes, self._link.bytes_per_s, self._step_s, n_stages):
                 return self._stop(n_tokens)
             self._stage_stop = n_full
             self.record.steps.append(0)
+        return self._append(chunk)
+
+    def _read(self, *, whole: bool = True) -> Callable[[MovingEngine], tuple[dict[str, Any], int, int] | None]:
+        """Reads a chunk: it, the tokens that there are, and how many of them are in full blocks."""
+        request, epoch, since = self.order.request, self.ticket.epoch, self._since
+        max_tokens = max(1, self._pace.piece_nbytes // self._token_nbytes)
+
+        def read(engine: MovingEngine) -> tuple[dict[str, Any], int, int] | None:
+            sequence = self._find(engine)
+            if sequence is None:
+                return None
+            n_computed = max(sequence.n_computed, sequence.n_parked)
+            chunk = engine.export_read(request, epoch, since, max_tokens, whole=whole)
+            return chunk, sequence.n_tokens, n_computed - n_computed % engine.settings.block_size
+
+        return read
+
+    def _append(self, chunk: dict[str, Any]) -> Heard:
         data = chunk.pop("data")
         self._pace.wait(len(data), self._gone)
         started = time.perf_counter()
         heard = self._ask("append", data, chunk=chunk)
         if heard is Heard.RESERVED:
             self._link.observe(len(data), time.perf_counter() - started)
-            self._since = int(self._reply["since_block"])
+            self._since = int(self._reply["n_tokens"])
             self._sent(len(data), len(data))
         return heard
 
-    def _read(self, max_blocks: int) -> Callable[[MovingEngine], tuple[dict[str, Any], int, int] | None]:
-        """Reads a chunk: it, and the tokens and full blocks that there are."""
-        request, epoch, since = self.order.request, self.ticket.epoch, self._since
-
-        def read(engine: MovingEngine) -> tuple[dict[str, Any], int, int] | None:
-            sequence = self._find(engine)
-            if sequence is None:
-                return None
-            n_full = max(sequence.n_computed, sequence.n_parked) // engine.settings.block_size
-            return engine.export_read(request, epoch, since, max_blocks), sequence.n_tokens, n_full
-
-        return read
+    def _give_rest(self) -> Heard:
+        """What is in a block that is not full: so that the KV of a step or two is all that is left for the stop."""
+        with self._bulk:
+            read = self._call(self._read(whole=False))
+        if read is None:
+            return Heard.OVER
+        return self._append(read[0]) if read[0]["n_tokens"] else Heard.RESERVED
 
     def _give_tokens(self) -> Heard:
         """What the destination has not been told, once it has computed what it was; or, when that is little, the stop."""
@@ -440,12 +462,16 @@ class Leaving:
         if heard is not Heard.RESERVED:
             return heard
         in_tokens = self._kind is Kind.TOKENS
+        if not in_tokens:
+            heard = self._give_rest()
+            if heard is not Heard.RESERVED:
+                return heard
 
         def freeze(engine: MovingEngine) -> tuple[dict[str, Any], float] | None:
             sequence = self._find(engine)
             if sequence is None:
                 return None
-            since = (sequence.n_tokens - 1) // engine.settings.block_size if in_tokens else self._since
+            since = sequence.n_tokens - 1 if in_tokens else self._since
             stopped_at = time.perf_counter()
             return engine.export_freeze(request, epoch, since), stopped_at
 

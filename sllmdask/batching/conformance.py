@@ -433,8 +433,8 @@ def a_move_that_is_called_off_changes_nothing(subject: Subject) -> None:
         source.add(*subject.crowd())
         source.step(3)
         ticket = target.engine.import_open(source.engine.export_open("r3", 1))
-        chunk = source.engine.export_read("r3", 1, ticket["since_block"])
-        since = target.engine.import_write("r3", 1, chunk)["since_block"]
+        chunk = source.engine.export_read("r3", 1, ticket["n_tokens"])
+        since = target.engine.import_write("r3", 1, chunk)["n_tokens"]
         frozen = source.engine.export_freeze("r3", 1, since)
         source.quiet.add("r3")
         source.step(2)
@@ -463,12 +463,12 @@ def a_receiver_refuses_what_is_damaged(subject: Subject) -> None:
         manifest = source.engine.export_open("r", 1)
         with refused("a manifest without its tokens was taken", StateRefused):
             target.engine.import_open({key: value for key, value in manifest.items() if key != "token_ids"})
-        since = target.engine.import_open(manifest)["since_block"]
+        since = target.engine.import_open(manifest)["n_tokens"]
         chunk = source.engine.export_read("r", 1, since)
         require(chunk["n_tokens"] > 0, "60 tokens were computed, and there is no KV of them to read")
         with refused("KV that was changed on its way was taken", StateRefused):
             target.engine.import_write("r", 1, _damaged(chunk))
-        since = target.engine.import_write("r", 1, chunk)["since_block"]
+        since = target.engine.import_write("r", 1, chunk)["n_tokens"]
         frozen = source.engine.export_freeze("r", 1, since)
         with refused("a state that cannot be read was taken", StateRefused):
             target.engine.import_commit("r", 1, {}, frozen["kv"])
@@ -485,7 +485,7 @@ def an_abort_ends_a_move(subject: Subject) -> None:
     with pair(subject) as (source, target):
         source.add(subject.ask("r", 60, 20), subject.ask("other"))
         source.step(3)
-        since = target.engine.import_open(source.engine.export_open("r", 1))["since_block"]
+        since = target.engine.import_open(source.engine.export_open("r", 1))["n_tokens"]
         target.engine.import_write("r", 1, source.engine.export_read("r", 1, since))
         accounts_add_up(target.engine)
         source.abort("r")
@@ -560,12 +560,15 @@ def _move(source: Listener, target: Listener, name: str, epoch: int = 1) -> None
     """Move a request while both engines run."""
     manifest = _plain("a manifest", source.engine.export_open(name, epoch))
     require(source.engine.export_open(name, epoch) == manifest, "asked again, a manifest is another one")
-    since = target.engine.import_open(manifest)["since_block"]
+    since = target.engine.import_open(manifest)["n_tokens"]
     for _ in range(2):
         chunk = _plain("a chunk of KV", source.engine.export_read(name, epoch, since))
-        since = target.engine.import_write(name, epoch, chunk)["since_block"]
+        since = target.engine.import_write(name, epoch, chunk)["n_tokens"]
         source.step()
         target.step()
+    rest = _plain("a chunk of KV", source.engine.export_read(name, epoch, since, whole=False))
+    since = target.engine.import_write(name, epoch, rest)["n_tokens"]
+    source.step()
     frozen = _plain("a state", source.engine.export_freeze(name, epoch, since))
     source.quiet.add(name)
     source.step()

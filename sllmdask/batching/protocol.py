@@ -282,12 +282,15 @@ class MovesRequests(Protocol):
         """A manifest: what is about to come, with the tokens so far as ``token_ids``."""
         ...
 
-    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
-        """A chunk of the full blocks from `since_block` on: ``{"since_block", "n_tokens", ...}``; they are kept until the end."""
+    def export_read(
+        self, request_id: str, epoch: int, since: int = 0, max_tokens: int | None = None, *, whole: bool = True
+    ) -> dict[str, Any]:
+        """A chunk of the KV of tokens from `since` on, as far as blocks are full, and at most `max_tokens`: ``{"since",
+        "n_tokens", ...}``. These blocks are kept until the end. Unless `whole`, also of a block that is not full yet."""
         ...
 
-    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
-        """Stop the request. ``{"state", "kv"}``: all but its KV, and a last chunk, of what is not sent yet."""
+    def export_freeze(self, request_id: str, epoch: int, since: int = 0) -> dict[str, Any]:
+        """Stop the request. ``{"state", "kv"}``: all but its KV, and a last chunk, of the KV from token `since` on."""
         ...
 
     def export_commit(self, request_id: str, epoch: int) -> bool:
@@ -301,8 +304,8 @@ class MovesRequests(Protocol):
     def import_open(
         self, manifest: Mapping[str, Any], n_tokens: int | None = None, *, tokens_will_do: bool = False
     ) -> dict[str, Any]:
-        """Reserve room for `n_tokens` tokens; ``{"request_id", "epoch", "since_block", "kv_refused"}``: the block that is needed
-        first, and, where `tokens_will_do`, why KV cannot be taken, only tokens; ``None``: it can."""
+        """Reserve room for `n_tokens` tokens; ``{"request_id", "epoch", "n_tokens", "kv_refused"}``: how many tokens from the
+        first on have their KV here, and, where `tokens_will_do`, why KV cannot be taken, only tokens; ``None``: it can."""
         ...
 
     def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
@@ -318,7 +321,7 @@ class MovesRequests(Protocol):
         ...
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
-        """Take a chunk. ``{"n_tokens", "since_block"}``: how far the KV is here, and where to go on."""
+        """Take a chunk. ``{"n_tokens"}``: how many tokens from the first on have their KV here, now."""
         ...
 
     def import_commit(self, request_id: str, epoch: int, state: Mapping[str, Any], kv: Mapping[str, Any] | None = None) -> bool:

@@ -443,16 +443,18 @@ class LLMEngine:
         self._refuse_paused(request_id)
         return self._transfer.export_open(request_id, epoch)
 
-    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
+    def export_read(
+        self, request_id: str, epoch: int, since: int = 0, max_tokens: int | None = None, *, whole: bool = True
+    ) -> dict[str, Any]:
         with self._refusing_for_memory(request_id):
-            return self._transfer.export_read(request_id, epoch, since_block, max_blocks)
+            return self._transfer.export_read(request_id, epoch, since, max_tokens, whole=whole)
 
-    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
+    def export_freeze(self, request_id: str, epoch: int, since: int = 0) -> dict[str, Any]:
         sequence = self.find(request_id)
         if sequence is not None and self._chooser(sequence).prompt is not None:
             raise StateRefused(request_id, "log probabilities of its prompt come with its first token; move it after that")
         with self._refusing_for_memory(request_id):
-            return self._transfer.export_freeze(request_id, epoch, since_block)
+            return self._transfer.export_freeze(request_id, epoch, since)
 
     def export_commit(self, request_id: str, epoch: int) -> bool:
         committed = self._transfer.export_commit(request_id, epoch)

@@ -114,6 +114,8 @@ class ModelRunner:
         self._gate: ArrivalGate | None = None
         self._checked = False
         self.caches: list[tuple[Tensor, Tensor]] = []
+        #: On a CPU, the same memory as bytes, slot by slot, and the bytes of a slot: of each layer, keys, then values.
+        self._memory: list[tuple[memoryview, int]] = []
         self._tables = SlotTables(block_size)
         self._deterministic = deterministic
         self._packing = self._choose_packing(packing or Packing())
@@ -245,6 +247,7 @@ class ModelRunner:
         self.backend.close()
         self._skeleton.empty()
         self.caches.clear()
+        self._memory.clear()
         self._tables.clear()
         self._owned.clear()
         self.give_back()
@@ -454,51 +457,71 @@ class ModelRunner:
             cache.index_copy_(0, to, cache.index_select(0, at))
 
     @torch.inference_mode()
-    def read_blocks(self, blocks: Sequence[int], n_tokens: int | None = None) -> Tensor:
-        """(len(blocks), bytes_per_block) bytes in host memory: layer by layer, keys before values, token by token.
-
-        `n_tokens`: what is in the last block after that many tokens is left out; zeros are in its place.
-        """
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """(len(blocks), bytes_per_block) bytes in host memory: layer by layer, keys before values, token by token."""
         index = torch.tensor(blocks, dtype=torch.long, device=self.device)
         parts = [cache.index_select(0, index).flatten(1).view(torch.uint8) for cache in self._parts()]
-        rows = torch.cat(parts, dim=1).cpu()
-        if n_tokens is not None:
-            self.blank(rows, n_tokens)
-        return rows
-
-    def blank(self, rows: Tensor, n_tokens: int) -> Tensor:
-        """`rows` of :meth:`read_blocks`, which get zeros after the first `n_tokens` tokens, all in the last row."""
-        n_used, offset = n_tokens - (len(rows) - 1) * self.block_size, 0
-        for cache in self._parts():
-            token_nbytes = cache[0, 0].nbytes
-            rows[-1, offset + n_used * token_nbytes : offset + self.block_size * token_nbytes] = 0
-            offset += self.block_size * token_nbytes
-        return rows
+        return torch.cat(parts, dim=1).cpu()
 
     @torch.inference_mode()
-    def write_tokens(self, slots: Sequence[int], rows: Tensor, block_size: int, skip: int = 0) -> None:
-        """Put KV into `slots`: one token after the other of `rows`, as :meth:`read_blocks` gives them, from token `skip` on.
-
-        `block_size`: of the engine that `rows` are from.
-        """
-        index, offset = torch.tensor(slots, dtype=torch.long, device=self.device), 0
-        for cache in self._parts():
-            nbytes = block_size * cache[0, 0].nbytes
-            part = rows[:, offset : offset + nbytes].clone(memory_format=torch.contiguous_format)
-            tokens = part.view(cache.dtype).view(-1, *cache.shape[2:])
-            cache.flatten(0, 1).index_copy_(0, index, tokens[skip : skip + len(slots)].to(self.device))
-            offset += nbytes
-
     def write_blocks(self, blocks: Sequence[int], rows: Tensor) -> None:
         """Put back what :meth:`read_blocks` gave, into any blocks."""
-        slots = [block * self.block_size + offset for block in blocks for offset in range(self.block_size)]
-        self.write_tokens(slots, rows, self.block_size)
+        index, offset = torch.tensor(blocks, dtype=torch.long, device=self.device), 0
+        for cache in self._parts():
+            nbytes = cache[0].nbytes
+            part = rows[:, offset : offset + nbytes].clone(memory_format=torch.contiguous_format)
+            cache.index_copy_(0, index, part.view(cache.dtype).view(len(blocks), *cache.shape[1:]).to(self.device))
+            offset += nbytes
+
+    @torch.inference_mode()
+    def read_tokens(self, slots: Sequence[int]) -> bytes:
+        """The KV in `slots`: layer by layer, keys before values, token by token."""
+        if self._few(slots):
+            return b"".join(memory[slots[0] * nbytes : (slots[-1] + 1) * nbytes] for memory, nbytes in self._memory)
+        index = torch.tensor(slots, dtype=torch.long, device=self.device)
+        parts = [cache.flatten(0, 1).index_select(0, index).flatten() for cache in self._parts()]
+        return torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
+
+    def tokens_in(self, rows: Tensor, start: int, stop: int) -> bytes:
+        """What :meth:`read_tokens` gives, of tokens `start` to `stop` of `rows` of :meth:`read_blocks`."""
+        parts, offset = [], 0
+        for cache in self._parts():
+            part = rows[:, offset : offset + cache[0].nbytes].reshape(-1, cache[0, 0].nbytes)
+            parts.append(part[start:stop].flatten())
+            offset += cache[0].nbytes
+        return torch.cat(parts).numpy().tobytes()
+
+    @torch.inference_mode()
+    def write_tokens(self, slots: Sequence[int], data: bytes | bytearray, n_tokens: int) -> None:
+        """Put KV into `slots`: of the last tokens of `data`, which :meth:`read_tokens` of some engine gave for `n_tokens`."""
+        skip, offset = n_tokens - len(slots), 0
+        if self._few(slots):
+            given = memoryview(data)
+            for memory, nbytes in self._memory:
+                end = offset + n_tokens * nbytes
+                memory[slots[0] * nbytes : (slots[-1] + 1) * nbytes] = given[offset + skip * nbytes : end]
+                offset = end
+            return
+        index = torch.tensor(slots, dtype=torch.long, device=self.device)
+        # Memory that may be written, as torch wants it; what came over a connection is.
+        flat = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+        for cache in self._parts():
+            end = offset + n_tokens * cache[0, 0].nbytes
+            tokens = flat[offset:end].view(cache.dtype).view(n_tokens, *cache.shape[2:])
+            cache.flatten(0, 1).index_copy_(0, index, tokens[skip:].to(self.device))
+            offset = end
+
+    def _few(self, slots: Sequence[int]) -> bool:
+        """Whether `slots` are some in a row in the memory of this process: these are quicker copied than found by torch."""
+        n_slots = len(slots)
+        return bool(self._memory) and n_slots <= self.block_size and slots == list(range(slots[0], slots[0] + n_slots))
 
     def drop_cache(self) -> None:
         """Give the cache's memory back. Nothing runs until :meth:`make_cache`."""
         # Their kernels were recorded with its addresses.
         self._close_graphs()
         self.caches.clear()
+        self._memory.clear()
         self.give_back()
         self.memory.clear(Kind.KV)
 
@@ -511,6 +534,8 @@ class ModelRunner:
         there = False
         with suppress(MemoryError, OSError, torch.OutOfMemoryError):
             self.caches += _make_caches(self.layers, (self.n_blocks + 1, self.block_size), self.dtype, self.device)
+            if self.device.type == "cpu":
+                self._memory += [(_memory(cache), cache[0, 0].nbytes) for cache in self._parts()]
             there = True
         if not there:
             self.memory.release(Kind.KV, nbytes)
@@ -520,6 +545,12 @@ class ModelRunner:
     def _parts(self) -> Iterator[Tensor]:
         """(n_blocks + 1, block_size, n_kv_heads, dim) for each layer, keys, then values."""
         return (cache for layer in self.caches for cache in layer)
+
+
+def _memory(cache: Tensor) -> memoryview:
+    """The bytes of a tensor in the memory of this process."""
+    data: Any = cache.view(torch.uint8).numpy()
+    return memoryview(data).cast("B")
 
 
 def pick_device(name: str) -> torch.device:

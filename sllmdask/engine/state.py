@@ -4,9 +4,8 @@ Everything has a form of plain msgpack types (``as_wire``). What comes from else
 :class:`StateRefused`, never half believed. There is no random state and no decoder state: the sampler's noise is a function of
 seed and position, and what is made of tokens is made by replaying them.
 
-KV travels in blocks of the sender's size: for each block, layer by layer, keys before values, (block_size, n_kv_heads, dim)
-each, in the sender's byte order and dtype. It is cut anew where it arrives, so block sizes, devices and layouts in memory may
-differ.
+KV travels in pieces of some tokens: layer by layer, keys before values, (n_tokens, n_kv_heads, dim) each, in the sender's byte
+order and dtype. It is cut into blocks where it arrives, so block sizes, devices and layouts in memory may differ.
 """
 
 from __future__ import annotations
@@ -19,34 +18,32 @@ from typing import Any, TypeVar
 
 import torch
 
-from sllmdask.batching.blocks import blocks_for
 from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.sequence import Sequence
 from sllmdask.engine.attention import LayerShape
 from sllmdask.errors import SllmError, StateRefused
 
 #: Of all that is described here. Another one is refused.
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What a block's bytes mean."""
+    """What a token's bytes mean."""
 
     #: As torch calls it, ``bfloat16`` for instance.
     dtype: str
-    block_size: int
     layers: tuple[LayerShape, ...]
 
     @property
-    def block_nbytes(self) -> int:
+    def token_nbytes(self) -> int:
         itemsize: int = getattr(torch, self.dtype).itemsize
-        return self.block_size * sum(layer.nbytes(itemsize) for layer in self.layers)
+        return sum(layer.nbytes(itemsize) for layer in self.layers)
 
     def differs(self, other: KVLayout) -> str | None:
-        """Why KV of `other` cannot be used here; ``None`` if it can. The block size may differ."""
+        """Why KV of `other` cannot be used here; ``None`` if it can."""
         if self.dtype != other.dtype:
             return f"its KV is in {other.dtype}, here it is in {self.dtype}"
         if self.layers != other.layers:
@@ -55,16 +52,16 @@ class KVLayout:
 
     def as_wire(self) -> dict[str, Any]:
         layers = [[layer.n_kv_heads, layer.key_dim, layer.value_dim] for layer in self.layers]
-        return {"dtype": self.dtype, "byteorder": sys.byteorder, "block_size": self.block_size, "layers": layers}
+        return {"dtype": self.dtype, "byteorder": sys.byteorder, "layers": layers}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> KVLayout:
         if data["byteorder"] != sys.byteorder:
             raise ValueError(f"its bytes are in {data['byteorder']} endian order")
-        if not isinstance(getattr(torch, data["dtype"], None), torch.dtype) or _whole(data["block_size"]) < 1:
+        if not isinstance(getattr(torch, data["dtype"], None), torch.dtype):
             raise ValueError("no such layout")
         layers = tuple(LayerShape(_whole(heads), _whole(key), _whole(value)) for heads, key, value in data["layers"])
-        return cls(data["dtype"], data["block_size"], layers)
+        return cls(data["dtype"], layers)
 
 
 @dataclass(frozen=True)
@@ -107,19 +104,16 @@ class Manifest:
 
 @dataclass(frozen=True)
 class KVChunk:
-    """KV of `n_tokens` tokens, the first of them the first of block `since_block`; whole blocks of the sender's size.
+    """KV of `n_tokens` tokens of a request, from its token `since` on."""
 
-    In a last block that is not full, the rest is zero.
-    """
-
-    since_block: int
+    since: int
     n_tokens: int
     data: bytes | bytearray
     crc32: int
 
     @classmethod
-    def of(cls, since_block: int, n_tokens: int, data: bytes) -> KVChunk:
-        return cls(since_block, n_tokens, data, zlib.crc32(data))
+    def of(cls, since: int, n_tokens: int, data: bytes) -> KVChunk:
+        return cls(since, n_tokens, data, zlib.crc32(data))
 
     def as_wire(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -129,14 +123,13 @@ class KVChunk:
         """Raises :class:`StateRefused` if its bytes are not those that were sent, or too many or too few."""
         chunk = _read(
             {"format": FORMAT, **data, "request_id": request_id},
-            lambda: cls(_whole(data["since_block"]), _whole(data["n_tokens"]), _bytes(data["data"]), _whole(data["crc32"])),
+            lambda: cls(_whole(data["since"]), _whole(data["n_tokens"]), _bytes(data["data"]), _whole(data["crc32"])),
         )
-        n_blocks = blocks_for(chunk.n_tokens, layout.block_size)
-        if len(chunk.data) != n_blocks * layout.block_nbytes:
-            reason = f"{n_blocks} blocks of KV have {n_blocks * layout.block_nbytes} bytes, but {len(chunk.data)} came"
-            raise StateRefused(request_id, reason)
+        nbytes = chunk.n_tokens * layout.token_nbytes
+        if len(chunk.data) != nbytes:
+            raise StateRefused(request_id, f"the KV of {chunk.n_tokens} tokens has {nbytes} bytes, but {len(chunk.data)} came")
         if zlib.crc32(chunk.data) != chunk.crc32:
-            raise StateRefused(request_id, f"the KV from block {chunk.since_block} on was changed on its way")
+            raise StateRefused(request_id, f"the KV from token {chunk.since} on was changed on its way")
         return chunk
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sllmdask.batching.blocks import BlockPool, blocks_for
@@ -72,9 +71,10 @@ class Transfer:
         self._scheduler = scheduler
         self._pool: BlockPool = scheduler.pool
         self._runner = runner
+        self._block_size = runner.block_size
         self._parked = parked
         self._check = check
-        self._layout = KVLayout(str(runner.dtype).removeprefix("torch."), runner.block_size, tuple(runner.layers))
+        self._layout = KVLayout(str(runner.dtype).removeprefix("torch."), tuple(runner.layers))
         self._exports: dict[str, _Export] = {}
         self._imports: dict[str, _Import] = {}
         #: (kind, request id) -> epoch, and whether it was committed.
@@ -123,37 +123,43 @@ class Transfer:
             request_id, epoch, self.model_id, self.numerics_id, self._layout, sequence.salt, sequence.from_scratch, tokens
         ).as_wire()
 
-    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
-        """A :class:`KVChunk` of the full blocks from `since_block` on, at most `max_blocks`; of no tokens if there is none yet.
+    def export_read(
+        self, request_id: str, epoch: int, since: int = 0, max_tokens: int | None = None, *, whole: bool = True
+    ) -> dict[str, Any]:
+        """A :class:`KVChunk` of the tokens in full blocks from `since` on, at most `max_tokens`; of no tokens if there is none.
 
-        They are kept until the end of the move, so that they can be read again.
+        They are kept until the end of the move, so that they can be read again. Unless `whole`, also of those in a block that is
+        not full yet, which are not kept.
         """
         export = self._export(request_id, epoch)
-        sequence, block_size = export.sequence, self._layout.block_size
-        n_full = max(len(export.pinned), sequence.n_computed // block_size, sequence.n_parked // block_size)
-        stop = n_full if max_blocks is None else min(n_full, since_block + max_blocks)
-        fresh = sequence.block_table[len(export.pinned) : min(stop, sequence.n_computed // block_size)]
+        sequence, block_size = export.sequence, self._block_size
+        n_tokens = max(len(export.pinned) * block_size, sequence.n_computed, sequence.n_parked)
+        if whole:
+            n_tokens -= n_tokens % block_size
+        stop = n_tokens if max_tokens is None else min(n_tokens, since + max_tokens)
+        n_kept = min(blocks_for(stop, block_size), sequence.n_computed // block_size)
+        fresh = sequence.block_table[len(export.pinned) : n_kept]
         self._pool.share(fresh)
         export.pinned += fresh
-        return self._chunk(export, since_block, max(since_block, stop) * block_size).as_wire()
+        return self._chunk(export, since, stop).as_wire()
 
-    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
+    def export_freeze(self, request_id: str, epoch: int, since: int = 0) -> dict[str, Any]:
         """Stop the request. ``{"state", "kv"}``: its :class:`RequestState`, and a :class:`KVChunk` of what is not sent yet.
 
         Its blocks stay as they are until :meth:`export_commit` or :meth:`export_abort`.
         """
         export = self._export(request_id, epoch)
-        sequence, block_size = export.sequence, self._layout.block_size
+        sequence, block_size = export.sequence, self._block_size
         if sequence.finish_reason is not None:
             raise StateRefused(request_id, "it has ended meanwhile")
-        if since_block * block_size > sequence.n_tokens - 1:
-            raise StateRefused(request_id, f"block {since_block} is beyond its {sequence.n_tokens} tokens")
+        if since > sequence.n_tokens - 1:
+            raise StateRefused(request_id, f"token {since} is beyond its {sequence.n_tokens} tokens")
         if not export.frozen:
             export.was_held = sequence in self._scheduler.held
             self._scheduler.hold(request_id)
             export.frozen = True
-        n_tokens = max(sequence.n_computed, sequence.n_parked, len(export.pinned) * block_size, since_block * block_size)
-        kv = self._chunk(export, since_block, n_tokens)
+        n_tokens = max(sequence.n_computed, sequence.n_parked, len(export.pinned) * block_size, since)
+        kv = self._chunk(export, since, n_tokens)
         return {"state": RequestState.of(sequence, n_tokens).as_wire(), "kv": kv.as_wire()}
 
     def export_commit(self, request_id: str, epoch: int) -> bool:
@@ -195,21 +201,20 @@ class Transfer:
         self._pool.release(export.pinned)
         export.pinned = []
 
-    def _chunk(self, export: _Export, since_block: int, stop_token: int) -> KVChunk:
-        """KV of the tokens from block `since_block` on, up to `stop_token`."""
-        first_token = since_block * self._layout.block_size
-        stop = blocks_for(stop_token, self._layout.block_size)
-        if stop <= since_block:
-            return KVChunk.of(since_block, 0, b"")
-        sequence = export.sequence
-        blocks = [*export.pinned, *sequence.block_table[len(export.pinned) :]][since_block:stop]
-        if len(blocks) == stop - since_block:
-            data = self._runner.read_blocks(blocks, stop_token - first_token)
+    def _chunk(self, export: _Export, since: int, stop: int) -> KVChunk:
+        """KV of the tokens from `since` up to `stop`."""
+        if stop <= since:
+            return KVChunk.of(since, 0, b"")
+        sequence, block_size = export.sequence, self._block_size
+        first, end = since // block_size, blocks_for(stop, block_size)
+        blocks = [*export.pinned, *sequence.block_table[len(export.pinned) :]][first:end]
+        if len(blocks) == end - first:
+            data = self._runner.read_tokens(_slots(blocks, block_size, since - first * block_size, stop - first * block_size))
         else:
-            # What is not in blocks is parked. In its last block, more than the sequence's tokens may have been parked.
-            rows = self._parked[sequence.request_id][since_block:stop]
-            data = self._runner.blank(rows.clone(), stop_token - first_token)
-        return KVChunk.of(since_block, stop_token - first_token, data.numpy().tobytes())
+            # What is not in blocks is parked.
+            rows = self._parked[sequence.request_id][first:end]
+            data = self._runner.tokens_in(rows, since - first * block_size, stop - first * block_size)
+        return KVChunk.of(since, stop - since, data)
 
     # --- the engine that it enters -------------------------------------------------------------------------------------
 
@@ -218,8 +223,8 @@ class Transfer:
     ) -> dict[str, Any]:
         """Reserve a place, and blocks for `n_tokens` tokens: by default, those of the manifest and some more.
 
-        Returns ``{"request_id", "epoch", "since_block", "same_numerics", "kv_refused"}``: KV is needed from the sender's block
-        `since_block` on, since the KV of the tokens before is here. Raises :class:`StateRefused` if the state is of another model
+        Returns ``{"request_id", "epoch", "n_tokens", "same_numerics", "kv_refused"}``: the KV of the first `n_tokens` tokens is
+        here. Raises :class:`StateRefused` if the state is of another model
         or layout, or if there is no room, and what ``add`` raises. With `tokens_will_do`, KV of another layout is no reason to
         refuse the request: it is told as ``kv_refused``, and the KV is to be computed here (:meth:`import_tokens`).
         """
@@ -241,49 +246,43 @@ class Transfer:
             known = Sequence(
                 request_id, offered.token_ids, SamplingParams(), salt=offered.salt, from_scratch=offered.from_scratch
             )
-            expected = n_tokens or known.n_tokens + self._layout.block_size
+            expected = n_tokens or known.n_tokens + self._block_size
             incoming = self._scheduler.expect(known, expected)
             if incoming is None:
                 raise StateRefused(request_id, self._no_room(expected))
             # Now, while the request runs on elsewhere, rather than when it is stopped.
             self._scheduler.name_blocks(known)
-            entry = _Import(offered, known, incoming, incoming.n_shared * self._layout.block_size, kv_refused)
+            entry = _Import(offered, known, incoming, incoming.n_shared * self._block_size, kv_refused)
             self._imports[request_id] = entry
         return {
             "request_id": request_id,
             "epoch": epoch,
-            "since_block": entry.n_tokens // entry.manifest.layout.block_size,
+            "n_tokens": entry.n_tokens,
             "same_numerics": offered.numerics_id == self.numerics_id,
             "kv_refused": entry.kv_refused,
         }
 
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
-        """Take a :class:`KVChunk`. Returns ``{"n_tokens", "since_block"}``: how far the KV is here, and where to go on.
+        """Take a :class:`KVChunk`. Returns ``{"n_tokens"}``: of how many tokens from the first on the KV is here, now.
 
         Raises :class:`StateRefused` if it is damaged, if something before it is missing, or if there is no room.
         """
         entry = self._import(request_id, epoch)
         if entry.kv_refused:
             raise StateRefused(request_id, entry.kv_refused)
-        source = entry.manifest.layout
-        piece = KVChunk.from_wire(chunk, request_id, source)
-        first = piece.since_block * source.block_size
-        stop = first + piece.n_tokens
-        if first > entry.n_tokens:
-            raise StateRefused(request_id, f"the KV of tokens {entry.n_tokens} to {first} is missing")
+        piece = KVChunk.from_wire(chunk, request_id, entry.manifest.layout)
+        stop = piece.since + piece.n_tokens
+        if piece.since > entry.n_tokens:
+            raise StateRefused(request_id, f"the KV of tokens {entry.n_tokens} to {piece.since} is missing")
         if not self._scheduler.extend(entry.incoming, stop):
             raise StateRefused(request_id, self._no_room(stop))
         # Blocks that are shared are never written.
-        start = max(first, entry.incoming.n_shared * self._layout.block_size)
+        start = max(piece.since, entry.incoming.n_shared * self._block_size)
         if start < stop:
-            blocks, block_size = entry.incoming.blocks, self._layout.block_size
-            slots = [blocks[token // block_size] * block_size + token % block_size for token in range(start, stop)]
-            # Memory that may be written, as torch wants it; what came over a connection is.
-            data = piece.data if isinstance(piece.data, bytearray) else bytearray(piece.data)
-            rows = torch.frombuffer(data, dtype=torch.uint8).view(-1, source.block_nbytes)
-            self._runner.write_tokens(slots, rows, source.block_size, start - first)
+            slots = _slots(entry.incoming.blocks, self._block_size, start, stop)
+            self._runner.write_tokens(slots, piece.data, piece.n_tokens)
         entry.n_tokens = max(entry.n_tokens, stop)
-        return {"n_tokens": entry.n_tokens, "since_block": entry.n_tokens // source.block_size}
+        return {"n_tokens": entry.n_tokens}
 
     def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
         """Reserve blocks for `n_tokens` tokens in all; raises :class:`StateRefused` if there are too few."""
@@ -378,7 +377,7 @@ class Transfer:
 
     def _no_room(self, n_tokens: int) -> str:
         """Why a request of `n_tokens` tokens cannot come."""
-        n_needed, n_free = blocks_for(n_tokens, self._layout.block_size), self._pool.n_free
+        n_needed, n_free = blocks_for(n_tokens, self._block_size), self._pool.n_free
         if n_needed <= n_free - self._scheduler.n_watermark:
             return f"busy: there is no room beside {self._scheduler.max_running} requests that are here, or on their way"
         needed, free = (format_bytes(n * self._runner.bytes_per_block) for n in (n_needed, n_free))
@@ -405,3 +404,8 @@ class Transfer:
         self._over.move_to_end((kind, request_id))
         if len(self._over) > 2 * _N_REMEMBERED:
             self._over.popitem(last=False)
+
+
+def _slots(blocks: list[int], block_size: int, start: int, stop: int) -> list[int]:
+    """Of tokens `start` to `stop` of those in `blocks`."""
+    return [blocks[token // block_size] * block_size + token % block_size for token in range(start, stop)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, TypeVar
 
-from sllmdask.batching.blocks import BlockPool
+from sllmdask.batching.blocks import BlockPool, blocks_for
 from sllmdask.batching.params import SamplingParams
 from sllmdask.batching.protocol import EngineStats, StepOutput
 from sllmdask.batching.scheduler import BatchScheduler, Chunk, Copy, Incoming, Move, ParkingCosts, StepPlan
@@ -24,7 +24,7 @@ from sllmdask.config import EngineSettings
 from sllmdask.errors import InstanceGone, InvalidRequest, SllmError, StateRefused
 
 #: Of the state of a request. Another one is refused.
-_FORMAT = "cost-model-1"
+_FORMAT = "cost-model-2"
 
 T = TypeVar("T")
 
@@ -82,7 +82,6 @@ class _Leaving:
 @dataclass(eq=False)
 class _Entering:
     epoch: int
-    block_size: int
     token_ids: list[int]
     incoming: Incoming
     #: Tokens from the first one on whose KV is here, and that KV.
@@ -339,32 +338,36 @@ class CostModelEngine:
             "request_id": request_id,
             "epoch": epoch,
             "model_id": self.model_id,
-            "block_size": self.settings.block_size,
             "token_ids": sequence.token_ids(0, sequence.n_tokens),
         }
 
-    def export_read(self, request_id: str, epoch: int, since_block: int = 0, max_blocks: int | None = None) -> dict[str, Any]:
+    def export_read(
+        self, request_id: str, epoch: int, since: int = 0, max_tokens: int | None = None, *, whole: bool = True
+    ) -> dict[str, Any]:
         leaving = self._leaving_in(request_id, epoch)
         sequence, block_size = leaving.sequence, self.settings.block_size
-        n_full = max(len(leaving.pinned), sequence.n_computed // block_size, sequence.n_parked // block_size)
-        stop = n_full if max_blocks is None else min(n_full, since_block + max_blocks)
-        fresh = sequence.block_table[len(leaving.pinned) : min(stop, sequence.n_computed // block_size)]
+        n_tokens = max(len(leaving.pinned) * block_size, sequence.n_computed, sequence.n_parked)
+        if whole:
+            n_tokens -= n_tokens % block_size
+        stop = n_tokens if max_tokens is None else min(n_tokens, since + max_tokens)
+        n_kept = min(blocks_for(stop, block_size), sequence.n_computed // block_size)
+        fresh = sequence.block_table[len(leaving.pinned) : n_kept]
         self._pool.share(fresh)
         leaving.pinned += fresh
-        return self._piece(sequence, since_block, max(since_block, stop) * block_size)
+        return _piece(sequence, since, stop)
 
-    def export_freeze(self, request_id: str, epoch: int, since_block: int = 0) -> dict[str, Any]:
+    def export_freeze(self, request_id: str, epoch: int, since: int = 0) -> dict[str, Any]:
         leaving = self._leaving_in(request_id, epoch)
         sequence, block_size = leaving.sequence, self.settings.block_size
         if sequence.finish_reason is not None:
             raise StateRefused(request_id, "it has ended meanwhile")
-        if since_block * block_size > sequence.n_tokens - 1:
-            raise StateRefused(request_id, f"block {since_block} is beyond its {sequence.n_tokens} tokens")
+        if since > sequence.n_tokens - 1:
+            raise StateRefused(request_id, f"token {since} is beyond its {sequence.n_tokens} tokens")
         if not leaving.frozen:
             leaving.was_held = sequence in self._scheduler.held
             self._scheduler.hold(request_id)
             leaving.frozen = True
-        n_computed = max(sequence.n_computed, sequence.n_parked, len(leaving.pinned) * block_size, since_block * block_size)
+        n_computed = max(sequence.n_computed, sequence.n_parked, len(leaving.pinned) * block_size, since)
         state = {
             "format": _FORMAT,
             "request_id": request_id,
@@ -377,7 +380,7 @@ class CostModelEngine:
             "waited": sequence.waited,
             "n_preemptions": sequence.n_preemptions,
         }
-        return {"state": state, "kv": self._piece(sequence, since_block, n_computed)}
+        return {"state": state, "kv": _piece(sequence, since, n_computed)}
 
     def export_commit(self, request_id: str, epoch: int) -> bool:
         if self._was_ended(False, request_id, epoch, committed=True):
@@ -425,11 +428,6 @@ class CostModelEngine:
             self._unpin(leaving)
         return bool(pinned)
 
-    def _piece(self, sequence: Sequence, since_block: int, stop_token: int) -> dict[str, Any]:
-        tokens = sequence.token_ids(min(since_block * self.settings.block_size, stop_token), stop_token)
-        data = array("q", tokens).tobytes()
-        return {"since_block": since_block, "n_tokens": len(tokens), "data": data, "crc32": zlib.crc32(data)}
-
     # --- requests that enter -------------------------------------------------------------------------------------------
 
     def import_open(
@@ -443,7 +441,6 @@ class CostModelEngine:
         self._refuse_stopped(request_id)
         _refuse_format(request_id, manifest)
         epoch = _read(request_id, lambda: int(manifest["epoch"]))
-        block_size = _read(request_id, lambda: int(manifest["block_size"]))
         token_ids = _read(request_id, lambda: [int(token) for token in manifest["token_ids"]])
         if manifest.get("model_id") != self.model_id:
             raise StateRefused(request_id, f"it is of model {manifest.get('model_id')!r}, and here is {self.model_id!r}")
@@ -459,11 +456,11 @@ class CostModelEngine:
                 n_free = self._pool.n_free
                 raise StateRefused(request_id, f"there is no room for {len(token_ids)} tokens: {n_free} blocks are free")
             shared = token_ids[: incoming.n_shared * self.settings.block_size]
-            entering = self._entering[request_id] = _Entering(epoch, block_size, token_ids, incoming, shared)
+            entering = self._entering[request_id] = _Entering(epoch, token_ids, incoming, shared)
         return {
             "request_id": request_id,
             "epoch": epoch,
-            "since_block": len(entering.kv) // entering.block_size,
+            "n_tokens": len(entering.kv),
             "same_numerics": True,
             "kv_refused": None,
         }
@@ -471,7 +468,7 @@ class CostModelEngine:
     def import_write(self, request_id: str, epoch: int, chunk: Mapping[str, Any]) -> dict[str, Any]:
         entering = self._entering_in(request_id, epoch)
         data = _read(request_id, lambda: bytes(chunk["data"]))
-        first = _read(request_id, lambda: int(chunk["since_block"])) * entering.block_size
+        first = _read(request_id, lambda: int(chunk["since"]))
         n_tokens = _read(request_id, lambda: int(chunk["n_tokens"]))
         if zlib.crc32(data) != chunk.get("crc32") or len(data) != 8 * n_tokens:
             raise StateRefused(request_id, f"the KV from token {first} on was changed on its way")
@@ -481,7 +478,7 @@ class CostModelEngine:
             raise StateRefused(request_id, f"there is no room for the KV of {first + n_tokens} tokens")
         kv = array("q", data).tolist()
         entering.kv += kv[len(entering.kv) - first :]
-        return {"n_tokens": len(entering.kv), "since_block": len(entering.kv) // entering.block_size}
+        return {"n_tokens": len(entering.kv)}
 
     def import_extend(self, request_id: str, epoch: int, n_tokens: int) -> None:
         if not self._scheduler.extend(self._entering_in(request_id, epoch).incoming, n_tokens):
@@ -578,6 +575,13 @@ def _read(request_id: str, make: Callable[[], T]) -> T:
         return make()
     except (LookupError, OverflowError, TypeError, ValueError, SllmError) as error:
         raise StateRefused(request_id, f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _piece(sequence: Sequence, since: int, stop: int) -> dict[str, Any]:
+    """Tokens `since` to `stop`, as their KV."""
+    tokens = sequence.token_ids(min(since, stop), stop)
+    data = array("q", tokens).tobytes()
+    return {"since": since, "n_tokens": len(tokens), "data": data, "crc32": zlib.crc32(data)}
 
 
 def _sequence(state: Mapping[str, Any]) -> Sequence:

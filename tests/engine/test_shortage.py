@@ -267,7 +267,7 @@ def test_a_request_that_finds_no_memory_where_it_goes_stays(model: TinyModel, mo
     target.import_open(manifest)
     chunk = source.export_read("a", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "index_copy_", lambda *_: (_ for _ in ()).throw(RuntimeError(OF_CPU)))
+        patch.setattr(target._runner, "write_tokens", lambda *_: (_ for _ in ()).throw(RuntimeError(OF_CPU)))
         with pytest.raises(StateRefused, match=r"it needs 39[.]1 KiB"):
             target.import_write("a", 1, chunk)
     assert target.import_abort("a", 1) and source.export_abort("a", 1)

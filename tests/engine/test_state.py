@@ -57,13 +57,13 @@ def nothing_left(*engines: LLMEngine) -> None:
 
 
 def move(source: LLMEngine, target: LLMEngine, name: str, epoch: int = 1, between: Step | None = None) -> None:
-    """Move a request as two engines on two hosts do: whole blocks while it decodes, then the rest."""
-    since = target.import_open(wire(source.export_open(name, epoch)))["since_block"]
+    """Move a request as two engines on two hosts do: whole blocks while it decodes, what is in the last one, then the rest."""
+    since = target.import_open(wire(source.export_open(name, epoch)))["n_tokens"]
     while True:
-        chunk = source.export_read(name, epoch, since, max_blocks=2)
+        chunk = source.export_read(name, epoch, since, max_tokens=32)
         if not chunk["n_tokens"]:
             break
-        since = target.import_write(name, epoch, wire(chunk))["since_block"]
+        since = target.import_write(name, epoch, wire(chunk))["n_tokens"]
         add_up(source)
         add_up(target)
         if between:
@@ -72,6 +72,7 @@ def move(source: LLMEngine, target: LLMEngine, name: str, epoch: int = 1, betwee
                 source.export_abort(name, epoch)
                 target.import_abort(name, epoch)
                 return
+    since = target.import_write(name, epoch, wire(source.export_read(name, epoch, since, whole=False)))["n_tokens"]
     last = wire(source.export_freeze(name, epoch, since))
     assert target.import_commit(name, epoch, last["state"], last["kv"])
     assert source.export_commit(name, epoch)
@@ -157,10 +158,32 @@ def test_kv_arrives_bit_for_bit_through_blocks_of_any_size(model: TinyModel, dty
         return data
 
     before = kv(engines[0], 1)
-    assert len(before) == 5 * engines[0].stats().bytes_per_block
+    assert len(before) == 73 * engines[0].stats().bytes_per_block / 16
     for epoch, (source, target) in enumerate(itertools.pairwise(engines), 2):
         move(source, target, "a", epoch)
     assert kv(engines[-1], 9) == before
+
+
+def test_of_a_block_that_is_not_full_what_is_there_is_sent_while_the_request_runs(model: TinyModel):
+    [prompt] = prompts(1, 40, 40)
+    source, target = make_engine(model), make_engine(model, block_size=8)
+    source.add(request("a", prompt))
+    outputs = [output for _ in range(3) for output in source.step()]
+    assert target.import_open(wire(source.export_open("a", 1)))["n_tokens"] == 0
+    n_there = []
+    for _ in range(3):
+        chunk = wire(source.export_read("a", 1, sum(n_there[-1:]), whole=False))
+        n_there.append(target.import_write("a", 1, chunk)["n_tokens"])
+        outputs += source.step()
+    assert n_there == [42, 43, 44]
+    # Again, from the middle of what is there.
+    assert target.import_write("a", 1, wire(source.export_read("a", 1, 13, 20, whole=False)))["n_tokens"] == 44
+    last = wire(source.export_freeze("a", 1, 44))
+    assert last["kv"]["n_tokens"] == 1
+    assert target.import_commit("a", 1, last["state"], last["kv"]) and source.export_commit("a", 1)
+    drain(target, outputs)
+    assert tokens_of(outputs)["a"] == model.generate(prompt, 24)
+    nothing_left(source, target)
 
 
 def test_a_request_wanders_between_crowded_engines_of_all_kinds(model: TinyModel):
@@ -215,8 +238,8 @@ def test_what_the_other_engine_has_of_the_prompt_is_not_sent(model: TinyModel):
     for _ in range(3):
         source.step()
     ticket = target.import_open(source.export_open("a", 1))
-    assert ticket["since_block"] == 4, "64 tokens in blocks of 16"
-    last = source.export_freeze("a", 1, ticket["since_block"])
+    assert ticket["n_tokens"] == 64
+    last = source.export_freeze("a", 1, ticket["n_tokens"])
     assert last["kv"]["n_tokens"] == 2
     assert target.import_commit("a", 1, wire(last["state"]), wire(last["kv"])) and source.export_commit("a", 1)
     assert drain(target)["a"] == model.generate(prompt, 24)[3:]
@@ -284,10 +307,10 @@ def started(source: LLMEngine, target: LLMEngine, stage: str) -> None:
     target.import_open(manifest)
     if stage == "reserved":
         return
-    target.import_write("a", 1, wire(source.export_read("a", 1, 0, max_blocks=1)))
+    target.import_write("a", 1, wire(source.export_read("a", 1, 0, max_tokens=16)))
     if stage == "half sent":
         return
-    target.import_write("a", 1, wire(source.export_read("a", 1, 1)))
+    target.import_write("a", 1, wire(source.export_read("a", 1, 16)))
     if stage == "frozen":
         source.export_freeze("a", 1)
 
@@ -325,8 +348,10 @@ def test_what_was_sent_can_be_sent_again_after_the_request_gave_way(model: TinyM
     sequence = source.find("a")
     assert sequence is not None and not sequence.block_table and sequence.n_preemptions == 1
     assert source.export_read("a", 1) == first
-    assert source.export_read("a", 1, 2) == KVChunk.of(2, 16, first["data"][-len(first["data"]) // 3 :]).as_wire()
-    last = source.export_freeze("a", 1, 3)
+    # For each layer, keys, then values, of all tokens.
+    parts = torch.frombuffer(bytearray(first["data"]), dtype=torch.uint8).view(2 * len(source._runner.layers), 3, -1)
+    assert source.export_read("a", 1, 32) == KVChunk.of(32, 16, parts[:, 2].numpy().tobytes()).as_wire()
+    last = source.export_freeze("a", 1, 48)
     assert last["state"]["n_computed"] == 48 and last["kv"]["n_tokens"] == 0
     source.export_abort("a", 1)
     drain(source, outputs)
@@ -362,9 +387,9 @@ def test_every_call_may_be_repeated(model: TinyModel):
     assert target.import_open(manifest) == ticket and target.stats().blocks_free == n_free
     chunk = source.export_read("a", 1)
     assert source.export_read("a", 1) == chunk
-    assert target.import_write("a", 1, chunk) == target.import_write("a", 1, chunk) == {"n_tokens": 48, "since_block": 3}
-    last = source.export_freeze("a", 1, 3)
-    assert source.export_freeze("a", 1, 3) == last
+    assert target.import_write("a", 1, chunk) == target.import_write("a", 1, chunk) == {"n_tokens": 48}
+    last = source.export_freeze("a", 1, 48)
+    assert source.export_freeze("a", 1, 48) == last
     assert target.import_commit("a", 1, last["state"], last["kv"])
     assert not target.import_commit("a", 1, last["state"], last["kv"])
     assert source.export_commit("a", 1)
@@ -469,11 +494,11 @@ def test_kv_of_another_dtype_is_refused_and_the_tokens_go_on(model: TinyModel, l
         (lambda chunk: chunk.update(data=chunk["data"][:-1] + bytes([chunk["data"][-1] ^ 1])), "changed on its way"),
         (lambda chunk: chunk.update(data=chunk["data"][:-4]), "bytes"),
         (lambda chunk: chunk.update(n_tokens=64), "bytes"),
-        (lambda chunk: chunk.update(since_block=1), "missing"),
-        (lambda chunk: chunk.update(since_block=-1), "cannot be read"),
+        (lambda chunk: chunk.update(since=1), "missing"),
+        (lambda chunk: chunk.update(since=-1), "cannot be read"),
         (lambda chunk: chunk.pop("crc32"), "cannot be read"),
     ],
-    ids=["one bit", "too short", "too few blocks", "a gap", "before the first", "no checksum"],
+    ids=["one bit", "too short", "too few tokens", "a gap", "before the first", "no checksum"],
 )
 def test_a_damaged_piece_is_refused_and_the_next_one_taken(
     model: TinyModel, leaving: LLMEngine, damage: Callable[[dict[str, Any]], object], why: str
@@ -565,8 +590,8 @@ def test_while_a_request_leaves_nobody_else_decides_about_it(model: TinyModel, l
 
 
 def test_the_wire_has_plain_types_and_comes_back_as_it_was():
-    layout = KVLayout.from_wire({"dtype": "bfloat16", "byteorder": "little", "block_size": 4, "layers": [[2, 8, 4], [1, 8, 8]]})
-    assert layout.block_nbytes == 4 * 2 * (2 * (8 + 4) + 1 * (8 + 8))
+    layout = KVLayout.from_wire({"dtype": "bfloat16", "byteorder": "little", "layers": [[2, 8, 4], [1, 8, 8]]})
+    assert layout.token_nbytes == 2 * (2 * (8 + 4) + 1 * (8 + 8))
     manifest = Manifest("a", 3, "llama@1", "cpu", layout, b"\x00x", False, [1, 2, 3])
     assert Manifest.from_wire(wire(manifest.as_wire())) == manifest
     sequence = request("a", [1, 2, 3], output_ids=[4], priority=-1, arrival=9, stop=("x",), stop_token_ids=(7,))
@@ -576,22 +601,19 @@ def test_the_wire_has_plain_types_and_comes_back_as_it_was():
     assert (again.params, again.priority, again.token_ids(0, 4)) == (sequence.params, -1, [1, 2, 3, 4])
 
 
-def test_the_bytes_of_a_block_are_layer_by_layer_keys_before_values(model: TinyModel, leaving: LLMEngine):
-    """And nothing of others is in what a last block has no tokens for."""
+def test_kv_is_sent_layer_by_layer_keys_before_values(model: TinyModel, leaving: LLMEngine):
     sequence = leaving.find("a")
     assert sequence is not None
     leaving.export_open("a", 1)
     kv = leaving.export_freeze("a", 1)["kv"]
-    values = torch.frombuffer(bytearray(kv["data"]), dtype=torch.float32).view(4, 3, 2, 16, 2, 16)
+    values = torch.frombuffer(bytearray(kv["data"]), dtype=torch.float32).view(3, 2, 63, 2, 16)
     prompt = sequence.token_ids(0, sequence.n_tokens)
     with torch.no_grad():
         cache = model.reference(torch.tensor([prompt]), use_cache=True).past_key_values
     for layer in range(3):
         expected = (cache.layers[layer].keys[0], cache.layers[layer].values[0])
         for kind in range(2):
-            sent = values[:, layer, kind].reshape(64, 2, 16)
-            torch.testing.assert_close(sent[:63], expected[kind].transpose(0, 1)[:63], rtol=1e-3, atol=1e-4)
-            assert not sent[63:].any()
+            torch.testing.assert_close(values[layer, kind], expected[kind].transpose(0, 1)[:63], rtol=1e-3, atol=1e-4)
 
 
 # --- parking ---------------------------------------------------------------------------------------------------------
@@ -655,9 +677,9 @@ def test_requests_that_give_way_are_parked_where_that_is_quicker(model: TinyMode
     engine = make_engine(model, n_blocks=24, block_size=8, prefix_reuse=False)
     read = engine._runner.read_blocks
 
-    def noted(blocks: list[int], n_tokens: int | None = None) -> torch.Tensor:
+    def noted(blocks: list[int]) -> torch.Tensor:
         moved.append(len(blocks))
-        return read(blocks, n_tokens)
+        return read(blocks)
 
     engine._runner.read_blocks = noted  # type: ignore[method-assign, assignment]
     for i, prompt in enumerate(asked):
@@ -671,7 +693,7 @@ def test_where_host_memory_fails_the_tokens_are_computed_again(model: TinyModel)
     asked = prompts(6, 30, 60, seed=5)
     engine = make_engine(model, n_blocks=24, block_size=8, prefix_reuse=False)
 
-    def fail(_blocks: object, _n: object = None) -> torch.Tensor:
+    def fail(_blocks: object) -> torch.Tensor:
         raise MemoryError
 
     engine._runner.read_blocks = fail  # type: ignore[method-assign]

@@ -66,11 +66,11 @@ async def test_a_request_moves_from_thread_to_thread_and_back_while_it_answers(
         await instances.until(lambda n=n_heard: len(instances.outputs) >= n + 10)  # type: ignore[misc]
         manifest = await instances.call(source, lambda engine, e=epoch: engine.export_open("a", e))  # type: ignore[misc]
         ticket = await instances.call(target, lambda engine, m=manifest: engine.import_open(m, 168))  # type: ignore[misc]
-        since = ticket["since_block"]
+        since = ticket["n_tokens"]
         for _ in range(3):
             chunk = await instances.call(source, lambda engine, e=epoch, s=since: engine.export_read("a", e, s))  # type: ignore[misc]
             wrote = await instances.call(target, lambda engine, e=epoch, c=chunk: engine.import_write("a", e, c))  # type: ignore[misc]
-            since = wrote["since_block"]
+            since = wrote["n_tokens"]
         last = await instances.call(source, lambda engine, e=epoch, s=since: engine.export_freeze("a", e, s))  # type: ignore[misc]
         state, kv = last["state"], last["kv"]
         assert await instances.call(target, lambda engine, e=epoch, s=state, k=kv: engine.import_commit("a", e, s, k))  # type: ignore[misc]

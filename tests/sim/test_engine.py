@@ -180,8 +180,8 @@ def test_a_state_moves_between_blocks_of_different_sizes():
     target = CostModelEngine(SETTINGS.model_copy(update={"block_size": 6}))
     source.add(ask("a", 75, 20))
     found = [output.token_id for _ in range(6) for output in source.step()]
-    since = target.import_open(source.export_open("a", 1))["since_block"]
-    since = target.import_write("a", 1, source.export_read("a", 1, since))["since_block"]
+    since = target.import_open(source.export_open("a", 1))["n_tokens"]
+    since = target.import_write("a", 1, source.export_read("a", 1, since))["n_tokens"]
     frozen = source.export_freeze("a", 1, since)
     n_computed = target.stats().n_steps
     target.import_commit("a", 1, frozen["state"], frozen["kv"])
