@@ -41,6 +41,8 @@ CALL_OFF_S = 2.0
 NOT_YET_S, DOOR_S = 60.0, 5.0
 #: Seconds between two questions to a destination that does not answer, from the first to the longest.
 AGAIN_S = (0.05, 1.0)
+#: Seconds after a move in which its source leaves the processor to others, at most.
+LONGEST_REST_S = 0.05
 #: Bytes of KV that are read or written between two steps: what one step is late by.
 CHUNK_NBYTES = 2 * 1024**2
 #: Bytes per second to a worker to which nothing has been sent yet.
@@ -220,6 +222,13 @@ class Leaving:
         """The engine is about to end, and with it what is left of the request here; from any thread."""
         self._closing.set()
         self._cut()
+
+    def rest(self) -> None:
+        """Do nothing for two steps; in the thread of :meth:`run`.
+
+        Reporting that the request has left is in no hurry, while the destination's first step is, which may want the same core.
+        """
+        self._closing.wait(min(LONGEST_REST_S, 2 * self._step_s))
 
     def run(self) -> MoveRecord:
         """See the move to its end. Returns what became of it; raises nothing."""

@@ -244,6 +244,8 @@ class Moves:
 
         def run() -> None:
             record = leaving.run()
+            if record.outcome == "moved":
+                leaving.rest()
             try:
                 loop.call_soon_threadsafe(finish, record)
             except RuntimeError:
