@@ -1,19 +1,22 @@
 #!/usr/bin/env python
 """What a client notices when its request moves to another worker, and what the others notice.
 
-All is measured on ``sllmdask up`` with real workers, by clients over HTTP, in three parts.
+All is measured on ``sllmdask up`` with real workers, by clients over HTTP, in four parts.
 
 ``downtime``: the gap between the two tokens at the cut, by the length of the request, for four ways to move it, in one run:
 ``kv`` (its KV is copied while it decodes on) and ``tokens`` (the destination computes the KV of its tokens while it decodes on),
 as anybody's requests move; and what these are measured against, made of the same engines, messages and connections: ``blocking``
 (stop it, then copy all KV) and ``recompute`` (stop it, then compute all of its tokens again, as after a death).
 
+``split``: where the gap of a move by KV goes, by the engines' own steps: what is before the destination's first step, what that
+one takes longer than those after it, and what its token takes longer to the client.
+
 ``neighbours``: the gaps of streams that stay, at the source and at the destination, while others move and while none does.
 
 ``storm``: many streams and random moves. No token may be lost, doubled or another one than in the same streams undisturbed, no
 stream may end or be asked for again, and afterwards nothing may stay behind.
 
-All of it takes some ten minutes on two cores.
+All of it takes some twenty minutes on two cores.
 
     python scripts/bench_migration.py --quick
     python scripts/bench_migration.py --json docs/results/migration-cpu.json --plot docs/results --page docs/migration.md
@@ -46,10 +49,10 @@ from scripts.bench_load_measure import BenchError
 from scripts.bench_load_report import Progress, check_plot
 from scripts.bench_migration_cluster import Cluster, Stream, checkpoint, follow, open_session
 from scripts.bench_migration_moves import WAYS
-from scripts.bench_migration_report import LIVE, cut_of, fill, plot_lengths, plot_timeline, report, timeline_of
+from scripts.bench_migration_report import LIVE, cut_of, fill, plot_lengths, plot_timeline, report, split_of, timeline_of
 from scripts.bench_migration_storm import storm
 
-PARTS = ("downtime", "neighbours", "storm")
+PARTS = ("downtime", "split", "neighbours", "storm")
 #: Tokens decoded undisturbed before and after each move: what a step takes at that length.
 N_QUIET = 12
 #: Tokens of an answer, more than any of these parts waits for, and room for them and the longest prompt.
@@ -70,13 +73,14 @@ def main() -> None:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--shape", choices=SHAPES, default="0.12b", help="of the model that moves one by one (%(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="of the model that moves one by one (%(default)s)")
     parser.add_argument("--storm-shape", choices=SHAPES, default="small", help="of the model of the storm (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048, 4096], help="prompt and answer at the cut"
     )
     parser.add_argument("--repeats", type=int, default=3, help="requests of each length, each moved in every way (%(default)s)")
+    parser.add_argument("--split-moves", type=int, default=20, help="whose gaps are taken apart (%(default)s)")
     parser.add_argument("--neighbours", type=int, default=4, help="streams that stay, on each worker (%(default)s)")
     parser.add_argument("--neighbour-moves", type=int, default=6, help="moves beside them, of each live way (%(default)s)")
     parser.add_argument("--streams", type=int, default=64, help="of the storm (%(default)s)")
@@ -97,9 +101,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"no part is called {unknown[0]!r}: there are {', '.join(PARTS)}")
     if args.quick:
         args.shape, args.lengths, args.repeats = "small", [64, 256], 1
-        args.neighbours, args.neighbour_moves = 2, 2
+        args.split_moves, args.neighbours, args.neighbour_moves = 2, 2, 2
         args.streams, args.moves, args.seconds, args.storm_workers = 8, 10, 4.0, [2]
-    for name in ("repeats", "neighbours", "neighbour_moves", "streams", "moves", "seconds", "threads"):
+    for name in ("repeats", "split_moves", "neighbours", "neighbour_moves", "streams", "moves", "seconds", "threads"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(args.lengths) < 2 * N_QUIET or max(args.lengths) > MAX_MODEL_LEN - MAX_TOKENS:
@@ -139,12 +143,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(args.threads), "load_before": os.getloadavg()[0], "arguments": arguments}
     progress = Progress()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    if "downtime" in args.parts or "neighbours" in args.parts:
+    if {"downtime", "split", "neighbours"} & set(args.parts):
         progress.stage(f"{args.shape} {args.dtype}: starting two workers")
         # Else a request that comes back would find its KV, and nothing would be measured.
         with cluster(args, args.shape, 2, prefix_reuse=False) as two:
             if "downtime" in args.parts:
                 result["downtime"], result["timeline"] = asyncio.run(downtime(args, two, progress))
+            if "split" in args.parts:
+                result["split"] = asyncio.run(split(args, two, progress))
             if "neighbours" in args.parts:
                 result["neighbours"] = asyncio.run(neighbours(args, two, progress))
     if "storm" in args.parts:
@@ -245,6 +251,24 @@ async def end(stream: Running) -> None:
     """As a client that leaves."""
     stream.task.cancel()
     await asyncio.gather(stream.task, return_exceptions=True)
+
+
+async def split(args: argparse.Namespace, two: Cluster, progress: Progress) -> dict[str, Any]:
+    """Of moves by KV, there and back: what the gap consists of beyond a step, each in ms."""
+    length = min(args.lengths, key=lambda length: abs(length - 1024))
+    progress.stage("split", args.split_moves)
+    rows: list[dict[str, float]] = []
+    await asyncio.to_thread(two.note_steps)
+    async with open_session(two.url) as session:
+        stream = await begin(two, session, "split", prompt_of(random.Random(f"{args.seed} split"), length - N_QUIET))
+        for number in range(args.split_moves):
+            progress.step(f"move {number + 1} of a request of {length} tokens")
+            source = stream.node
+            record = await move(two, stream, "kv")
+            there, here = [await asyncio.to_thread(two.steps, node) for node in (source, stream.node)]
+            rows.append(split_of(stream, record, there, here, N_QUIET))
+        await end(stream)
+    return {"length": length, "rows": rows}
 
 
 # --- beside others -----------------------------------------------------------------------------------------------------------

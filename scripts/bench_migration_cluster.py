@@ -153,6 +153,14 @@ class Cluster:
         address = self._addresses[node]
         return self._dask.run(function, *arguments, workers=[address])[address]
 
+    def note_steps(self) -> None:
+        for node in self.nodes:
+            self.run(node, bench_migration_moves.note_steps)
+
+    def steps(self, node: str) -> list[tuple[float, float]]:
+        """When the newest steps of a node's engine began and ended, since :meth:`note_steps`."""
+        return list(map(tuple, self.run(node, bench_migration_moves.steps)))
+
     def move(self, source: str, destination: str, way: str, number: int = 0) -> dict[str, Any]:
         """Move request `number` of `source`, of those that came the oldest first; what became of it, and when it said what."""
         to = self.run(destination, bench_migration_moves.address)

@@ -6,15 +6,20 @@ Only the order differs: the request is stopped first, and then all of it is give
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sllmdask.actors import migration
-from sllmdask.actors.leaving import CHUNK_NBYTES, Destination, Leaving, Order
+from sllmdask.actors.leaving import Destination, Leaving, Order
 from sllmdask.batching.handover import Do, Heard
 from sllmdask.batching.precopy import Kind
+from sllmdask.engine.engine import LLMEngine
 
+#: Seconds after a move until the caller hears of it.
+REPORT_AFTER_S = 0.25
 #: Ways to move a request: what travels, and whether the request runs on meanwhile.
 WAYS = {"kv": (Kind.KV, True), "tokens": (Kind.TOKENS, True), "blocking": (Kind.KV, False), "recompute": (Kind.TOKENS, False)}
 
@@ -50,26 +55,27 @@ class StopFirst(Noted):
     def _do(self, action: Do) -> Heard | None:
         if action is Do.PART:
             self._stage_stop = self._since
-            stats = self._engine.stats()
-            # What the commit is to carry is the block that is not full.
-            self._since = (self.record.n_tokens - 1) // stats["block_size"] if self._kind is Kind.KV else 0
+            # What the commit is to carry is the last token's.
+            self._since = self.record.n_tokens - 2 if self._kind is Kind.KV else 0
             return self._stop(self.record.n_tokens)
         return super()._do(action)
+
+    def _give_rest(self) -> Heard:
+        return Heard.RESERVED
 
     def _commit(self) -> Heard:
         if self._kind is Kind.KV:
             last, self._since = self._since, self._stage_stop or 0
-            max_blocks = max(1, CHUNK_NBYTES // self._engine.stats()["bytes_per_block"])
             self.record.steps.append(0)
             while self._since < last:
-                read = self._call(self._read(min(max_blocks, last - self._since)))
+                read = self._call(self._read(whole=False))
                 assert read is not None
                 chunk, _, _ = read
                 data = chunk.pop("data")
                 heard = self._ask("append", data, chunk=chunk)
                 if heard is not Heard.RESERVED:
                     return heard
-                self._since = int(self._reply["since_block"])
+                self._since = int(self._reply["n_tokens"])
                 self._sent(len(data), len(data))
         return super()._commit()
 
@@ -79,6 +85,28 @@ def instance_of(dask_worker: Any) -> tuple[Any, Any]:
     registry = dask_worker.plugins["sllmdask"].registry
     [instance] = registry._instances.values()
     return registry, instance
+
+
+#: When the engine's newest steps with tokens began and ended, by ``time.monotonic()``.
+_STEPS: deque[tuple[float, float]] = deque(maxlen=1000)
+
+
+def note_steps(dask_worker: Any) -> None:  # noqa: ARG001 - Dask gives it to whoever has it
+    """From now on; once."""
+    step = LLMEngine.step
+
+    def noted(self: LLMEngine) -> list[Any]:
+        began_at = time.monotonic()
+        outputs = step(self)
+        if outputs:
+            _STEPS.append((began_at, time.monotonic()))
+        return outputs
+
+    LLMEngine.step = noted  # type: ignore[method-assign]
+
+
+def steps(dask_worker: Any) -> list[tuple[float, float]]:  # noqa: ARG001
+    return list(_STEPS)
 
 
 def address(dask_worker: Any) -> dict[str, str]:
@@ -112,4 +140,6 @@ async def move(number: int, source: str, to: dict[str, str], way: str, dask_work
     finally:
         migration.Leaving = Leaving
     record = await ended
+    # What its report costs must not take a core from the destination's first step.
+    await asyncio.sleep(REPORT_AFTER_S)
     return {**record.as_wire(), "notes": [asdict(note) for note in made[0].notes]}

@@ -41,6 +41,32 @@ def cut_of(stream: Any, record: Mapping[str, Any], n_quiet: int) -> dict[str, An
     return {"gap_ms": 1e3 * (at[first] - at[first - 1]), "step_ms": statistics.median(after)} | {key: record[key] for key in kept}
 
 
+def split_of(
+    stream: Any,
+    record: Mapping[str, Any],
+    there: Sequence[tuple[float, float]],
+    here: Sequence[tuple[float, float]],
+    n_quiet: int,
+) -> dict[str, float]:
+    """What the gap at a cut consists of beyond a step, in ms.
+
+    `there`, `here`: when the steps of the source and of the destination began and ended. ``before``: from the last one there to
+    the first one here; ``longer``: that one than the `n_quiet` after it; ``later``: its token to the client than the one before.
+    """
+    first = record["n_tokens"] - len(stream.prompt)
+    # Of the steps here, those since it left; a request that comes back was here before.
+    last_end = max(end for _, end in there if end < stream.at[first])
+    steps = [(begin, end) for begin, end in here if begin > last_end]
+    took = [end - begin for begin, end in steps]
+    seconds = {
+        "before": steps[0][0] - last_end,
+        "longer": took[0] - statistics.median(took[1 : n_quiet + 1]),
+        "later": (stream.at[first] - steps[0][1]) - (stream.at[first - 1] - last_end),
+        "step": statistics.median(took[1 : n_quiet + 1]),
+    }
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
 def timeline_of(stream: Any, record: Mapping[str, Any], n_quiet: int) -> dict[str, Any]:
     """The tokens around a move, by index and seconds from its beginning, and its stages."""
     first = record["n_tokens"] - len(stream.prompt)
@@ -155,6 +181,8 @@ def report(result: Mapping[str, Any]) -> str:
     if "downtime" in result:
         rows = result["downtime"]
         parts += [downtime_table(rows), "\n".join(verdicts(rows))]
+    if "split" in result:
+        parts.append(split_text(result["split"]))
     if "neighbours" in result:
         parts.append(neighbours_table(result["neighbours"]))
     parts += [storm_text(one) for one in result.get("storm", ())]
@@ -183,6 +211,16 @@ def downtime_table(rows: Sequence[Mapping[str, Any]]) -> str:
             last = f"{facts['last'] / 1024:.0f} KiB" if way in ("kv", "blocking") else f"{facts['last']:.0f} tokens"
             lines.append((name, str(length), *(f"{number:.1f}" for number in numbers), last, f"{facts['seconds']:.2f}"))
     return align(lines)
+
+
+def split_text(facts: Mapping[str, Any]) -> str:
+    rows = facts["rows"]
+    ms = {name: statistics.median(row[name] for row in rows) for name in ("step", "before", "longer", "later")}
+    return (
+        f"Of {len(rows)} moves by KV at {facts['length']} tokens, medians: {ms['before']:.1f} ms from the source's last step to "
+        f"the destination's first; that one takes {ms['longer']:.1f} ms longer than those after it, of {ms['step']:.1f} ms; and "
+        f"its token takes {ms['later']:.1f} ms longer to the client than the one before."
+    )
 
 
 def neighbours_table(facts: Mapping[str, Any]) -> str:
@@ -243,6 +281,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     parts = [f"{model}, {where}; {how}. The gap at the cut, at the client:"]
     if "downtime" in result:
         parts += [_downtime_markdown(result["downtime"]), "\n".join(f"- {line}" for line in verdicts(result["downtime"]))]
+    if "split" in result:
+        parts.append("- " + split_text(result["split"]))
     if "neighbours" in result:
         parts.append(_neighbours_markdown(result["neighbours"]))
     parts += ["- " + "\n- ".join(storm_text(one).splitlines()) for one in result.get("storm", ())]

@@ -9,7 +9,7 @@ import pytest
 
 from scripts.bench_migration import parse_arguments
 from scripts.bench_migration_cluster import token_ids, write_tokenizer
-from scripts.bench_migration_report import NAMES, by_length, cut_of, gap_facts, report, stages_of, timeline_of, verdicts
+from scripts.bench_migration_report import NAMES, by_length, cut_of, gap_facts, report, split_of, stages_of, timeline_of, verdicts
 from scripts.bench_migration_storm import plan
 from sllmdask.engine.text import Tokenizer
 
@@ -32,6 +32,17 @@ def test_the_gap_at_the_cut_is_that_before_the_first_token_of_the_destination():
     cut = cut_of(stream(9, 0.05), record(9), 12)
     assert cut["gap_ms"] == pytest.approx(50) and cut["step_ms"] == pytest.approx(20)
     assert cut_of(stream(9, 0.05), record(8), 12)["gap_ms"] == pytest.approx(20)
+
+
+def test_the_parts_of_a_gap_add_up_to_what_is_beyond_a_step():
+    answer = stream(9, 0.05)
+    # Tokens come to the client 1 ms after their steps, the first one of the destination after 5 ms: its step took 40 ms.
+    there = [(at - 0.021, at - 0.001) for at in answer.at[:9]]
+    early = [(begin - 10, end - 10) for begin, end in there]
+    here = [(answer.at[9] - 0.045, answer.at[9] - 0.005), *((at - 0.021, at - 0.001) for at in answer.at[10:])]
+    parts = split_of(answer, record(9), there, [*early, *here], 8)
+    assert parts == pytest.approx({"before": 6, "longer": 20, "later": 4, "step": 20})
+    assert parts["before"] + parts["longer"] + parts["later"] == pytest.approx(50 - 20)
 
 
 def rows(**gaps_ms: tuple[float, float]) -> list[dict[str, Any]]:
