@@ -117,13 +117,14 @@ def hold_moves(holding: Holding) -> None:
     """Let moves wait at their stages."""
     from sllmdask.actors import leaving, move_wire
     from sllmdask.actors.arriving import Arriving
-    from sllmdask.actors.instances import Instance
+    from sllmdask.actors.instances import Instance, InstanceRegistry
     from sllmdask.actors.leaving import Leaving
     from sllmdask.batching.handover import Heard
     from sllmdask.engine.engine import LLMEngine
 
     stages: dict[str, str] = {}
     ask, answer, load, step, submit = Leaving._ask, Arriving.answer, Instance._load, LLMEngine.step, Instance.submit
+    recall = InstanceRegistry._recall
 
     def held_ask(self: Any, op: str, payload: bytes = b"", **fields: Any) -> Any:
         request = self.order.request
@@ -156,6 +157,14 @@ def hold_moves(holding: Holding) -> None:
             holding.reach("done")
         return said
 
+    async def held_recall(self: Any, door: str, request: str, epoch: int) -> None:
+        """A commit that is on its way is there first; what becomes of the other order is told by "last stage"."""
+        row = holding.row()
+        if row is not None and request == f"{row['name']}-{STAGES.index('commit sent')}":
+            while not (holding.directory / f"{row['name']}.done.reached").exists():  # noqa: ASYNC110 - it is a file
+                await asyncio.sleep(LOOK_S)
+        await recall(self, door, request, epoch)
+
     async def held_load(self: Any, peers: Any) -> Any:
         row = holding.row()
         if self.model == "b" and row is not None and row["destination"] == holding.name:
@@ -177,6 +186,7 @@ def hold_moves(holding: Holding) -> None:
     for owner, name, held in (
         (Leaving, "_ask", held_ask),
         (Arriving, "answer", held_answer),
+        (InstanceRegistry, "_recall", held_recall),
         (Instance, "_load", held_load),
         (Instance, "submit", noted_submit),
         (LLMEngine, "step", held_step),
