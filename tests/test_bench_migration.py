@@ -129,7 +129,7 @@ def test_a_report_says_what_was_lost_and_what_stayed_behind():
 
 def test_a_quick_run_is_smaller_and_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]):
     quick, full = parse_arguments(["--quick"]), parse_arguments([])
-    assert quick.moves < full.moves and quick.parts == full.parts == ["downtime", "neighbours", "storm"]
+    assert quick.moves < full.moves and quick.parts == full.parts == ["downtime", "split", "neighbours", "storm"]
     assert parse_arguments(["storm"]).parts == ["storm"]
     for wrong in (["walk"], ["--lengths", "8"], ["--storm-workers", "1"], ["--repeats", "0"], ["--plot", "/nowhere"]):
         with pytest.raises(SystemExit):

@@ -24,6 +24,8 @@ from typing import Any
 STAGES = ("load", "reserve", "append", "last stage", "commit sent", "commit acked")
 #: At that stage, the destination waits, too: before it does what it was told.
 UNDONE = "commit, not done"
+#: The front door has called back what is at "commit sent". Where its source is lost, the commit comes after that.
+RECALLED, LOST = "recalled", ("source-killed", "source-cut-off")
 #: Seconds that a step takes at least until all may go on: an answer must not end while it waits for the others.
 SLOW_S = 0.03
 LOOK_S = 0.005
@@ -58,6 +60,13 @@ class Holding:
         go = self.reach(stage)
         while go is not None and not go.exists():
             time.sleep(LOOK_S)
+
+    def wait_for_recall(self) -> None:
+        """Where the source is lost by the fault."""
+        row = self.row()
+        if row is not None and row["name"] in LOST:
+            while not (self.directory / f"{row['name']}.{RECALLED}.reached").exists():
+                time.sleep(LOOK_S)
 
     async def wait_async(self, stage: str) -> None:
         go = self.reach(stage)
@@ -123,6 +132,8 @@ def hold_moves(holding: Holding) -> None:
     from sllmdask.engine.engine import LLMEngine
 
     stages: dict[str, str] = {}
+    #: Requests here whose commit was held.
+    sent: set[str] = set()
     ask, answer, load, step, submit = Leaving._ask, Arriving.answer, Instance._load, LLMEngine.step, Instance.submit
     recall = InstanceRegistry._recall
 
@@ -151,19 +162,22 @@ def hold_moves(holding: Holding) -> None:
     def held_answer(self: Any, message: Any, payload: bytes) -> Any:
         waits = message.get("op") == "commit" and stage_of(message["state"]["params"]["seed"]) == "commit sent"
         if waits:
+            sent.add(message["request"])
             holding.wait(UNDONE)
+            row = holding.row()
+            while (
+                row is not None and row["name"] in LOST and not (holding.directory / f"{row['name']}.{RECALLED}.reached").exists()
+            ):
+                time.sleep(LOOK_S)
         said = answer(self, message, payload)
         if waits:
             holding.reach("done")
         return said
 
-    async def held_recall(self: Any, door: str, request: str, epoch: int) -> None:
-        """A commit that is on its way is there first; what becomes of the other order is told by "last stage"."""
-        row = holding.row()
-        if row is not None and request == f"{row['name']}-{STAGES.index('commit sent')}":
-            while not (holding.directory / f"{row['name']}.done.reached").exists():  # noqa: ASYNC110 - it is a file
-                await asyncio.sleep(LOOK_S)
+    async def noted_recall(self: Any, door: str, request: str, epoch: int) -> None:
         await recall(self, door, request, epoch)
+        if request in sent:
+            holding.reach(RECALLED)
 
     async def held_load(self: Any, peers: Any) -> Any:
         row = holding.row()
@@ -186,7 +200,7 @@ def hold_moves(holding: Holding) -> None:
     for owner, name, held in (
         (Leaving, "_ask", held_ask),
         (Arriving, "answer", held_answer),
-        (InstanceRegistry, "_recall", held_recall),
+        (InstanceRegistry, "_recall", noted_recall),
         (Instance, "_load", held_load),
         (Instance, "submit", noted_submit),
         (LLMEngine, "step", held_step),
