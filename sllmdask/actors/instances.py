@@ -367,6 +367,7 @@ class Instance(Movable):
         params: dict[str, Any],
         adapter: tuple[str, str] | None = None,
         group: str = "",
+        priority: int = 0,
     ) -> None:
         """Begin or continue a request; whatever is wrong with it is answered on the front door's stream.
 
@@ -379,7 +380,7 @@ class Instance(Movable):
         if self.embedding is not None:
             self._registry.send(front_door, ["error", request_id, epoch, WrongTask(self.model, "embed").as_wire()])
             return
-        sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), output_ids=output_ids)
+        sequence = TokenSequence(request_id, prompt_ids, SamplingParams.from_wire(params), priority, output_ids=output_ids)
         self._drop(request_id)
         if group and not output_ids:
             leader = self._leaders.setdefault(group, request_id)
@@ -895,13 +896,14 @@ class InstanceRegistry:
 
     def _receive(self, front_door: str, message: Message) -> None:
         match message:
-            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params, adapter, group]:
+            case ["submit", request_id, epoch, instance_id, prompt_ids, output_ids, params, adapter, group, priority]:
                 instance = self._instances.get(instance_id)
                 if instance is None:
                     self.send(front_door, ["error", request_id, epoch, InstanceGone(instance_id).as_wire()])
                 else:
                     named = None if adapter is None else tuple(adapter)
-                    instance.submit(front_door, request_id, epoch, list(prompt_ids), list(output_ids), params, named, group)
+                    tokens = list(prompt_ids), list(output_ids)
+                    instance.submit(front_door, request_id, epoch, *tokens, params, named, group, priority)
             case ["embed", request_id, epoch, instance_id, inputs, dimensions]:
                 instance = self._instances.get(instance_id)
                 if instance is None:

@@ -180,7 +180,7 @@ class Journal:
             return ["embed", key, self.epoch, self.instance, missing, request.dimensions]
         params = request.params.as_wire()
         tokens = [request.prompt_ids, self.output_ids]
-        return ["submit", key, self.epoch, self.instance, *tokens, params, request.adapter, request.group]
+        return ["submit", key, self.epoch, self.instance, *tokens, params, request.adapter, request.group, request.priority]
 
     def as_row(self) -> dict[str, Any]:
         """One row of ``GET /admin/requests``."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # torch is imported after the threads' environment is set, se
 logger = logging.getLogger(__name__)
 
 #: Version of what workers and the scheduler say to each other; the scheduler refuses a worker of another one.
-PROTOCOL = 4
+PROTOCOL = 5
 DEMO = "demo:"
 #: Seconds that a thread that runs Python keeps the others waiting: a tenth of Python's own.
 SWITCH_INTERVAL_S = 0.0005

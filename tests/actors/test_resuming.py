@@ -27,11 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_model(tmp_path_factory.mktemp("llama"))
 
 
-def ask(there: Town, name: str, prompt: list[int], worker: str = "1", group: str = "", **params: Any) -> Answer:
+def ask(
+    there: Town, name: str, prompt: list[int], worker: str = "1", group: str = "", priority: int = 0, **params: Any
+) -> Answer:
     """A request that begins at `worker`."""
     there.door.wishes = {**there.door.wishes, name: worker}
     sampling = SamplingParams(**{"max_tokens": 50, "temperature": 0.0, **params})
-    return there.door.ask(GenerateRequest(name, "m", prompt, sampling, group=group))
+    return there.door.ask(GenerateRequest(name, "m", prompt, sampling, priority, group=group))
 
 
 async def until_token(there: Town, asked: Answer, n: int) -> None:
@@ -48,6 +50,13 @@ async def stats_of(there: Town, worker: str) -> EngineStats:
     [instance] = there.registries[worker]._instances.values()
     assert instance._engine is not None
     return await asyncio.wrap_future(instance._engine.call(lambda engine: engine.stats()))
+
+
+async def priorities(there: Town, worker: str) -> list[int]:
+    """Of all that a worker's engine has."""
+    [instance] = there.registries[worker]._instances.values()
+    assert instance._engine is not None
+    return await asyncio.wrap_future(instance._engine.call(lambda engine: [each.priority for each in engine.sequences]))
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -190,6 +199,30 @@ async def test_several_answers_to_a_prompt_that_is_told_of_go_on_after_a_death(m
             assert_same(asked, answer(model, prompt, 50, temperature=1.0, seed=seed))
             assert (len(asked.of_prompt), len(asked.scores)) == (59, 50)
             assert asked.nodes[-1] == "2"
+        await there.all_free()
+
+
+async def test_a_request_of_higher_priority_goes_first_where_it_begins_and_where_it_goes_on_after_a_move_and_a_death(
+    model: TinyModel,
+):
+    [prompt, other] = prompts(2, 20, 40, seed=2)
+    async with town(model, engines={"1": {"max_running": 1}}) as there:
+        plain = ask(there, "plain", other, max_tokens=150)
+        await until_token(there, plain, 2)
+        urgent = ask(there, "urgent", prompt, priority=1)
+        await until_token(there, urgent, 3)
+        assert not plain.ended
+        moved = await there.move("urgent", 0, Kind.KV)
+        assert moved is not None and moved.outcome == "moved"
+        assert await priorities(there, "2") == [1]
+        await until_token(there, urgent, len(urgent.tokens) + 3)
+        await there.kill("2")
+        await there.door.until(lambda: urgent.ended)
+        assert not plain.ended
+        await there.door.all_ended()
+        assert_same(urgent, answer(model, prompt, 50))
+        assert_same(plain, answer(model, other, 150))
+        assert urgent.nodes == ["1", "1"]
         await there.all_free()
 
 

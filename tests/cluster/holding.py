@@ -1,5 +1,7 @@
 """Loaded into the processes of a cluster under test: requests that move wait at a stage until the test lets them go on.
 
+So does a load that others wait for, and, after its first batch, what an engine embeds.
+
 ``dask worker --preload tests.cluster.holding`` and ``dask scheduler --preload tests.cluster.holding``; a front door is
 ``python -m tests.cluster.holding serve``. Nothing of the product is replaced: around some of its calls there is a wait. All talk
 is by files in the directory ``SLLMDASK_HOLDING``.
@@ -38,7 +40,7 @@ class Holding:
         self.name, self.directory = name, Path(os.environ["SLLMDASK_HOLDING"])
 
     def row(self) -> dict[str, str] | None:
-        """Which fault is tried now, and between which workers; ``None``: none."""
+        """Which fault is tried now, and between which workers, or which model waits where it is loaded; ``None``: none."""
         try:
             return json.loads((self.directory / "row").read_text())
         except (OSError, ValueError):
@@ -129,13 +131,15 @@ def hold_moves(holding: Holding) -> None:
     from sllmdask.actors.instances import Instance, InstanceRegistry
     from sllmdask.actors.leaving import Leaving
     from sllmdask.batching.handover import Heard
+    from sllmdask.engine.embedding import EmbeddingEngine
     from sllmdask.engine.engine import LLMEngine
 
     stages: dict[str, str] = {}
     #: Requests here whose commit was held.
     sent: set[str] = set()
+    embedding: set[str] = set()
     ask, answer, load, step, submit = Leaving._ask, Arriving.answer, Instance._load, LLMEngine.step, Instance.submit
-    recall = InstanceRegistry._recall
+    recall, embed = InstanceRegistry._recall, EmbeddingEngine.step
 
     def held_ask(self: Any, op: str, payload: bytes = b"", **fields: Any) -> Any:
         request = self.order.request
@@ -164,11 +168,7 @@ def hold_moves(holding: Holding) -> None:
         if waits:
             sent.add(message["request"])
             holding.wait(UNDONE)
-            row = holding.row()
-            while (
-                row is not None and row["name"] in LOST and not (holding.directory / f"{row['name']}.{RECALLED}.reached").exists()
-            ):
-                time.sleep(LOOK_S)
+            holding.wait_for_recall()
         said = answer(self, message, payload)
         if waits:
             holding.reach("done")
@@ -181,9 +181,19 @@ def hold_moves(holding: Holding) -> None:
 
     async def held_load(self: Any, peers: Any) -> Any:
         row = holding.row()
-        if self.model == "b" and row is not None and row["destination"] == holding.name:
+        if row is not None and (row.get("loads") == self.model or (self.model == "b" and row.get("destination") == holding.name)):
             await holding.wait_async("load")
         return await load(self, peers)
+
+    def held_embed(self: Any) -> Any:
+        row = holding.row()
+        if row is not None and row["name"] in embedding:
+            holding.wait("embed")
+        elif row is not None:
+            embedding.add(row["name"])
+        outputs = embed(self)
+        holding.note("embedded", holding.name, [output.request_id for output in outputs])
+        return outputs
 
     def held_step(self: Any) -> Any:
         outputs = step(self)
@@ -204,6 +214,7 @@ def hold_moves(holding: Holding) -> None:
         (Instance, "_load", held_load),
         (Instance, "submit", noted_submit),
         (LLMEngine, "step", held_step),
+        (EmbeddingEngine, "step", held_embed),
     ):
         setattr(owner, name, held)
     leaving.move_wire = SimpleNamespace(send=held_send, receive=move_wire.receive)  # type: ignore[assignment]
@@ -250,7 +261,7 @@ def dask_setup(server: Any) -> None:
                 return
             noticed.set()
             row = holding.row()
-            if row is not None and row["destination"] == holding.name:
+            if row is not None and row.get("destination") == holding.name:
                 # Nobody connects again before the commit that waits here was done.
                 patience = time.monotonic() + 2
                 while not (holding.directory / f"{row['name']}.done.reached").exists() and time.monotonic() < patience:

@@ -27,11 +27,11 @@ def test_what_is_missing_is_asked_for_again():
     assert journal.as_row()["n_prompt_tokens"] == 6
 
 
-def test_a_request_for_text_takes_its_adapter_along():
-    request = GenerateRequest("r", "m", [1, 2], SamplingParams(), adapter=("polite", "org/polite"), group="g")
+def test_a_request_for_text_takes_its_adapter_and_its_priority_along():
+    request = GenerateRequest("r", "m", [1, 2], SamplingParams(), 2, adapter=("polite", "org/polite"), group="g")
     journal = Journal(request, instance="m/1", output_ids=[7])
     adapter = ("polite", "org/polite")
-    assert journal.submission("k") == ["submit", "k", 0, "m/1", [1, 2], [7], SamplingParams().as_wire(), adapter, "g"]
+    assert journal.submission("k") == ["submit", "k", 0, "m/1", [1, 2], [7], SamplingParams().as_wire(), adapter, "g", 2]
 
 
 def test_each_loss_is_over_once_with_what_became_of_it():
