@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import signal
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -199,6 +201,62 @@ def test_a_load_goes_on_and_what_is_deployed_pinned_and_deleted_is_as_it_was(clu
     until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
     (model,) = until("it is known why", lambda: [each for each in get(url, "/admin/models")["models"] if each["reason"]])
     assert (model["model"], model["state"]) == ("c", "failed") and str(source) in model["reason"]
+    until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
+
+
+@contextmanager
+def no_room(cluster: Processes) -> Iterator[None]:
+    """The scheduler cannot write beyond a few bytes of any file, as if its disk were full."""
+    pid = cluster.running["scheduler"].pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    os.truncate(cluster.directory / "scheduler.log", 0)  # what it logs meanwhile is to be read
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (8000, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_while_its_file_cannot_be_written_changes_are_refused_and_all_else_goes_on(cluster: Processes, url: str):
+    source = make_checkpoint(cluster.directory / "e", "llama")
+    register(url, "e", source, auto_scaling_config={"keep_alive": 77})
+    post(url, "/delete", {"model": "c"})
+    (path,) = (cluster.directory / "state" / "sllmdask").glob("*.sqlite")
+    before = get(url, "/admin/models")["models"]
+    with no_room(cluster):
+        for route, asked in (
+            ("/register", {"model": "f", "backend_config": {"pretrained_model_name_or_path": str(source)}}),
+            ("/register", {"model": "e", "backend_config": {"pretrained_model_name_or_path": str(source)}}),
+            ("/update", {"model": "e", "auto_scaling_config": {"keep_alive": 1}}),
+            ("/delete", {"model": "e"}),
+            ("/admin/pin", {"model": "e", "node": "0"}),
+        ):
+            answer = post(url, route, asked)
+            assert (answer.get("status"), answer["error"]["code"]) == (503, "state_unwritable"), (route, answer)
+            assert str(path) in answer["error"]["message"]
+        assert not any(model["pinned"] for each in workers(url) for model in each["models"])
+        ((row,), (was,)) = get(url, "/admin/models")["models"], before
+        assert [row[key] for key in ("model", "keep_alive", "pinned")] == [was[key] for key in ("model", "keep_alive", "pinned")]
+        # Workers leave and join, and models are loaded there.
+        pid = next(each["pid"] for each in workers(url) if each["name"] == "0")
+        os.kill(pid, signal.SIGKILL)
+        until("its nanny has another one", lambda: len(slots(url)) == 2 and pid not in [each["pid"] for each in workers(url)])
+        assert post(url, "/admin/load", {"model": "e", "node": "0"})["state"] == "ready"
+        assert Asked(url, {**SHORT, "model": "e"}).answer()
+        until("it is told", lambda: "cannot write its state" in cluster.log("scheduler"))
+    # There is room again; and somebody has deleted the file of the scheduler that runs.
+    loaded = ids(url)
+    assert post(url, "/update", {"model": "e", "auto_scaling_config": {"keep_alive": 78}})["status"] == "ok"
+    shutil.rmtree(path.parent)
+    register(url, "f", source)
+    cluster.stop("scheduler", signal.SIGKILL)
+    cluster.start_scheduler()
+    until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
+    assert {each["model"]: each["keep_alive"] for each in get(url, "/admin/models")["models"]}["e"] == 78
+    assert ids(url) == loaded
+    assert Asked(url, {**SHORT, "model": "f"}).answer()
+    for model in ("e", "f"):
+        post(url, "/delete", {"model": model})
     until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
 
 
