@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
@@ -12,10 +13,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sllmdask.actors.streams import messages, open_stream
+from sllmdask.batching.params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
@@ -201,6 +205,61 @@ def test_a_load_goes_on_and_what_is_deployed_pinned_and_deleted_is_as_it_was(clu
     until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
     (model,) = until("it is known why", lambda: [each for each in get(url, "/admin/models")["models"] if each["reason"]])
     assert (model["model"], model["state"]) == ("c", "failed") and str(source) in model["reason"]
+    until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
+
+
+@pytest.mark.asyncio
+async def test_requests_that_no_front_door_claims_are_ended_and_their_instances_leave(cluster: Processes, url: str):
+    source = make_checkpoint(cluster.directory / "g", "llama", hidden=512)
+    for model, node in (("g", "0"), ("h", "1"), ("i", "0"), ("j", "1")):
+        register(url, model, source, node=node)
+    for model in ("g", "h"):
+        post(url, "/admin/load", {"model": model})
+    before = ids(url)
+    # Two of a front door that is about to die, and three of one that will not remember them.
+    other = cluster.start_door("doomed")
+    doomed = [Asked(other, {**LONG, "model": "g"}, stream=True) for _ in range(2)]
+    for stream in doomed:
+        assert stream.begun.wait(60), stream.error
+    (there,) = (each for each in workers(url) if each["name"] == "1")
+    (instance,) = (each["instance"] for each in there["instances"])
+    worker = await open_stream(there["address"], "sllm-stream", timeout_s=10, front_door="forgetful")
+    params = SamplingParams(max_tokens=700, temperature=0.0, ignore_eos=True).as_wire()
+    asked = [f"forgetful:{number}" for number in range(3)]
+    await worker.write([["submit", key, 0, instance, [1, 2, 3], [], params, None, ""] for key in asked])
+    replies = messages(worker)
+    assert (await anext(replies))[0] == "tokens"
+
+    cluster.signal_workers(signal.SIGSTOP)
+    os.killpg(cluster.running["doomed"].pid, signal.SIGSTOP)
+    cluster.stop("scheduler", signal.SIGKILL)
+    n_joined = cluster.log("scheduler").count("front door joined")
+    cluster.start_scheduler("--preload", str(Path(__file__).with_name("impatient.py")))
+    until("the other front door is there", lambda: cluster.log("scheduler").count("front door joined") > n_joined)
+    scheduler = await open_stream(cluster.scheduler, "sllm-front-door", timeout_s=60, front_door="forgetful")
+    cluster.signal_workers(signal.SIGCONT)
+    until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
+    assert ids(url) == before
+    # Others need the slots.
+    waiting = [Asked(url, {**SHORT, "model": model}) for model in ("i", "j")]
+    cluster.stop("doomed", signal.SIGKILL)
+    ended: dict[str, str] = {}
+    async with asyncio.timeout(60):
+        while len(ended) < len(asked):
+            message = await anext(replies)
+            if message[0] == "error":
+                ended[message[1]] = message[3]["error"]
+            assert message[0] == "error" or message[5] is None, "it ran to its end"
+    assert ended == dict.fromkeys(asked, "InstanceGone")
+    assert all([await asyncio.to_thread(each.answer) for each in waiting])
+    assert "cancelled=2" in cluster.log("worker-0")
+    until("all is idle", lambda: [each["n_requests"] for each in instances(url)] == [0, 0])
+    assert sorted(each["model"] for each in instances(url)) == ["i", "j"]
+    assert [used for *_, used in slots(url)] == [1, 1]
+    for comm in (worker, scheduler):
+        await comm.close()
+    for model in ("g", "h", "i", "j"):
+        post(url, "/delete", {"model": model})
     until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
 
 
