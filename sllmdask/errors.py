@@ -568,7 +568,7 @@ class StateUnwritable(Unavailable):
 
     @property
     def message(self) -> str:
-        return f"The scheduler cannot write its state to {self.path} ({self.reason}), so nothing was changed. Is the disk full?"
+        return f"The scheduler cannot write its state to {self.path}, so nothing was changed: {self.reason}."
 
 
 class WorkerLost(SllmError):

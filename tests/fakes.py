@@ -117,6 +117,8 @@ class FakeGateway:
         self.operated: list[tuple[Any, ...]] = []
         #: What is told of its one worker, and whether that is there.
         self.draining: dict[str, Any] | None = None
+        #: Moves under way.
+        self.moves: list[dict[str, Any]] = []
         self.has_worker = True
         #: What the scheduler would have seen; a test tells it.
         self.observer = Observer(Controller(ControllerSettings()), {}, {})
@@ -302,7 +304,7 @@ class FakeGateway:
         warnings = ["the hardware file names node '7', which is not connected"]
         device, host = {"used": 80 * 1024**2, "capacity": 1024**3}, {"used": 4 * 1024**2, "capacity": 1024**3}
         workers = [{**worker, "tiers": {"device": device, "host": host}}] if self.has_worker else []
-        return {"workers": workers, "warnings": warnings}
+        return {"workers": workers, "moves": self.moves, "warnings": warnings}
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GatewayEvent]:
         journal = self._journals[request.id] = Journal(request)

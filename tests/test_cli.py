@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -82,16 +83,34 @@ def test_models_are_tsv_in_a_pipe_and_json_when_asked(serve: Serve):
     assert set(rows[0]) == keys | {"task", "embedding", "adapters"}
 
 
-def test_models_are_a_table_on_a_terminal(serve: Serve):
-    server = serve(qwen=FakeModel())
+def on_a_terminal(url: str, *args: str) -> str:
+    """What a command shows there."""
     ours, theirs = pty.openpty()
-    env = {**os.environ, "LLM_SERVER_URL": server.url, "COLUMNS": "120", "TERM": "xterm"}
-    command = [sys.executable, "-c", MAIN, "models"]
-    subprocess.run(command, stdout=theirs, env=env, check=True, timeout=20)
+    env = {**os.environ, "LLM_SERVER_URL": url, "COLUMNS": "200", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", MAIN, *args], stdout=theirs, env=env, check=True, timeout=20)
     shown = os.read(ours, 10_000).decode()
     os.close(theirs)
     os.close(ours)
+    return re.sub(r"\x1b\[[\d;]*m", "", shown)  # without colours
+
+
+def test_models_are_a_table_on_a_terminal(serve: Serve):
+    shown = on_a_terminal(serve(qwen=FakeModel()).url, "models")
     assert "─" in shown and "qwen" in shown and "\t" not in shown
+
+
+def test_status_lists_moves_under_way_on_a_terminal(serve: Serve):
+    server = serve(m=FakeModel())
+    where = {"instance": "m/1", "model": "m", "source": "here", "destination": "there"}
+    server.gateway.moves = [
+        {"request": "mine", **where, "seconds": 1.5, "cause": "an operator asked"},
+        {"request": None, **where, "seconds": 90.0, "cause": "makes room for n"},
+    ]
+    lines = [line.split() for line in on_a_terminal(server.url, "status").splitlines()]
+    assert ["MOVING", "MODEL", "FROM", "TO", "FOR", "CAUSE"] in lines
+    assert ["mine", "m", "here", "there", "1.5", "s", "an", "operator", "asked"] in lines
+    assert ["m/1", "m", "here", "there", "1m30s", "makes", "room", "for", "n"] in lines
+    assert "MOVING" not in run("status").output
 
 
 def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
@@ -102,7 +121,7 @@ def test_status_shows_workers_and_says_when_nothing_can_be_placed(serve: Serve):
     assert "the hardware file names node '7'" in run("status").stderr
     server.gateway.ready = False
     status = json.loads(run("status", "--json").output)
-    assert list(status) == ["url", "ready", "reason", "workers", "warnings", "models", "requests"]
+    assert list(status) == ["url", "ready", "reason", "workers", "moves", "warnings", "models", "requests"]
     assert status["ready"] is False
     assert "No worker is connected." in run("status", "--wait", "--timeout", "0.1", code=4).stderr
 

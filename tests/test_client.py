@@ -231,7 +231,7 @@ def test_status_is_one_picture(serve: Serve):
     server.gateway.ready = False
     with Client(server.url) as client:
         status = client.status()
-    assert list(status) == ["url", "ready", "reason", "workers", "warnings", "models", "requests"]
+    assert list(status) == ["url", "ready", "reason", "workers", "moves", "warnings", "models", "requests"]
     assert (status["ready"], status["reason"]) == (False, "No worker is connected.")
 
 

@@ -432,16 +432,23 @@ class Deployments:
             if not self._is_wanted(deployment.source):
                 await self._forget_on(worker.address, deployment.source)
                 raise ModelNotFound(model)
-            await self._keep_pins(model, self.pins.get(model, set()) | {worker.name})
+            try:
+                await self._keep_pins(model, self.pins.get(model, set()) | {worker.name})
+            except SllmError:
+                await self._unpin_on(worker, deployment.source)
+                raise
 
     async def unpin(self, model: str, names: Collection[str]) -> None:
         """Let the host copy on the nodes of those `names` be evicted again, unless another model keeps it there."""
         deployment = self.find(model).deployment
         await self._keep_pins(model, self.pins.get(model, set()) - set(names))
         for worker in [worker for worker in self._controller.workers.values() if worker.name in names]:
-            others = [other for other, nodes in self.pins.items() if worker.name in nodes]
-            if all(self.by_name[other].deployment.source != deployment.source for other in others):
-                await self.ask(worker.address, "sllm_pin", source=deployment.source, pinned=False)
+            await self._unpin_on(worker, deployment.source)
+
+    async def _unpin_on(self, worker: WorkerView, source: str) -> None:
+        others = [other for other, nodes in self.pins.items() if worker.name in nodes]
+        if all(self.by_name[other].deployment.source != source for other in others):
+            await self.ask(worker.address, "sllm_pin", source=source, pinned=False)
 
     async def _keep_pins(self, model: str, nodes: set[str]) -> None:
         async with self._changing:

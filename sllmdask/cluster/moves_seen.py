@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sllmdask.cluster.decision_log import DecisionLog
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller
-from sllmdask.policy.views import InstanceState
+from sllmdask.policy.views import InstanceState, InstanceView
 
 #: Seconds that a front door has to say how long its client waited, before a move is told of without that.
 PAUSE_S = 1.0
@@ -26,8 +27,21 @@ class MovesSeen:
         self._controller, self._log, self._on = controller, log, on
         #: Those under way: what was told of them, who tells, and since when.
         self._under_way: dict[MoveKey, tuple[Mapping[str, Any], str, float]] = {}
+        #: Those of requests whose model is not ready yet where they go: what is shown of them, and since when.
+        self._awaiting: list[tuple[str, Mapping[str, Any], float]] = []
         #: Those that are over, until it is known what their clients noticed.
         self._untold: dict[MoveKey, asyncio.TimerHandle] = {}
+
+    @contextmanager
+    def awaiting(self, request: str, source: InstanceView, to: str, cause: str) -> Iterator[None]:
+        """While this lasts, a request is to move to node `to` as soon as its model is ready there."""
+        about = {"instance": source.id, "model": source.model, "source": self._log.node(source.worker), "destination": to}
+        waits = request, {**about, "cause": cause}, time.monotonic()
+        self._awaiting.append(waits)
+        try:
+            yield
+        finally:
+            self._awaiting.remove(waits)
 
     # --- what workers tell ---
 
@@ -135,6 +149,7 @@ class MovesSeen:
             }
             for (told, worker, since) in self._under_way.values()
         ]
+        moves += [{"request": log.shown(key), **about, "seconds": now - since} for key, about, since in self._awaiting]
         instances = self._controller.instances
         for instance in instances.values():
             successor = instances.get(instance.successor)

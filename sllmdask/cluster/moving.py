@@ -11,7 +11,7 @@ import difflib
 import logging
 import time
 from collections.abc import Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from typing import Any, Protocol
 
 from sllmdask.config import Deployment
@@ -52,6 +52,10 @@ class Head(Protocol):
 
     def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
         """An instance of `model` on `where` with all of its bytes, other than `replaces`, in whose stead it may be loaded."""
+        ...
+
+    def awaiting(self, request: str, source: InstanceView, to: str, cause: str) -> AbstractContextManager[None]:
+        """Show that a request is to move to node `to` as soon as its model is ready there."""
         ...
 
     async def until_read(self, instance: str) -> None:
@@ -123,8 +127,11 @@ class Moving:
         return dict(zip(sources, records, strict=True))
 
     async def _move_one(self, key: str, source: InstanceView, to: WorkerView, kind: str | None) -> dict[str, Any]:
-        async with self._head.ready_there(source.model, to, "") as successor:
-            order = {**self._order(source, successor, to, kind, "an operator asked"), "request": key}
+        cause = "an operator asked"
+        async with AsyncExitStack() as there:
+            with self._head.awaiting(key, source, to.name, cause):
+                successor = await there.enter_async_context(self._head.ready_there(source.model, to, ""))
+            order = {**self._order(source, successor, to, kind, cause), "request": key}
             with _Noted(self._under_way, (source.worker, to.address)):
                 reply = await self._head.ask(source.worker, "sllm_move", MOVE_LIMIT_S, instance=source.id, order=order)
             if "error" in reply:

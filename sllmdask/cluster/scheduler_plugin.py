@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from sllmdask.errors import ConfigError, EngineError, SllmError
 from sllmdask.policy import events as ev
 from sllmdask.policy.controller import Controller, ControllerSettings
 from sllmdask.policy.decisions import Decision, Dispatch, Load, Move
-from sllmdask.policy.views import InstanceState, RequestView, Tier, WorkerView
+from sllmdask.policy.views import InstanceState, InstanceView, RequestView, Tier, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -592,6 +592,9 @@ class SllmSchedulerPlugin(SchedulerPlugin):
 
     def ready_there(self, model: str, where: WorkerView, replaces: str) -> AbstractAsyncContextManager[str]:
         return self._operations.ready_there(model, where, replaces)
+
+    def awaiting(self, request: str, source: InstanceView, to: str, cause: str) -> AbstractContextManager[None]:
+        return self.moves_seen.awaiting(request, source, to, cause)
 
     async def until_read(self, instance: str) -> None:
         await self._progress.until_read(instance)

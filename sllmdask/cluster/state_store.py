@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sllmdask.errors import ConfigError, StateUnwritable
+
+logger = logging.getLogger(__name__)
 
 #: Version of the tables; a file of a newer one is refused.
 SCHEMA = 1
@@ -66,7 +70,7 @@ class StateStore:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, found: Found) -> None:
         self.path, self.found = path, found
-        self._connection = connection
+        self._connection, self._inode = connection, _inode(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="state")
 
     @classmethod
@@ -75,7 +79,7 @@ class StateStore:
         connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            connection = sqlite3.connect(path, timeout=lock_s, isolation_level=None, check_same_thread=False)
+            connection = _connect(path, lock_s)
             return cls(path, connection, _open(path, connection))
         except (sqlite3.Error, OSError, ValueError, ConfigError) as error:
             if connection is not None:
@@ -121,9 +125,16 @@ class StateStore:
             # Not given up halfway by who waits for it: what was begun is written.
             await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._change, change))
         except sqlite3.Error as error:
-            raise StateUnwritable(str(self.path), str(error)) from None
+            raise StateUnwritable(str(self.path), f"{error} (is the disk full?)") from None
+        except FileExistsError:
+            reason = "the file was moved or deleted, and another one is in its place. Move that one away"
+            raise StateUnwritable(str(self.path), reason) from None
+        except OSError as error:
+            raise StateUnwritable(str(self.path), error.strerror or str(error)) from None
 
     def _change(self, change: Callable[[sqlite3.Connection], object]) -> None:
+        if _inode(self.path) != self._inode:
+            self._put_back()
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -134,12 +145,54 @@ class StateStore:
                 connection.execute("ROLLBACK")
             raise
 
+    def _put_back(self) -> None:
+        """The file was moved or deleted, and nobody would find there what is written to it: all of it goes to its place again.
 
-def _open(path: Path, connection: sqlite3.Connection) -> Found:
-    """Take the file for this process, and read it; raises :class:`ConfigError` for one that is not of ours."""
+        Raises :class:`FileExistsError` if another file is there.
+        """
+        copy = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._connection.execute("VACUUM INTO ?", (str(copy),))
+            os.link(copy, self.path)
+        finally:
+            copy.unlink(missing_ok=True)
+        # The old connection removes a journal by its name when it closes: before the new one has one.
+        connection = _connect(self.path, LOCK_S)
+        try:
+            _take(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            self.path.unlink(missing_ok=True)
+            raise
+        self._connection.close()
+        self._connection, self._inode = connection, _inode(self.path)
+        logger.warning("%s was moved or deleted, and was written again", self.path)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Which file that is; ``None``: there is none."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        state = path.stat()
+        return state.st_dev, state.st_ino
+    return None
+
+
+def _connect(path: Path, lock_s: float) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=lock_s, isolation_level=None, check_same_thread=False)
+
+
+def _take(connection: sqlite3.Connection) -> None:
+    """Begin a transaction, from which on the file is this process's alone."""
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN EXCLUSIVE")
+
+
+def _open(path: Path, connection: sqlite3.Connection) -> Found:
+    """Take the file for this process, and read it; raises :class:`ConfigError` for one that is not of ours."""
+    _take(connection)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()

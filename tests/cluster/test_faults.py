@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from sllmdask.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register
 from tests.cluster.harness import BIN, Processes, Stream, free_port, get, post, until, workers
@@ -272,8 +274,17 @@ def outcome(row: dict[str, Any]) -> str:
     return "moves" if n_moved else "stays"
 
 
-def test_without_a_fault_every_request_moves(cluster: Cluster):
+def test_without_a_fault_every_request_moves_and_is_shown_while_it_does(cluster: Cluster):
     asked = cluster.hold("none", "0", "1")
+    (there,) = (worker for worker in workers(cluster.watch) if worker["name"] == "0")
+    here = {instance["model"]: instance["instance"] for instance in there["instances"]}
+    status = CliRunner().invoke(main, ["status", "--json", "--server", cluster.watch])
+    for moves in (json.loads(status.stdout)["moves"], get(cluster.door, "/admin/cluster")["moves"]):
+        assert sorted(move["request"] for move in moves) == [each.name for each in asked]
+        for each, move in zip(asked, sorted(moves, key=lambda move: move["request"]), strict=True):
+            model = body(each.stage)["model"]
+            facts = [move[key] for key in ("model", "instance", "source", "destination", "cause")]
+            assert facts == [model, here[model], "0", "1", "an operator asked"] and move["seconds"] > 0
     cluster.release("none", moves=True)
     until("all have ended", lambda: all(each.ended for each in asked), 60)
     for each in asked:
@@ -281,6 +292,7 @@ def test_without_a_fault_every_request_moves(cluster: Cluster):
         assert (each.text, each.tokens) == cluster.undisturbed[each.stage], each.stage
     assert {outcome(row) for name, row in cluster.rows().items() if name.startswith("none-")} == {"moves"}
     until("all is free again", cluster.at_rest)
+    assert get(cluster.watch, "/admin/cluster")["moves"] == []
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

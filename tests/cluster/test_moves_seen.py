@@ -224,6 +224,27 @@ async def test_what_is_under_way_is_listed_until_it_is_over_or_its_worker_has_le
 
 
 @pytest.mark.asyncio
+async def test_a_move_whose_model_is_being_loaded_where_it_goes_is_shown_until_that_comes_to_an_end():
+    head = Head()
+    first, _ = head.two_instances()
+    source = head.controller.instances[first]
+    with head.seen.awaiting("door:1", source, "1", "an operator asked"):
+        (row,) = head.seen.rows()
+        assert row.pop("seconds") >= 0
+        assert row == {
+            "request": "mine",
+            "instance": first,
+            "model": "a",
+            "source": "0",
+            "destination": "1",
+            "cause": "an operator asked",
+        }
+    with pytest.raises(KeyError), head.seen.awaiting("door:1", source, "1", "an operator asked"):
+        raise KeyError
+    assert head.seen.rows() == []
+
+
+@pytest.mark.asyncio
 async def test_a_request_that_goes_on_after_a_death_is_counted_and_told_by_its_outcome():
     head = Head()
     head.two_instances()

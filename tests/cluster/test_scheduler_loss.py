@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import resource
 import shutil
 import signal
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sllmdask.actors.streams import messages, open_stream
+from sllmdask.batching.params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.cluster.asking import register
 from tests.cluster.harness import Processes, Stream, get, instances, post, until, workers
@@ -199,6 +205,117 @@ def test_a_load_goes_on_and_what_is_deployed_pinned_and_deleted_is_as_it_was(clu
     until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
     (model,) = until("it is known why", lambda: [each for each in get(url, "/admin/models")["models"] if each["reason"]])
     assert (model["model"], model["state"]) == ("c", "failed") and str(source) in model["reason"]
+    until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
+
+
+@pytest.mark.asyncio
+async def test_requests_that_no_front_door_claims_are_ended_and_their_instances_leave(cluster: Processes, url: str):
+    source = make_checkpoint(cluster.directory / "g", "llama", hidden=512)
+    for model, node in (("g", "0"), ("h", "1"), ("i", "0"), ("j", "1")):
+        register(url, model, source, node=node)
+    for model in ("g", "h"):
+        post(url, "/admin/load", {"model": model})
+    before = ids(url)
+    # Two of a front door that is about to die, and three of one that will not remember them.
+    other = cluster.start_door("doomed")
+    doomed = [Asked(other, {**LONG, "model": "g"}, stream=True) for _ in range(2)]
+    for stream in doomed:
+        assert stream.begun.wait(60), stream.error
+    (there,) = (each for each in workers(url) if each["name"] == "1")
+    (instance,) = (each["instance"] for each in there["instances"])
+    worker = await open_stream(there["address"], "sllm-stream", timeout_s=10, front_door="forgetful")
+    params = SamplingParams(max_tokens=700, temperature=0.0, ignore_eos=True).as_wire()
+    asked = [f"forgetful:{number}" for number in range(3)]
+    await worker.write([["submit", key, 0, instance, [1, 2, 3], [], params, None, ""] for key in asked])
+    replies = messages(worker)
+    assert (await anext(replies))[0] == "tokens"
+
+    cluster.signal_workers(signal.SIGSTOP)
+    os.killpg(cluster.running["doomed"].pid, signal.SIGSTOP)
+    cluster.stop("scheduler", signal.SIGKILL)
+    n_joined = cluster.log("scheduler").count("front door joined")
+    cluster.start_scheduler("--preload", str(Path(__file__).with_name("impatient.py")))
+    until("the other front door is there", lambda: cluster.log("scheduler").count("front door joined") > n_joined)
+    scheduler = await open_stream(cluster.scheduler, "sllm-front-door", timeout_s=60, front_door="forgetful")
+    cluster.signal_workers(signal.SIGCONT)
+    until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
+    assert ids(url) == before
+    # Others need the slots.
+    waiting = [Asked(url, {**SHORT, "model": model}) for model in ("i", "j")]
+    cluster.stop("doomed", signal.SIGKILL)
+    ended: dict[str, str] = {}
+    async with asyncio.timeout(60):
+        while len(ended) < len(asked):
+            message = await anext(replies)
+            if message[0] == "error":
+                ended[message[1]] = message[3]["error"]
+            assert message[0] == "error" or message[5] is None, "it ran to its end"
+    assert ended == dict.fromkeys(asked, "InstanceGone")
+    assert all([await asyncio.to_thread(each.answer) for each in waiting])
+    assert "cancelled=2" in cluster.log("worker-0")
+    until("all is idle", lambda: [each["n_requests"] for each in instances(url)] == [0, 0])
+    assert sorted(each["model"] for each in instances(url)) == ["i", "j"]
+    assert [used for *_, used in slots(url)] == [1, 1]
+    for comm in (worker, scheduler):
+        await comm.close()
+    for model in ("g", "h", "i", "j"):
+        post(url, "/delete", {"model": model})
+    until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
+
+
+@contextmanager
+def no_room(cluster: Processes) -> Iterator[None]:
+    """The scheduler cannot write beyond a few bytes of any file, as if its disk were full."""
+    pid = cluster.running["scheduler"].pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    os.truncate(cluster.directory / "scheduler.log", 0)  # what it logs meanwhile is to be read
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (8000, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_while_its_file_cannot_be_written_changes_are_refused_and_all_else_goes_on(cluster: Processes, url: str):
+    source = make_checkpoint(cluster.directory / "e", "llama")
+    register(url, "e", source, auto_scaling_config={"keep_alive": 77})
+    post(url, "/delete", {"model": "c"})
+    (path,) = (cluster.directory / "state" / "sllmdask").glob("*.sqlite")
+    before = get(url, "/admin/models")["models"]
+    with no_room(cluster):
+        for route, asked in (
+            ("/register", {"model": "f", "backend_config": {"pretrained_model_name_or_path": str(source)}}),
+            ("/register", {"model": "e", "backend_config": {"pretrained_model_name_or_path": str(source)}}),
+            ("/update", {"model": "e", "auto_scaling_config": {"keep_alive": 1}}),
+            ("/delete", {"model": "e"}),
+            ("/admin/pin", {"model": "e", "node": "0"}),
+        ):
+            answer = post(url, route, asked)
+            assert (answer.get("status"), answer["error"]["code"]) == (503, "state_unwritable"), (route, answer)
+            assert str(path) in answer["error"]["message"]
+        assert not any(model["pinned"] for each in workers(url) for model in each["models"])
+        ((row,), (was,)) = get(url, "/admin/models")["models"], before
+        assert [row[key] for key in ("model", "keep_alive", "pinned")] == [was[key] for key in ("model", "keep_alive", "pinned")]
+        # Workers leave and join, and models are loaded there.
+        pid = next(each["pid"] for each in workers(url) if each["name"] == "0")
+        os.kill(pid, signal.SIGKILL)
+        until("its nanny has another one", lambda: len(slots(url)) == 2 and pid not in [each["pid"] for each in workers(url)])
+        assert post(url, "/admin/load", {"model": "e", "node": "0"})["state"] == "ready"
+        assert Asked(url, {**SHORT, "model": "e"}).answer()
+        until("it is told", lambda: "cannot write its state" in cluster.log("scheduler"))
+    # There is room again; and somebody has deleted the file of the scheduler that runs.
+    loaded = ids(url)
+    assert post(url, "/update", {"model": "e", "auto_scaling_config": {"keep_alive": 78}})["status"] == "ok"
+    shutil.rmtree(path.parent)
+    register(url, "f", source)
+    cluster.stop("scheduler", signal.SIGKILL)
+    cluster.start_scheduler()
+    until("the workers are back", lambda: ready(url) and len(workers(url)) == 2)
+    assert {each["model"]: each["keep_alive"] for each in get(url, "/admin/models")["models"]}["e"] == 78
+    assert ids(url) == loaded
+    assert Asked(url, {**SHORT, "model": "f"}).answer()
+    for model in ("e", "f"):
+        post(url, "/delete", {"model": model})
     until("the slots are free", lambda: [used for *_, used in slots(url)] == [0, 0])
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -134,6 +136,73 @@ def test_what_cannot_be_written_is_told_and_the_rest_stays(tmp_path):
 
     asyncio.run(run())
     assert [each.model for each in reopened(tmp_path / "state.sqlite").deployments] == ["a", "team/b"]
+
+
+def test_a_file_that_is_moved_or_deleted_while_it_is_in_use_is_written_again_where_it_was(tmp_path):
+    path = tmp_path / "state" / "state.sqlite"
+
+    async def run():
+        store = StateStore.open(path)
+        await store.put(A)
+        path.parent.rename(tmp_path / "moved")
+        await store.put(B)
+        path.unlink()
+        await store.pin("a", {"1"})
+        shutil.rmtree(path.parent)
+        await store.worker_joined("0")
+        with pytest.raises(ConfigError, match="in use by another scheduler"):
+            StateStore.open(path, lock_s=0)
+        await store.close()
+
+    asyncio.run(run())
+    found = reopened(path)
+    assert (found.generation, [each.model for each in found.deployments]) == (2, ["a", "team/b"])
+    assert (found.pins, found.workers) == ({"a": {"1"}}, {"0"})
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_of_somebody_else_that_is_in_its_place_now_is_left_alone(tmp_path):
+    path, aside = tmp_path / "state.sqlite", tmp_path / "aside.sqlite"
+
+    async def run():
+        store = StateStore.open(path)
+        path.rename(aside)
+        written(path, lambda other: other.put(B))
+        with pytest.raises(StateUnwritable, match="another one is in its place"):
+            await store.put(A)
+        path.rename(tmp_path / "other.sqlite")
+        await store.put(A)
+        await store.close()
+
+    def written(path, change):
+        async def write():
+            other = StateStore.open(path)
+            await change(other)
+            await other.close()
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, write()).result()
+
+    asyncio.run(run())
+    assert [each.model for each in reopened(path).deployments] == ["a"]
+    assert [each.model for each in reopened(tmp_path / "other.sqlite").deployments] == ["team/b"]
+
+
+def test_a_directory_that_a_file_has_taken_the_place_of_is_told(tmp_path):
+    path = tmp_path / "state" / "state.sqlite"
+
+    async def run():
+        store = StateStore.open(path)
+        path.parent.rename(tmp_path / "moved")
+        path.parent.write_text("")
+        with pytest.raises(StateUnwritable, match=r"cannot write its state to .*state\.sqlite"):
+            await store.put(A)
+        path.parent.unlink()
+        await store.put(A)
+        await store.close()
+
+    asyncio.run(run())
+    assert [each.model for each in reopened(path).deployments] == ["a"]
 
 
 WRITER = """
