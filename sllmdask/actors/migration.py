@@ -64,9 +64,11 @@ class Registry(Protocol):
 
 
 class _Crowd:
-    """How many moves are under way, on average, while one is."""
+    """How many moves are under way, on average, while one is. In any thread."""
 
     def __init__(self) -> None:
+        # A move is over in its own thread, before the worker's loop hears of it.
+        self._lock = threading.Lock()
         self._n = 0
         #: Moves times seconds, up to `_at`.
         self._sum_s = self._at = 0.0
@@ -77,16 +79,18 @@ class _Crowd:
 
     def enter(self, now: float) -> tuple[float, float]:
         """One begins; what :meth:`leave` needs of it."""
-        self._go_on(now)
-        self._n += 1
-        return now, self._sum_s
+        with self._lock:
+            self._go_on(now)
+            self._n += 1
+            return now, self._sum_s
 
     def leave(self, now: float, entered: tuple[float, float]) -> float:
         """One is over: the mean number of moves that there were meanwhile, it included."""
-        self._go_on(now)
-        self._n -= 1
         began_at, sum_s = entered
-        return (self._sum_s - sum_s) / (now - began_at) if now > began_at else 1.0 + self._n
+        with self._lock:
+            self._go_on(now)
+            self._n -= 1
+            return (self._sum_s - sum_s) / (now - began_at) if now > began_at else 1.0 + self._n
 
 
 class Moves:
@@ -220,9 +224,8 @@ class Moves:
         self._registry.report({"kind": "moving", "move": {**about, "to": to.node, "cause": order.cause}})
         ended: asyncio.Future[MoveRecord] = loop.create_future()
 
-        def finish(record: MoveRecord) -> None:
+        def finish(record: MoveRecord, n_at_once: float) -> None:
             self._leaving.discard(leaving)
-            n_at_once = self._crowd.leave(time.monotonic(), entered)
             host.end_leaving(leaving, record)
             facts = {**about, "kv_nbytes": leaving.kv_nbytes, "n_at_once": n_at_once, "record": record.as_wire()}
             self._registry.report({"kind": "moved", "move": facts})
@@ -244,10 +247,12 @@ class Moves:
 
         def run() -> None:
             record = leaving.run()
+            # Before the rest, in which it takes nothing from the others.
+            n_at_once = self._crowd.leave(time.monotonic(), entered)
             if record.outcome == "moved":
                 leaving.rest()
             try:
-                loop.call_soon_threadsafe(finish, record)
+                loop.call_soon_threadsafe(finish, record, n_at_once)
             except RuntimeError:
                 logger.debug("the worker ended before a move did request=%s", order.request)
 

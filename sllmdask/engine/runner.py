@@ -538,6 +538,9 @@ class ModelRunner:
                 self._memory += [(_memory(cache), cache[0, 0].nbytes) for cache in self._parts()]
             there = True
         if not there:
+            # Whatever there is of it: else it would be there and in no books.
+            self.caches.clear()
+            self._memory.clear()
             self.memory.release(Kind.KV, nbytes)
             raise InsufficientMemory(self.memory.model, nbytes, device_memory(self.device)[0], _SMALLER_KV)
         self.graphs = self._make_graphs()
