@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from distributed import Client
 
 from tests.cluster.harness import Processes, forks, until
 
@@ -59,12 +61,20 @@ def test_a_nanny_that_is_a_fork_has_its_worker_as_a_child_in_its_group_and_start
 
         first = until("the worker joined", lambda: registered(1))
         assert os.getpgid(first) == nanny.pid
+        with Client(programs.scheduler, set_as_default=False) as client:
+            # Some 50 ms after its worker has joined; before, one that dies is one that did not start.
+            until("the nanny knows", lambda: client.run(state_of_worker, nanny=True).popitem()[1] == "running")
         os.kill(first, signal.SIGKILL)
         assert until("the next one joined", lambda: registered(2)) != first
         family = [nanny, *nanny.children(recursive=True)]
     finally:
         programs.close()
     until("nobody is left", lambda: not [each for each in family if each.is_running() and each.status() != "zombie"])
+
+
+def state_of_worker(dask_worker: Any) -> str:
+    """By its nanny's account."""
+    return str(dask_worker.process.status.name)
 
 
 def worker_of(nanny: psutil.Process) -> int | None:
