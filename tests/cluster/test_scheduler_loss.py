@@ -226,7 +226,7 @@ async def test_requests_that_no_front_door_claims_are_ended_and_their_instances_
     worker = await open_stream(there["address"], "sllm-stream", timeout_s=10, front_door="forgetful")
     params = SamplingParams(max_tokens=700, temperature=0.0, ignore_eos=True).as_wire()
     asked = [f"forgetful:{number}" for number in range(3)]
-    await worker.write([["submit", key, 0, instance, [1, 2, 3], [], params, None, ""] for key in asked])
+    await worker.write([["submit", key, 0, instance, [1, 2, 3], [], params, None, "", 0] for key in asked])
     replies = messages(worker)
     assert (await anext(replies))[0] == "tokens"
 
