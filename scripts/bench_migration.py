@@ -19,7 +19,8 @@ stream may end or be asked for again, and afterwards nothing may stay behind.
 All of it takes some twenty minutes on two cores.
 
     python scripts/bench_migration.py --quick
-    python scripts/bench_migration.py --json docs/results/migration-cpu.json --plot docs/results --page docs/migration.md
+    python scripts/bench_migration.py --repeats 5 --json docs/results/migration-cpu.json --plot docs/results \\
+        --page docs/migration.md
     python scripts/bench_migration.py --from docs/results/migration-cpu.json --plot .
 """
 

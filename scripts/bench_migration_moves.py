@@ -91,8 +91,8 @@ def instance_of(dask_worker: Any) -> tuple[Any, Any]:
 _STEPS: deque[tuple[float, float]] = deque(maxlen=1000)
 
 
-def note_steps(dask_worker: Any) -> None:  # noqa: ARG001 - Dask gives it to whoever has it
-    """From now on; once."""
+def note_steps() -> None:
+    """From now on; once. The engine has no listener of that kind, and needs none but here."""
     step = LLMEngine.step
 
     def noted(self: LLMEngine) -> list[Any]:
@@ -105,7 +105,7 @@ def note_steps(dask_worker: Any) -> None:  # noqa: ARG001 - Dask gives it to who
     LLMEngine.step = noted  # type: ignore[method-assign]
 
 
-def steps(dask_worker: Any) -> list[tuple[float, float]]:  # noqa: ARG001
+def steps() -> list[tuple[float, float]]:
     return list(_STEPS)
 
 

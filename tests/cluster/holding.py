@@ -137,6 +137,7 @@ def hold_moves(holding: Holding) -> None:
     stages: dict[str, str] = {}
     #: Requests here whose commit was held.
     sent: set[str] = set()
+    #: Rows of whose embeddings a batch was made here.
     embedding: set[str] = set()
     ask, answer, load, step, submit = Leaving._ask, Arriving.answer, Instance._load, LLMEngine.step, Instance.submit
     recall, embed = InstanceRegistry._recall, EmbeddingEngine.step
